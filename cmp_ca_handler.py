@@ -1,0 +1,1841 @@
+#!/usr/bin/env python3
+"""CA handler for acme2certifier that talks CMP to any certificate authority.
+
+    ACME client --ACME--> acme2certifier --enroll(csr)--> this file --runs--> openssl cmp --CMP--> CA
+                                         <-(error, bundle, cert, poll id)-            <- certificate, chain
+
+acme2certifier (the host) loads `CAhandler` from this file. Every key `cmp_X: value` of its `[CAhandler]`
+section becomes `-X value` of an `openssl cmp` command line. OpenSSL does all of the CMP (RFC 4210, 9480,
+9483, 9810) and all of the cryptography; this file decides what to send, keeps secrets out of sight, and makes
+errors readable. It needs nothing but the standard library and is small enough to be read before it is trusted
+with the credentials of a CA. Run it for the command line: `python3 cmp_ca_handler.py --help`.
+
+SPDX-License-Identifier: MIT
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import functools
+import importlib
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Optional
+
+__all__ = ["CAhandler"]
+__version__ = "1.0.0"
+
+# --- Which keys are whose -----------------------------------------------------------------------------------
+
+
+def _keys(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+# Keys that are no openssl options.
+OUR_KEYS = _keys("openssl_bin tmp_dir ref_variable secret_variable")
+# Set by the handler for each transaction: ignored in the configuration, with a warning.
+RUNTIME_KEYS = _keys(
+    "newkey newkeypass csr sans san_nodefault extracertsout cacertsout certout chainout rspin rspout oldcert"
+    " revreason batch certform"
+)
+# These turn openssl into a server, a help text or something else that is no enrolment.
+FORBIDDEN_KEYS = _keys(
+    "help port max_msgs srv_ref srv_secret srv_cert srv_key srv_keypass srv_trusted srv_untrusted ref_cert rsp_cert"
+    " rsp_key rsp_keypass rsp_extracerts rsp_capubs rsp_crl rsp_newwithnew rsp_newwithold rsp_oldwithnew poll_count"
+    " check_after grant_implicitconf pkistatus failure failurebits statusstring send_error send_unprotected"
+    " send_unprot_err accept_unprotected accept_unprot_err accept_raverified use_mock_srv repeat reqin reqin_new_tid"
+    " reqout_only centralkeygen newkeyout infotype template serial keyspec oldwithold newwithnew newwithold oldwithnew"
+    " crlcert oldcrl crlout crlform"
+)
+# Passed to openssl in its environment, for any local user can read an argument list.
+SECRET_KEYS = _keys("secret keypass tls_keypass otherpass")
+DN_KEYS = _keys("recipient issuer expect_sender subject")
+FILE_KEYS = _keys("cert key srvcert tls_cert tls_key config")
+FILE_LIST_KEYS = _keys("trusted untrusted out_trusted own_trusted extracerts tls_extra tls_trusted")
+# What only an enrolment knows: not part of a revocation request.
+ENROLMENT_KEYS = _keys(
+    "popo subject issuer days reqexts policies policy_oids policy_oids_critical out_trusted implicit_confirm"
+    " disable_confirm profile"
+)
+# A profile that belongs to an ACME client's account may set what the configuration uses, but none of these: the
+# program and what it loads, the files it writes, the credentials, and how long it may keep a worker busy.
+PROTECTED_KEYS = (
+    OUR_KEYS
+    | RUNTIME_KEYS
+    | FORBIDDEN_KEYS
+    | SECRET_KEYS
+    | _keys(
+        "ref cert key keyform cmd popo config section engine provider provider-path provparam propquery tls_cert"
+        " tls_key rand writerand reqout srvcertout crlout msg_timeout total_timeout unprotected_requests"
+        " unprotected_errors verbosity"
+    )
+)
+MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
+# cmpossl before 2020 spelled the time-outs without the underscore.
+OLD_NAMES = {"msg_timeout": "msgtimeout", "total_timeout": "totaltimeout"}
+
+# RFC 5280, 5.3.1; the value 7 is not used.
+REASONS = {
+    "unspecified": 0,
+    "keyCompromise": 1,
+    "cACompromise": 2,
+    "affiliationChanged": 3,
+    "superseded": 4,
+    "cessationOfOperation": 5,
+    "certificateHold": 6,
+    "removeFromCRL": 8,
+    "privilegeWithdrawn": 9,
+    "aACompromise": 10,
+}
+
+# Attribute type -> (openssl's short name, the string tag that openssl encodes it with, longest value). A subject
+# made of these alone survives the way through `-subject` byte for byte; any other is left to `-csr`.
+PRINTABLE, IA5, UTF8 = 0x13, 0x16, 0x0C
+ATTRIBUTES = {
+    "2.5.4.3": ("CN", UTF8, 64),
+    "2.5.4.4": ("SN", UTF8, 32768),
+    "2.5.4.5": ("serialNumber", PRINTABLE, 64),
+    "2.5.4.6": ("C", PRINTABLE, 2),
+    "2.5.4.7": ("L", UTF8, 128),
+    "2.5.4.8": ("ST", UTF8, 128),
+    "2.5.4.9": ("street", UTF8, 128),
+    "2.5.4.10": ("O", UTF8, 64),
+    "2.5.4.11": ("OU", UTF8, 64),
+    "2.5.4.12": ("title", UTF8, 64),
+    "2.5.4.42": ("GN", UTF8, 32768),
+    "1.2.840.113549.1.9.1": ("emailAddress", IA5, 128),
+    "0.9.2342.19200300.100.1.1": ("UID", UTF8, 256),
+    "0.9.2342.19200300.100.1.25": ("DC", IA5, 255),
+}
+STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
+STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
+
+# PKIBody, RFC 4210 section 5.1.2: the tags that matter here.
+IP, CP, POLLREP = 1, 3, 26
+
+MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
+MAX_OUTPUT = 1 << 18  # of openssl's messages
+MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
+MAX_RESPONSES = 50  # that one run of openssl can save; a CA that asks for more polls than that is in a loop
+GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
+RESUMED_TIMEOUT = 6  # -total_timeout of a resumed run: a poller that waits longer holds up all others
+ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
+
+# --- Errors -------------------------------------------------------------------------------------------------
+
+
+class CMPError(Exception):
+    """What went wrong, on one line, in words for the administrator."""
+
+
+class NotACertificate(CMPError):
+    """The argument of `revoke()` is not a certificate."""
+
+
+# What openssl says -> what to do about it. docs/troubleshooting.md has the same list; a test compares the two.
+HINTS = (
+    ("certificate verify failed", "cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name"),
+    ("wrong pbm value", "the shared secret does not fit: check cmp_ref and cmp_secret"),
+    ("missing protection", "the answer is not protected: check that the CA and you use the same kind of credentials"),
+    ("unable to get local issuer certificate", "cmp_trusted must hold the issuer of the CMP server's certificate"),
+    ("self-signed certificate", "cmp_trusted must hold the CA's own root certificate"),
+    ("missing key usage digitalSignature", "set cmp_ignore_keyusage: True if the CA's signer is like that"),
+    ("expected sender", "cmp_expect_sender does not fit the sender of the answer"),
+    ("missing trust", "set cmp_trusted to the certificate that the CMP server's certificate chains to"),
+    ("no suitable sender cert", "set cmp_trusted, and cmp_untrusted for intermediates, or cmp_srvcert"),
+    ("connect timeout", "nothing answers there: check cmp_server, the firewall and that the CMP service runs"),
+    ("transfer timeout", "no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server"),
+    ("total timeout", "the CA took too long: raise cmp_total_timeout"),
+    ("code=404", "no CMP service under this path: check cmp_path"),
+    ("http code 404", "no CMP service under this path: check cmp_path"),
+    ("code=500", "the server failed: look into its log"),
+    ("http code 500", "the server failed: look into its log"),
+    ("unexpected content type", "that is no CMP service: check cmp_server and cmp_path"),
+    ("content type mismatch", "that is no CMP service: check cmp_server and cmp_path"),
+    ("header parse error", "that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS"),
+    ("failed reading data", "the connection was closed: check cmp_tls_used, and the CA's log"),
+    ("wrong version number", "the server does not speak TLS on this port: check cmp_server and cmp_tls_used"),
+    ("error sending", "the connection was closed: check cmp_tls_used, and the CA's log"),
+    ("redirection not enabled", "the server redirects: set cmp_server and cmp_path to the final address"),
+    ("max resp len exceeded", "the answer is too large to be CMP: check cmp_server and cmp_path"),
+    ("does not match our enrollment key", "the CA issued for another key: look into the CA's log"),
+    ("badMessageCheck", "the CA could not verify the request: check cmp_ref and cmp_secret, or cmp_cert and cmp_key"),
+    ("signerNotTrusted", "the CA does not trust the certificate in cmp_cert"),
+    ("notAuthorized", "the CA does not let this RA enrol: check the RA's rights at the CA"),
+    ("badPOP", "the CA wants proof of possession: let it accept raVerified from this RA, or set cmp_cmd: p10cr"),
+    ("badCertTemplate", "the CA refuses the subject, a name or an extension: compare them with its profile"),
+    ("PKIStatus: waiting", "only an enrolment can wait for the CA, and for all of its answers since OpenSSL 3.3"),
+    ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
+    ("key values mismatch", "cmp_key does not belong to cmp_cert"),
+    ("bad decrypt", "the pass phrase does not fit the key: check cmp_keypass"),
+    ("No space left on device", "make room on the disk of cmp_tmp_dir"),
+)
+
+
+def _one_line(text: str, limit: int = MAX_TEXT) -> str:
+    """`text` on one line: control, format and surrogate characters out, cut at `limit`.
+
+    What a CA or a client sends must not forge a log line or hide one from the reader of a terminal.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text[: limit * 8])
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    import difflib  # only needed for a typo
+
+    return next(iter(difflib.get_close_matches(word, known, 1, 0.5)), "")
+
+
+# --- DER: a few lines that read tags, lengths and names; openssl verifies -----------------------------------
+
+
+class Element(NamedTuple):
+    """One DER element: tag, contents, and the whole encoding."""
+
+    tag: int
+    value: bytes
+    raw: bytes
+
+
+def _elements(data: bytes) -> Iterator[Element]:
+    """The DER elements that `data` consists of. Raises CMPError where it is not DER."""
+    start = 0
+    while start < len(data):
+        if len(data) - start < 2 or data[start] & 0x1F == 0x1F:
+            raise CMPError("malformed DER")
+        begin, length = start + 2, data[start + 1]
+        if length & 0x80:
+            octets = length & 0x7F
+            if not 1 <= octets <= 4:  # 0x80 is the indefinite form of BER
+                raise CMPError("malformed DER")
+            length = int.from_bytes(data[begin : begin + octets], "big")
+            begin += octets
+        end = begin + length
+        if end > len(data):
+            raise CMPError("DER cut short")
+        yield Element(data[start], data[begin:end], data[start:end])
+        start = end
+
+
+def _sequence(data: bytes) -> list[Element]:
+    """The elements in the one SEQUENCE that `data` is."""
+    outer = list(_elements(data))
+    if len(outer) != 1 or outer[0].tag != 0x30:
+        raise CMPError("not one DER sequence")
+    return list(_elements(outer[0].value))
+
+
+def _oid(value: bytes) -> str:
+    """An object identifier in dotted form."""
+    numbers, number = [], 0
+    for octet in value:
+        number = number << 7 | octet & 0x7F
+        if not octet & 0x80:
+            numbers.append(number)
+            number = 0
+    first = min(numbers[0] // 40, 2) if numbers else 0
+    return ".".join(str(n) for n in [first, numbers[0] - 40 * first, *numbers[1:]]) if numbers else ""
+
+
+class Attribute(NamedTuple):
+    """One attribute of a distinguished name; `text` is None where the value is not a readable string."""
+
+    type: str
+    tag: int
+    text: str | None
+    raw: bytes
+
+
+Name = list[list[Attribute]]
+
+
+def _name(raw: bytes) -> Name:
+    """A distinguished name (RFC 5280, 4.1.2.4): a list of RDNs, each a list of attributes."""
+    name: Name = []
+    for rdn in _sequence(raw):
+        attributes = []
+        for pair in _elements(rdn.value):
+            kind, value = _sequence(pair.raw)[:2]
+            try:
+                text: str | None = value.value.decode(STRINGS[value.tag])
+            except (KeyError, UnicodeDecodeError):
+                text = None
+            attributes.append(Attribute(_oid(kind.value), value.tag, text, value.value))
+        name.append(attributes)
+    return name
+
+
+def _name_key(name: Name) -> tuple[frozenset[tuple[str, Any]], ...]:
+    """Something to compare names by: case, white space and string type do not count (RFC 5280, 7.1)."""
+    return tuple(
+        frozenset((a.type, a.raw if a.text is None else " ".join(a.text.casefold().split())) for a in rdn)
+        for rdn in name
+    )
+
+
+def _name_text(name: Name) -> str:
+    """A name for people, in RFC 4514's notation but in the order of the certificate."""
+    rdns = []
+    for rdn in name:
+        pairs = []
+        for a in rdn:
+            value = "#" + a.raw.hex() if a.text is None else re.sub(r'([,+"\\<>;=])', r"\\\1", a.text)
+            pairs.append(f"{ATTRIBUTES[a.type][0] if a.type in ATTRIBUTES else a.type}={value}")
+        rdns.append("+".join(pairs))
+    return _one_line(", ".join(rdns)) or "(empty)"
+
+
+def _slash_form(name: Name, exact: bool) -> str | None:
+    """`name` as `-subject` takes it, or None where that cannot carry it.
+
+    With `exact`, only a name that openssl will encode to the very same bytes.
+    """
+    text = ""
+    for rdn in name:
+        if exact and len(rdn) > 1:  # openssl would sort its attributes
+            return None
+        for position, a in enumerate(rdn):
+            if a.type not in ATTRIBUTES or not a.text or not a.text.isprintable():
+                return None
+            short, tag, longest = ATTRIBUTES[a.type]
+            if len(a.text) > longest or (exact and a.tag != tag):
+                return None
+            text += ("+" if position else "/") + short + "=" + re.sub(r"([\\/+=])", r"\\\1", a.text)
+    return text
+
+
+def _extensions(raw: bytes) -> dict[str, bytes]:
+    """extnID -> contents of extnValue, from the DER of an Extensions SEQUENCE (RFC 5280, 4.1)."""
+    extensions = {}
+    for extension in _sequence(raw):
+        fields = _sequence(extension.raw)
+        extensions[_oid(fields[0].value)] = fields[-1].value
+    return extensions
+
+
+SUBJECT_KEY_ID, SUBJECT_ALT_NAME, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.17", "2.5.29.35"
+EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
+
+
+class Certificate(NamedTuple):
+    """What the chain and the log need to know of a certificate."""
+
+    der: bytes
+    serial: int
+    issuer: Name
+    subject: Name
+    subject_key: bytes
+    authority_key: bytes
+
+    def self_signed(self) -> bool:
+        """Whether it names itself as its issuer: the end of a chain."""
+        return _name_key(self.subject) == _name_key(self.issuer)
+
+
+@functools.lru_cache(maxsize=64)  # the same few authorities come with every certificate
+def _certificate(der: bytes) -> Certificate:
+    """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
+    try:
+        fields = _sequence(_sequence(der)[0].raw)
+        if fields[0].tag == 0xA0:  # version
+            fields.pop(0)
+        serial, _, issuer, _, subject = fields[:5]
+        extensions: dict[str, bytes] = {}
+        if fields[-1].tag == 0xA3:
+            extensions = _extensions(fields[-1].value)
+        subject_key = authority_key = b""
+        if SUBJECT_KEY_ID in extensions:
+            subject_key = next(_elements(extensions[SUBJECT_KEY_ID])).value
+        for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00")):
+            if field.tag == 0x80:
+                authority_key = field.value
+        number = int.from_bytes(serial.value, "big", signed=True)
+        return Certificate(der, number, _name(issuer.raw), _name(subject.raw), subject_key, authority_key)
+    except (IndexError, ValueError, StopIteration) as err:
+        raise CMPError("not an X.509 certificate") from err
+
+
+def _pem(der: bytes, label: str = "CERTIFICATE") -> str:
+    text = base64.b64encode(der).decode()
+    lines = [text[i : i + 64] for i in range(0, len(text), 64)]
+    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""])
+
+
+def _decode(argument: object, label: str) -> bytes:
+    """The DER in what the host or a file gives: base64url or base64 with or without padding, or PEM.
+
+    Raises CMPError with the reason when there is none.
+    """
+    text = argument.decode("ascii", "replace") if isinstance(argument, bytes) else argument
+    if not isinstance(text, str) or not text.strip():
+        raise CMPError("it is empty")
+    if len(text) > MAX_DER * 3 // 2:
+        raise CMPError(f"it is larger than {MAX_DER} bytes")
+    if "-----BEGIN" in text:
+        match = re.search(rf"-----BEGIN {label}-----([^-]*)-----END", text)
+        if not match:
+            raise CMPError("it is PEM of another kind")
+        text = match.group(1)
+    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    if not re.fullmatch(r"[A-Za-z0-9+/]*", text):
+        raise CMPError("it is not base64")
+    try:
+        der = base64.b64decode(text + "=" * (-len(text) % 4))
+    except binascii.Error as err:
+        raise CMPError("it is not base64, or cut short") from err
+    _sequence(der)
+    return der
+
+
+# --- The host: acme2certifier, old or new, or none ----------------------------------------------------------
+
+HELPERS = ("acme2certifier.acme_srv.helper", "acme_srv.helper")  # since 0.45; up to 0.44
+
+
+def _host_helper() -> ModuleType | None:
+    """The host's helper module: the one that runs this process, else one that can be imported, else None."""
+    # import_module, for another thread may be in the middle of importing what sys.modules has.
+    for name in sorted(HELPERS, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue  # not this host; without any, the configuration file is read below
+    return None
+
+
+def _load_config(helper: ModuleType | None, logger: logging.Logger) -> Any:
+    """The host's configuration, a configparser object.
+
+    Always through the host's own `load_config` where there is a host: it reads YAML too, and overlays the
+    `[CAhandler:<name>]` section of a set-up with several CAs.
+    """
+    if helper is not None:
+        return helper.load_config(logger, "CAhandler")
+    import configparser  # only without a host
+
+    path = os.environ.get("ACME_SRV_CONFIGFILE", "")
+    if not path:
+        raise CMPError("no configuration: ACME_SRV_CONFIGFILE names no file and acme2certifier is not installed")
+    config = configparser.ConfigParser(interpolation=None)
+    config.optionxform = str  # type: ignore[assignment,method-assign]  # keep the case
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            config.read_file(file)
+    except (OSError, ValueError, configparser.Error) as err:
+        raise CMPError(f"cannot read {path}: {_one_line(str(err))}") from err
+    return config
+
+
+# --- Running openssl ----------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """How a program ended. `code` is None where it was killed because its time was up."""
+
+    code: int | None
+    output: str
+
+    def killed(self) -> str:
+        """How it was killed, or an empty string."""
+        if self.code is None:
+            return "openssl did not end in time and was killed"
+        return f"openssl was killed by signal {-self.code}" if self.code < 0 else ""
+
+
+def _run(argv: Sequence[str], limit: float, secrets: Mapping[str, str], keep: tuple[int, ...] = ()) -> Run:
+    """Run a program without a shell and without standard input; collect what it says.
+
+    It is killed, with all that it started, when `limit` seconds have passed or this call is interrupted.
+    `secrets` are added to its environment. `keep` are file descriptors that it inherits.
+    """
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **secrets},
+            pass_fds=keep,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as err:
+        raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
+    output, deadline = b"", time.monotonic() + limit
+    assert process.stdout is not None  # noqa: S101 - it is a pipe
+    with process.stdout as pipe:
+        try:
+            # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
+            poller = select.poll()
+            poller.register(pipe, select.POLLIN | select.POLLHUP)
+            while poller.poll(max(0, deadline - time.monotonic()) * 1000):
+                chunk = os.read(pipe.fileno(), 65536)
+                if not chunk:
+                    break
+                output = (output + chunk)[:MAX_OUTPUT]
+            tries = 0
+            while process.poll() is None and time.monotonic() < deadline:
+                tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
+                time.sleep(0 if tries < 100 else 0.01)
+        finally:
+            killed = process.poll() is None
+            if killed:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return Run(None if killed else process.returncode, output.decode("utf-8", "replace"))
+
+
+class Message(NamedTuple):
+    """One message of openssl, on one line."""
+
+    level: str
+    text: str
+
+
+MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$")
+# Where openssl prints the CA's words. An HTTP error's reason phrase is none: it is on one line, and unprotected.
+CA_WORDS = re.compile(
+    "(?:request rejected by server:|received error:|unexpected pkistatus:|received from .* )PKIStatus: "
+)
+QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
+
+
+def _messages(output: str, secrets: Sequence[str] = ()) -> list[Message]:
+    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
+
+    From the CA's words on, all is one message: they may hold line breaks, and lines that look like openssl's own.
+    The CA knows the shared secret and could send it back, so it is masked wherever the text is not openssl's own.
+    """
+    messages: list[Message] = []
+    lines = output.split("\n")
+    for number, line in enumerate(lines):
+        match = MESSAGE.match(line)
+        level, text = (match.group(1), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
+        words = bool(match and CA_WORDS.match(text))
+        if words:
+            text = "\n".join([text, *lines[number + 1 :]])
+        own, mark, other = text.partition("StatusString" if words else ":")
+        for secret in secrets:
+            if len(secret) > 3:
+                other = other.replace(secret, "***")
+        if text.strip():
+            messages.append(Message(level, _one_line(own + mark + other, 2 * MAX_TEXT)))
+        if words:
+            break
+    return messages
+
+
+def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str) -> None:
+    """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
+    levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
+    for level, text in messages:
+        lowest = level in ("debug", "trace") or re.match(expected, text)
+        logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
+
+
+REJECTION = re.compile(
+    r"PKIStatus: (?P<status>[^;]*);?"
+    r"(?: PKIFailureInfo: (?P<failure>[\w, ]*);?)?(?: <no failure info>;?)?"
+    r'(?: StatusStrings?: "(?P<text>.*?)"(?:; (?=errorCode|cannot extract)|$))?'
+)
+
+
+def _errors(messages: Sequence[Message]) -> list[str]:
+    """The texts of openssl's error messages, each once."""
+    return list(dict.fromkeys(m.text for m in messages if m.level in ("fatal", "alert", "critical", "error")))
+
+
+def _said_no(errors: Sequence[str]) -> bool:
+    """Whether the CA itself said no (a text of more than 1 kB makes OpenSSL 3.0 leave out the details)."""
+    return any(CA_WORDS.match(error) or error.startswith('received "rejection" status') for error in errors)
+
+
+def _reason(run: Run, messages: Sequence[Message], server: str) -> str:
+    """Why openssl failed, on one line, with a hint where one is known."""
+    errors = _errors(messages)
+    found = next((REJECTION.search(error) for error in errors if CA_WORDS.match(error)), None)
+    if _said_no(errors):
+        status, failure, text = found.groups() if found else ("rejection", None, None)
+        status = status.strip()
+        searched = failure or f"PKIStatus: {status}"  # the CA's own words must not choose the hint
+        words = ", ".join([failure or status] + ([f"'{text}'"] if text else []))
+        what = f"CMP server {server} {'answered' if status == 'waiting' else 'rejected the request:'} {words}"
+    elif run.killed():
+        searched = what = f"{run.killed()} (CMP server {server})"
+    else:
+        if not errors or errors[0].startswith("cannot set up CMP context"):  # the cause is no message of the log
+            errors = [m.text for m in messages if re.search("error|unable|could not|cannot|unknown|no ", m.text, re.I)]
+        what = f"CMP with {server} failed: {'; '.join(errors[:4]) or 'openssl gave no reason'}"
+        searched = " ".join(m.text for m in messages)
+    hint = next((hint for words, hint in HINTS if words.lower() in searched.lower()), "")
+    return _one_line(what) + (f" ({hint})" if hint else "")
+
+
+class Binary(NamedTuple):
+    """What an openssl program can do: `options` maps each option of its `cmp` to whether it takes a value."""
+
+    path: str
+    version: str
+    options: dict[str, bool]
+
+    def converts_csr(self) -> bool:
+        """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
+        number = re.match(r"OpenSSL (\d+)\.\d+\.\d+(-(?:alpha|beta|dev|pre))?", self.version)
+        return number is not None and int(number.group(1)) >= 3 and not number.group(2)
+
+
+NO_BINARY = Binary("", "", {})
+_binaries: dict[tuple[str, int, int], Binary] = {}  # asked once per process, and again when the file changes
+
+
+def _binary(name: str) -> Binary:
+    """Ask an openssl program for its version and the options of its `cmp`. Raises CMPError if it has none."""
+    path = shutil.which(name)
+    if path is None:
+        raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
+    info = os.stat(path)
+    key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
+    if key not in _binaries:
+        run = _run([path, "cmp", "-help"], 10, {})
+        # " -name val   description": a value's type stands one blank behind the name, a description two or more.
+        found = re.findall(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", run.output, re.M)
+        options = {option: bool(value) for option, value in found}
+        version = _run([path, "version"], 10, {}).output.partition("(")[0]
+        _binaries[key] = Binary(path, _one_line(version, 60), options)
+    binary = _binaries[key]
+    if not binary.options.keys() >= {"cmd", "server"}:
+        raise CMPError(
+            f"cmp_openssl_bin: {path} ({binary.version or 'no version'}) has no cmp command: install OpenSSL 3.0"
+        )
+    return binary
+
+
+# --- From the section to openssl's options ------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """The `[CAhandler]` section, read and checked."""
+
+    binary: Binary
+    directory: str
+    own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
+    options: dict[str, str | None]  # openssl's option -> value; None for a bare flag
+    secrets: dict[str, str]  # environment variables for openssl
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def server(self) -> str:
+        """Who answers, for messages."""
+        return _one_line(self.options.get("server") or "of the OpenSSL configuration file", 100)
+
+    def seconds(self, name: str) -> int:
+        """One of the two time-outs."""
+        return int(self.options.get(name) or self.options.get(OLD_NAMES[name]) or 0)
+
+
+ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
+
+
+def _slash_dn(value: str) -> str:
+    """`C=DE, CN=x` in openssl's notation `/C=DE/CN=x`. Raises CMPError where it is no DN."""
+    if value.startswith("/"):
+        return value
+    text = ""
+    for part in re.split(r"(?<!\\),", value):
+        attribute, equals, content = part.strip().replace("\\,", ",").partition("=")
+        if not equals or not attribute.strip():
+            raise CMPError(f"'{_one_line(value)}' is not a distinguished name such as C=DE, CN=Issuing CA")
+        text += "/" + attribute.strip() + "=" + re.sub(r"(?<!\\)/", r"\\/", content.strip())
+    return text
+
+
+def _file_list(option: str, value: str) -> list[str]:
+    """The files that an option names: openssl splits some at commas and blanks, and knows no escape for a blank."""
+    return [name for name in re.split(r"[,\s]+", value) if name] if option in FILE_LIST_KEYS else [value]
+
+
+def _unreadable(option: str, value: str) -> Iterator[str]:
+    """The files named by an option's value that cannot be read. A URI such as pkcs11: is openssl's to open."""
+    for name in _file_list(option, value):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
+            continue
+        if not os.path.isfile(name):
+            yield f"{_one_line(name, 100)} is not a file"
+        elif not os.access(name, os.R_OK):
+            yield f"{_one_line(name, 100)} cannot be read by this process"
+
+
+def _credentials(section: Mapping[str, str], errors: list[str]) -> dict[str, str]:
+    """`section` with cmp_ref and cmp_secret, taken from environment variables where it says so."""
+    result = dict(section)
+    for key in ("cmp_ref", "cmp_secret"):
+        variable = result.pop(key + "_variable", None)
+        if variable is None or result.get(key):
+            continue  # a configured value takes precedence
+        value = os.environ.get(variable, "")
+        if value:
+            result[key] = value
+        else:
+            errors.append(f"{key}_variable: the environment variable {_one_line(variable)} is not set")
+    return result
+
+
+def _known_option(option: str, binary: Binary) -> str:
+    """The option as this openssl spells it. Raises CMPError where it has none, or none that enrols."""
+    if option in FORBIDDEN_KEYS:
+        raise CMPError(f"-{option} is not for enrolling at a CA: delete it")
+    if not binary.options or option in binary.options:
+        return option
+    if OLD_NAMES.get(option) in binary.options:
+        return OLD_NAMES[option]
+    if option == "profile":
+        raise CMPError(f"needs OpenSSL 3.3 or later, this is {binary.version}")
+    near = _nearest(option, sorted(set(binary.options) - FORBIDDEN_KEYS - RUNTIME_KEYS | OUR_KEYS))
+    raise CMPError(f"this openssl has no option -{_one_line(option)}" + (f"; did you mean cmp_{near}?" if near else ""))
+
+
+def _option_value(option: str, value: str, binary: Binary) -> str | None:
+    """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
+    takes_value = binary.options.get(option)
+    if value.lower() in ON:
+        if takes_value:
+            raise CMPError("needs a value, not True")
+        return None
+    if takes_value is False:
+        raise CMPError("is a switch: set it to True or False")
+    if not value or "\0" in value:
+        raise CMPError("has no value: give it one, or delete the line")
+    if option in FILE_KEYS | FILE_LIST_KEYS:
+        faults = list(_unreadable(option, value))
+        if faults:
+            raise CMPError(", ".join(faults))
+    if option in (*OLD_NAMES, *OLD_NAMES.values()) and not re.fullmatch(r"\d{1,6}", value):
+        raise CMPError("must be a number of seconds")
+    if option in ("total_timeout", "totaltimeout") and int(value) == 0:
+        raise CMPError("0 would wait for ever: set a number of seconds")
+    if option == "cmd" and value not in ("ir", "cr", "p10cr"):
+        raise CMPError("only ir, cr and p10cr enrol a certificate")
+    if option == "popo" and value not in ("-1", "0"):
+        raise CMPError("only 0 (raVerified) and -1 (none) are possible: the private key stays with the ACME client")
+    if option in ("server", "proxy") and "@" in value:
+        raise CMPError(
+            "a user and password there are visible to every local user, and openssl ignores them: remove them"
+        )
+    return _slash_dn(value) if option in DN_KEYS else value
+
+
+def _settings(section: Mapping[str, str]) -> Settings:
+    """Turn the section into openssl's options, with every error and warning that it deserves."""
+    errors: list[str] = []
+    warnings: list[str] = []
+    secrets: dict[str, str] = {}
+    section = _credentials({key: str(value).strip() for key, value in section.items()}, errors)
+    name, binary = section.get("cmp_openssl_bin") or "openssl", NO_BINARY
+    if "cmp_openssl_bin" not in section:
+        warnings.append(f"cmp_openssl_bin is not set: using {shutil.which(name) or name}, the first one on the PATH")
+    try:
+        binary = _binary(name)
+    except (CMPError, OSError) as err:
+        errors.append(str(err))
+    options: dict[str, str | None] = {"cmd": "ir", "popo": "0"}
+    for key, value in section.items():
+        option = key[4:]
+        if not key.startswith("cmp_") or option in OUR_KEYS:
+            continue
+        if option in RUNTIME_KEYS:
+            warnings.append(f"{key} is set by the handler itself and ignored here: delete it")
+            continue
+        try:
+            option = _known_option(option, binary)
+            options.pop(option, None)
+            if value.lower() not in OFF:
+                checked = _option_value(option, value, binary)
+                options[option] = _secret_source(option, checked, secrets) if option in SECRET_KEYS else checked
+        except CMPError as err:
+            errors.append(f"{_one_line(key)}: {err}")
+            options[option] = None  # it is there, if not usable
+    if not options.keys() & {"config", "section"}:  # else an OpenSSL configuration file may hold all of this
+        _check_essentials(options, errors, warnings)
+    errors += _set_timeouts(options, binary)
+    own = not section.get("cmp_tmp_dir")
+    directory = os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}") if own else section["cmp_tmp_dir"]
+    return Settings(binary, directory, own, options, secrets, tuple(errors), tuple(warnings))
+
+
+def _set_timeouts(options: dict[str, str | None], binary: Binary) -> list[str]:
+    """Add the time-outs that are not configured. openssl wants the total to be no less than that of a message."""
+    message, total = (old if old in binary.options else name for name, old in OLD_NAMES.items())
+    given = options.get(message), options.get(total)
+    options[message] = given[0] or str(min(MSG_TIMEOUT, int(given[1] or MSG_TIMEOUT)))
+    options[total] = given[1] or str(max(TOTAL_TIMEOUT, int(given[0] or 0) + MSG_TIMEOUT))
+    if given[0] and given[1] and int(given[0]) > int(given[1]):
+        return ["cmp_total_timeout must not be less than cmp_msg_timeout"]
+    return []
+
+
+def _secret_source(option: str, value: str | None, secrets: dict[str, str]) -> str:
+    """The value for openssl's `-secret` and the like; the secret itself goes into the environment.
+
+    OpenSSL's source prefixes keep their meaning (openssl-passphrase-options(1)); without one it is the secret.
+    """
+    prefix, colon, rest = (value or "").partition(":")
+    if colon and prefix == "env":
+        if not os.environ.get(rest):
+            raise CMPError(f"the environment variable {_one_line(rest)} is not set")
+        secrets[rest] = os.environ[rest]
+    elif colon and prefix == "file":
+        for fault in _unreadable("", rest):
+            raise CMPError(fault)
+    elif not (colon and prefix == "fd") and value != "stdin":
+        variable = "CMP_CA_HANDLER_" + option.upper()
+        secrets[variable] = rest if colon and prefix == "pass" else value or ""
+        return "env:" + variable
+    return value or ""
+
+
+def _check_essentials(options: Mapping[str, str | None], errors: list[str], warnings: list[str]) -> None:
+    """What an enrolment cannot do without."""
+    if "server" not in options:
+        errors.append("cmp_server is missing: set it to the address:port of the CMP server")
+    if "secret" not in options and "unprotected_requests" not in options:
+        if "cert" not in options or "key" not in options:
+            errors.append("no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key")
+        elif not options.keys() & {"trusted", "srvcert"}:
+            warnings.append("cmp_trusted is not set: the CA's signed answers cannot be verified")
+    if "tls_used" in options and "tls_trusted" not in options:
+        warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
+
+
+# --- A transaction is a directory ---------------------------------------------------------------------------
+
+
+def _directory_fault(settings: Settings) -> str:
+    """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
+    path = settings.directory
+    if re.search(r"[\s,\\]", path):
+        return f"cmp_tmp_dir {path}: openssl cannot use a name with a blank, a comma or a backslash"
+    while path and not os.path.lexists(path):
+        path = os.path.dirname(path)  # it will be made, if its parent lets us
+    path = path or os.curdir
+    try:
+        info = os.stat(path)
+        if settings.own_directory and os.path.islink(settings.directory):
+            return f"cmp_tmp_dir {path} is a symbolic link: set cmp_tmp_dir to a directory of your own"
+    except OSError as err:
+        return f"cmp_tmp_dir {path}: {err.strerror}"
+    if not os.path.isdir(path):
+        return f"cmp_tmp_dir {path} is not a directory"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return f"cmp_tmp_dir {path} cannot be written by this process: change its owner or mode"
+    # Whoever can rename our directories can put another public key into a request.
+    if path == settings.directory and info.st_uid not in (os.geteuid(), 0):
+        return f"cmp_tmp_dir {path} belongs to another user: give it to the user of acme2certifier"
+    if info.st_mode & 0o002 and not info.st_mode & 0o1000:
+        return f"cmp_tmp_dir {path} can be written by every local user: chmod it to 0700"
+    return ""
+
+
+class Transaction:
+    """`<cmp_tmp_dir>/<id>/`, locked while it is in use.
+
+    csr.pem, pubkey.pem, subject, profile   the request
+    NNN-MMM.der                             response MMM of the CA, as saved by run NNN of openssl
+    waiting                                 there when the CA's answer is still out
+    lock                                    held by the process that works on it, and by its openssl
+    """
+
+    def __init__(self, base: str, identifier: str, lock: int) -> None:
+        self.identifier = identifier
+        self.path = os.path.join(base, identifier)
+        self.lock = lock
+
+    def file(self, name: str) -> str:
+        """The path of one of its files."""
+        return os.path.join(self.path, name)
+
+    def write(self, name: str, text: str) -> None:
+        """Make one of its files."""
+        with open(self.file(name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def read(self, name: str) -> str:
+        """The text of one of its files, empty if there is none."""
+        if not os.path.exists(self.file(name)):
+            return ""
+        with open(self.file(name), encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def close(self, keep: bool, logger: logging.Logger) -> None:
+        """Let go of the directory, and delete it unless it is to `keep`.
+
+        The lock file goes first, so that nobody can take the transaction up again.
+        """
+        try:
+            if not keep:
+                os.remove(self.file("lock"))
+            os.close(self.lock)
+            if not keep:
+                _delete(self.path)
+        except OSError as err:
+            logger.error("cannot delete %s: %s", self.path, err.strerror)
+
+
+def _delete(path: str) -> None:
+    """Delete a transaction's directory, with one descriptor at the most: they may be what there is none of."""
+    try:
+        for name in os.listdir(path):
+            os.remove(os.path.join(path, name))
+        os.rmdir(path)
+    except IsADirectoryError:
+        shutil.rmtree(path)
+
+
+def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
+    """A new transaction with a random identifier."""
+    for _ in range(2):  # and again when it is there: somebody may have been quicker than us
+        fault = _directory_fault(settings)
+        if fault:
+            raise CMPError(fault)
+        if os.path.isdir(settings.directory):
+            break
+        os.makedirs(settings.directory, 0o700, exist_ok=True)
+    _sweep(settings.directory, logger)
+    identifier = os.urandom(16).hex()
+    path = os.path.join(settings.directory, identifier)
+    os.mkdir(path, 0o700)
+    try:
+        lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError:
+        os.rmdir(path)
+        raise
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return Transaction(settings.directory, identifier, lock)
+
+
+def _resume(base: str, identifier: object) -> Transaction:
+    """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it.
+
+    The lock goes with the process that holds it, however that ends. openssl inherits it, so that nobody
+    interferes while an openssl runs whose handler was killed.
+    """
+    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
+        raise CMPError("not a transaction identifier")
+    unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
+    try:
+        lock = os.open(os.path.join(base, identifier, "lock"), os.O_RDWR | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise unknown from err
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        os.close(lock)
+        raise CMPError(f"transaction {identifier} is in progress: somebody else polls it now") from err
+    if not os.path.exists(os.path.join(base, identifier, "lock")):  # finished between our open and our lock
+        os.close(lock)
+        raise unknown
+    return Transaction(base, identifier, lock)
+
+
+_swept: dict[str, float] = {}
+
+
+def _sweep(base: str, logger: logging.Logger) -> None:
+    """Delete what killed enrolments left: an hour old, not waiting for the CA, and nobody holds the lock."""
+    now = time.time()
+    if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
+        return
+    _swept[base] = now
+    for name in os.listdir(base):
+        path = os.path.join(base, name)
+        if not re.fullmatch("[0-9a-f]{32}", name):
+            continue
+        try:
+            if now - os.lstat(path).st_mtime > ABANDONED:
+                if not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
+                    _delete(path)
+                elif os.path.exists(os.path.join(path, "waiting")):
+                    continue
+                else:
+                    _resume(base, name).close(False, logger)
+                logger.warning("deleted %s, left by an enrolment that was killed", path)
+        except (CMPError, OSError) as err:
+            logger.debug("not swept: %s", _one_line(str(err)))
+
+
+def _body_type(path: str) -> int | None:
+    """The type of a saved CMP message (RFC 4210, 5.1.2), None where it is not a whole one."""
+    try:
+        with open(path, "rb") as file:
+            return _sequence(file.read(MAX_DER))[1].tag & 0x1F
+    except (CMPError, IndexError):
+        return None
+
+
+def _replay(log: list[str]) -> list[str]:
+    """What of the saved responses openssl has to see again.
+
+    The newest one holds the nonce that the CA expects next. An older pollRep has no more to say, and openssl
+    would sleep for its checkAfter.
+    """
+    return [path for path in log[:-1] if _body_type(path) != POLLREP] + log[-1:]
+
+
+def _saved_responses(transaction: Transaction) -> tuple[int, list[str]]:
+    """The last run's number and the valid responses, in order.
+
+    Each run writes all responses anew, those replayed first. One that was killed while it replayed knows less
+    than the run before.
+    """
+    runs: dict[int, list[str]] = {}
+    for name in sorted(os.listdir(transaction.path)):
+        match = re.fullmatch(r"(\d{3,})-\d{3,}\.der", name)
+        if match:
+            runs.setdefault(int(match.group(1)), []).append(transaction.file(name))
+    log: list[str] = []
+    for number in sorted(runs):
+        whole = []
+        for path in runs[number]:
+            if _body_type(path) is None:
+                break
+            whole.append(path)
+        if len(whole) > len(_replay(log)):
+            log = whole
+    return max(runs, default=0), log
+
+
+# --- The request --------------------------------------------------------------------------------------------
+
+
+class CSR(NamedTuple):
+    """What a PKCS #10 request (RFC 2986) asks for, the key apart."""
+
+    der: bytes
+    subject: Name
+    extensions: dict[str, bytes]
+
+
+def _csr(argument: object) -> CSR:
+    """Read a CSR as the host gives it. Raises CMPError where it is none."""
+    try:
+        der = _decode(argument, "(?:NEW )?CERTIFICATE REQUEST")
+    except CMPError as err:
+        raise CMPError(f"not a usable CSR: {err}") from err
+    try:
+        _, subject, _, *attributes = _sequence(_sequence(der)[0].raw)
+        extensions: dict[str, bytes] = {}
+        for attribute in _elements(attributes[0].value) if attributes else ():
+            kind, values = _sequence(attribute.raw)
+            if _oid(kind.value) in EXTENSION_REQUESTS:
+                extensions.update(_extensions(values.value))
+        return CSR(der, _name(subject.raw), extensions)
+    except (CMPError, IndexError, ValueError) as err:
+        raise CMPError("not a usable CSR: it is not a PKCS #10 request") from err
+
+
+def _alternative_names(csr: CSR) -> Iterator[tuple[str, str]]:
+    """The CSR's subjectAltNames (RFC 5280, 4.2.1.6) as (type, text); text is empty where -sans cannot carry it."""
+    for name in _sequence(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
+        kind = {0x82: "DNS", 0x86: "URI", 0x87: "IP"}.get(name.tag, f"[{name.tag & 0x1F}]")
+        text = name.value.decode("ascii", "replace")
+        if kind == "IP":
+            import ipaddress  # only for a cmpossl before 3.0
+
+            text = str(ipaddress.ip_address(name.value)) if len(name.value) in (4, 16) else ""
+        usable = kind in ("DNS", "URI", "IP") and not re.search(r"[\s,\\\ufffd]", text) and text.isprintable()
+        yield kind, text if usable else ""
+
+
+def _subject(csr: CSR, settings: Settings) -> str | None:
+    """What to pass as `-subject`; None leaves the subject to `-csr`."""
+    converts = settings.binary.converts_csr()
+    if csr.subject:
+        text = _slash_form(csr.subject, exact=converts)
+        if text is None and not converts:
+            raise CMPError(
+                f"{settings.binary.version} cannot carry the subject {_name_text(csr.subject)}, OpenSSL 3.0 can"
+            )
+        return text
+    if "subject" in settings.options:
+        return settings.options["subject"]
+    # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
+    for kind, name in _alternative_names(csr):
+        if kind == "DNS" and 0 < len(name) <= 64:
+            return _slash_form([[Attribute("2.5.4.3", UTF8, name, b"")]], exact=True)
+    return None
+
+
+def _request(csr: CSR, settings: Settings, transaction: Transaction, logger: logging.Logger) -> list[str]:
+    """The options that describe one enrolment."""
+    known = settings.binary.options
+    arguments = ["-newkey", transaction.file("pubkey.pem"), "-certout", transaction.file("cert.pem")]
+    arguments += ["-extracertsout", transaction.file("extracerts.pem")]
+    if "cacertsout" in known:
+        arguments += ["-cacertsout", transaction.file("capubs.pem")]
+    # Without -san_nodefault the names of the RA's own certificate go into the request.
+    arguments += [switch for switch in ("-san_nodefault", "-batch") if switch[1:] in known]
+    subject = _subject(csr, settings)
+    if settings.binary.converts_csr() or settings.options.get("cmd") == "p10cr":
+        arguments += ["-csr", transaction.file("csr.pem")]
+    else:
+        names = list(_alternative_names(csr))
+        lost = [kind for kind, name in names if not name] + [e for e in csr.extensions if e != SUBJECT_ALT_NAME]
+        if lost:
+            logger.warning(
+                "%s cannot carry these parts of the CSR, OpenSSL 3.0 can: %s",
+                settings.binary.version,
+                ", ".join(lost),
+            )
+        if any(name for _, name in names):
+            arguments += ["-sans", ",".join(name for _, name in names if name)]
+    if subject is not None and settings.options.get("cmd") != "p10cr":
+        transaction.write("subject", subject)
+        arguments += ["-subject", subject]
+    return arguments
+
+
+def _verify(csr: CSR, settings: Settings, transaction: Transaction) -> None:
+    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit.
+
+    `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, section 4), and neither
+    the host nor `openssl cmp` does.
+    """
+    transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
+    argv = [settings.binary.path, "req", "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
+    run = _run(argv, 10 + GRACE, {})
+    # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
+    verified = re.search(r"^(Certificate request self-signature )?verify OK$", run.output, re.M)
+    key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
+    if re.search("verify failure", run.output):
+        raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused")
+    if run.code != 0 or not verified or not key:
+        said = [m.text for m in _messages(run.output)]
+        raise CMPError(f"openssl cannot use the CSR: {run.killed() or _one_line('; '.join(said[:2]))}")
+    transaction.write("pubkey.pem", key.group(0))
+
+
+# --- The exchange with the CA, and its three verdicts -------------------------------------------------------
+
+ISSUED, WAITING, FAILED = "issued", "waiting", "failed"
+BROKEN_OFF = re.compile("transfer error|transfer timeout|total timeout|connect timeout|error transferring")
+
+
+class Outcome(NamedTuple):
+    """How an exchange ended; `final` is a no that the CA will not take back."""
+
+    verdict: str
+    reason: str = ""
+    final: bool = False
+
+
+def _exchange(settings: Settings, transaction: Transaction, request: list[str], logger: logging.Logger) -> Outcome:
+    """Run openssl for an enrolment: from the start, or on from the responses that are saved in `transaction`."""
+    number, log = _saved_responses(transaction)
+    replay = _replay(log)
+    arguments = list(request)
+    _log_command(settings, arguments, logger)
+    if "rspout" in settings.binary.options:
+        names = [f"{transaction.path}/{number + 1:03d}-{i:03d}.der" for i in range(MAX_RESPONSES)]
+        arguments += ["-rspout", ",".join(names)]
+    if replay:
+        arguments += ["-rspin", ",".join(replay)]
+    _reserve(transaction)
+    run, messages = _openssl_cmp(settings, arguments, transaction.lock)
+    before, (_, log) = log, _saved_responses(transaction)
+    _prune(transaction, log)
+    outcome = _outcome(run, messages, settings, log, log != before)
+    if run.code == 0 and not _certificates(transaction.file("cert.pem"), logger):
+        full = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
+        outcome = Outcome(FAILED, full)
+    elif replay and log != before and outcome.verdict == FAILED and not outcome.final:
+        os.remove(log[-1])  # openssl refused it: somebody else's, and no part of the transaction
+    expected = ["-server option|too few -rspin"] if replay else []
+    expected += ["total timeout|polling failed"] if outcome == Outcome(WAITING) else []
+    _log_messages(logger, messages, "|".join(expected) or "$")
+    return outcome
+
+
+def _outcome(run: Run, messages: Sequence[Message], settings: Settings, log: Sequence[str], news: bool) -> Outcome:
+    """The verdict on a run that has left the responses `log`; `news` says whether it got any itself."""
+    if run.code == 0:
+        return Outcome(ISSUED)
+    errors, reason = _errors(messages), _reason(run, messages, settings.server)
+    if _said_no(errors) or any(error.startswith("certificate not accepted") for error in errors):
+        return Outcome(FAILED, reason, final="PKIStatus: waiting" not in " ".join(errors))
+    broken_off = bool(run.killed()) or any(BROKEN_OFF.match(error) for error in errors)
+    if broken_off and log and len(log) < MAX_RESPONSES:
+        return Outcome(WAITING, "" if news and _body_type(log[-1]) == POLLREP else reason)
+    return Outcome(FAILED, reason)
+
+
+def _reserve(transaction: Transaction) -> None:
+    """Raise OSError, before anything is asked of the CA, where the disk has no room for its answers."""
+    with open(transaction.file("reserve"), "wb") as file:
+        file.write(bytes(MAX_DER))
+    os.remove(transaction.file("reserve"))
+
+
+def _prune(transaction: Transaction, log: list[str]) -> None:
+    """Delete the saved responses that another run has superseded."""
+    for name in os.listdir(transaction.path):
+        if name.endswith(".der") and transaction.file(name) not in log:
+            os.remove(transaction.file(name))
+
+
+def _command(settings: Settings, arguments: Sequence[str]) -> list[str]:
+    """The openssl command line: the configured options in their order, then what belongs to this request."""
+    argv = [settings.binary.path, "cmp"]
+    for option, value in settings.options.items():
+        if option == "subject" or (option == "popo" and settings.options.get("cmd") == "p10cr"):
+            continue  # decided for each request; no part of a p10cr
+        argv += ["-" + option] if value is None else ["-" + option, value]
+    return argv + list(arguments)
+
+
+def _log_command(settings: Settings, arguments: Sequence[str], logger: logging.Logger) -> None:
+    """The command line for the log. It holds no secret: those are in the environment."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("running %s", " ".join(map(_one_line, _command(settings, arguments))))
+
+
+def _openssl_cmp(settings: Settings, arguments: Sequence[str], lock: int) -> tuple[Run, list[Message]]:
+    """One run of `openssl cmp`."""
+    limit = settings.seconds("total_timeout") + GRACE
+    run = _run(_command(settings, arguments), limit, settings.secrets, (lock,))
+    return run, _messages(run.output, list(settings.secrets.values()))
+
+
+# --- The chain ----------------------------------------------------------------------------------------------
+
+
+def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
+    """The certificates in a PEM or DER file; what is none is passed over."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, "rb") as file:
+        data = file.read()
+    pem = r"-----BEGIN (?:X509 )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
+    blocks = [data] if data[:1] == b"\x30" else re.findall(pem.encode(), data)
+    found = []
+    for block in blocks:
+        try:
+            found.append(_certificate(block if block is data else binascii.a2b_base64(block)))
+        except (CMPError, binascii.Error) as err:
+            logger.debug("%s: %s", path, err)
+    return found
+
+
+def _pool(settings: Settings, transaction: Transaction, logger: logging.Logger) -> list[Certificate]:
+    """Where issuers may be found: what came with the response, then what the configuration names."""
+    paths = [transaction.file("extracerts.pem"), transaction.file("capubs.pem")]
+    for option in ("untrusted", "trusted"):
+        paths += _file_list(option, settings.options.get(option) or "")
+    found = [cert for path in paths[:2] for cert in _certificates(path, logger)]
+    if not found:  # openssl forgets them when the CA delays its answer to the confirmation
+        found = [cert for path in _saved_responses(transaction)[1] for cert in _message_certificates(path, logger)]
+    return found + [cert for path in paths[2:] for cert in _certificates(path, logger)]
+
+
+def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate]:
+    """extraCerts and caPubs of a saved response (RFC 4210, 5.1 and 5.3.4)."""
+    found = []
+    try:
+        with open(path, "rb") as file:
+            _, body, *rest = _sequence(file.read(MAX_DER))
+        capubs = _sequence(body.value)[:1] if body.tag & 0x1F in (IP, CP) else []
+        for field in [*rest, *capubs]:
+            if field.tag == 0xA1:
+                found += [_certificate(element.raw) for element in _sequence(field.value)]
+    except (CMPError, ValueError) as err:
+        logger.debug("%s: %s", path, err)
+    return found
+
+
+def _chain(leaf: Certificate, pool: Sequence[Certificate]) -> list[Certificate]:
+    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
+
+    extraCerts begins with the CMP server's own certificate and may hold anything; clients take the second
+    certificate for the issuer.
+    """
+    chain = [leaf]
+    while not chain[-1].self_signed():
+        last = chain[-1]
+        for candidate in pool:
+            keys_fit = not (candidate.subject_key and last.authority_key) or candidate.subject_key == last.authority_key
+            if _name_key(candidate.subject) == _name_key(last.issuer) and keys_fit and candidate not in chain:
+                chain.append(candidate)
+                break
+        else:
+            break
+    return chain
+
+
+# --- The handler --------------------------------------------------------------------------------------------
+
+Enrolled = tuple[Optional[str], Optional[str], Optional[str], Optional[str]]
+Polled = tuple[Optional[str], Optional[str], Optional[str], Optional[str], bool]
+Revoked = tuple[int, Optional[str], Optional[str]]
+ACME_ERROR = "urn:ietf:params:acme:error:"
+_warned: dict[str, bool] = {}
+
+
+class CAhandler:
+    """What acme2certifier calls: a context manager, made anew for each call.
+
+    No method lets an exception out: a failure is a log line and an error value.
+    """
+
+    profile_mapping_field = "cmp_profile"
+
+    def __init__(self, debug: bool | None = None, logger: logging.Logger | None = None) -> None:
+        self.debug = debug
+        self.logger = logger or logging.getLogger("cmp_ca_handler")
+        # Read and set by the host's profile functions.
+        self.cmp_profile: str | None = None
+        self.profiles: Any = {}
+        self.eab_profiling: Any = False
+        self.eab_handler: Any = None
+        self.header_info_field: Any = None
+        self._helper: ModuleType | None = None
+        self._config: Any = {}
+        self.section: dict[str, str] = {}
+        self.config_error = ""
+
+    def __enter__(self) -> CAhandler:
+        """Read the configuration. Starts no process and leaves nothing on disk: the host does this at every GET."""
+        try:
+            self._helper = _host_helper()
+            self._config = _load_config(self._helper, self.logger)
+            if "CAhandler" not in self._config:
+                raise CMPError("the configuration has no [CAhandler] section")
+            self.section = {key: str(value) for key, value in self._config["CAhandler"].items() if key[:4] == "cmp_"}
+        except Exception as err:
+            self.config_error = self._failure("configuration", err)
+        for key in self._profile_keys():
+            setattr(self, key, self.section.get(key))
+        return self
+
+    def use_section(self, name: str) -> None:
+        """Overlay `[CAhandler:<name>]`, for the command line: in the host, its `load_config` does that."""
+        if name != "CAhandler":
+            if name not in self._config:
+                raise CMPError(f"the configuration has no section [{_one_line(name)}]")
+            self.section.update({key: value for key, value in self._config[name].items() if key[:4] == "cmp_"})
+
+    def __exit__(self, *args: object) -> None:
+        """Nothing is open between calls."""
+
+    def enroll(self, csr: str) -> Enrolled:
+        """Get a certificate for a CSR (base64url DER, or PEM).
+
+        Returns (error, bundle in PEM with the leaf first, leaf's DER in base64, poll identifier). A CA that has
+        not decided yet gives (None, None, None, identifier).
+        """
+        try:
+            return self._enroll(csr)
+        except Exception as err:
+            return (self._failure("enrolment", err), None, None, None)
+
+    def poll(self, cert_name: str, poll_identifier: str, csr: str) -> Polled:
+        """Go on with an enrolment that the CA had not decided.
+
+        Returns (error, bundle, certificate, identifier, rejected). `rejected` is the CA's final no; a CA that
+        cannot be reached is an error, and the next poll tries again.
+        """
+        try:
+            return self._poll(poll_identifier)
+        except Exception as err:
+            return (self._failure("poll", err), None, None, poll_identifier, False)
+
+    def revoke(self, cert: str, rev_reason: str | None = None, rev_date: str | None = None) -> Revoked:
+        """Revoke a certificate (base64url DER, or PEM) for a reason of RFC 5280, 5.3.1, by name or number.
+
+        Returns (200, None, None) or (HTTP status, ACME error type, detail). CMP dates a revocation itself.
+        """
+        try:
+            return self._revoke(cert, rev_reason)
+        except NotACertificate as err:
+            return (400, ACME_ERROR + "malformed", self._failure("revocation", err))
+        except Exception as err:
+            return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
+
+    def trigger(self, payload: str) -> tuple[str, None, None]:
+        """CMP has no callbacks."""
+        return ("Method not implemented.", None, None)
+
+    def handler_check(self) -> str | None:
+        """None, or every fault of the configuration on one line. Does not contact the CA."""
+        try:
+            settings = _settings(self.section)
+            faults = [self.config_error] if self.config_error else [*settings.errors, _directory_fault(settings)]
+            return _one_line("; ".join(fault for fault in faults if fault), 4 * MAX_TEXT) or None
+        except Exception as err:
+            return self._failure("check", err)
+
+    # What the methods above do, as long as nothing goes wrong.
+
+    def _enroll(self, csr_argument: str) -> Enrolled:
+        started = time.monotonic()
+        section = self._profiled_section(csr_argument)
+        settings = self._checked(section)
+        csr = _csr(csr_argument)
+        changed = {key: value for key, value in section.items() if self.section.get(key) != value}
+        transaction = _begin(settings, self.logger)
+        keep = False
+        try:
+            if changed:
+                transaction.write("profile", json.dumps(changed))
+            _verify(csr, settings, transaction)
+            request = _request(csr, settings, transaction, self.logger)
+            outcome = _exchange(settings, transaction, request, self.logger)
+            if outcome.verdict == ISSUED:
+                return (None, *self._issued(settings, transaction, started), None)
+            if outcome.verdict == FAILED:
+                raise CMPError(outcome.reason)
+            os.link(transaction.file("lock"), transaction.file("waiting"))  # possible on a full disk too
+            keep = True
+            self.logger.info(
+                "CMP enrolment %s waits for the CA %s%s",
+                transaction.identifier,
+                settings.server,
+                f": {outcome.reason}" if outcome.reason else "",
+            )
+            return (None, None, None, transaction.identifier)
+        finally:
+            transaction.close(keep, self.logger)
+
+    def _poll(self, identifier: str) -> Polled:
+        started = time.monotonic()
+        if self.config_error:
+            raise CMPError(self.config_error)
+        settings = _settings(self.section)
+        transaction = _resume(settings.directory, identifier)
+        keep = True
+        try:
+            if _directory_fault(settings):
+                raise CMPError(_directory_fault(settings))
+            allowed = _saved_profile(transaction, self._profile_keys())
+            settings = self._checked({**self.section, **allowed})
+            settings = settings._replace(options={**settings.options, **_resumed_timeouts(settings)})
+            csr = _csr(transaction.read("csr.pem"))
+            if not _saved_responses(transaction)[1]:  # without them, openssl would begin a second transaction
+                raise CMPError(f"the saved responses in {transaction.path} are damaged: order the certificate again")
+            _verify(csr, settings, transaction)
+            request = _request(csr, settings, transaction, self.logger)
+            outcome = _exchange(settings, transaction, request, self.logger)
+            if outcome.verdict == ISSUED:
+                bundle, certificate = self._issued(settings, transaction, started)
+                keep = False
+                return (None, bundle, certificate, identifier, False)
+            if outcome.reason:
+                self.logger.error("CMP poll of %s: %s", identifier, outcome.reason)
+            keep = not outcome.final
+            return (outcome.reason or None, None, None, identifier, outcome.final)
+        finally:
+            transaction.close(keep, self.logger)
+
+    def _revoke(self, certificate: str, reason: str | None) -> Revoked:
+        code = str(reason).strip() if reason is not None else "unspecified"
+        number = {**REASONS, **{str(number): number for number in REASONS.values()}}.get(code)
+        if number is None:
+            detail = f"unknown revocation reason {_one_line(code, 40)}"
+            self.logger.error("CMP revocation failed: %s", detail)
+            return (400, ACME_ERROR + "badRevocationReason", detail)
+        try:
+            der = _decode(certificate, "CERTIFICATE")
+            parsed = _certificate(der)
+        except CMPError as err:
+            raise NotACertificate(f"not a certificate: {err}") from err
+        settings = self._checked(self._profiled_section(certificate, revocation=True))
+        options = {key: value for key, value in settings.options.items() if key not in ENROLMENT_KEYS}
+        settings = settings._replace(options={**options, "cmd": "rr"})
+        transaction = _begin(settings, self.logger)
+        try:
+            transaction.write("cert.pem", _pem(der))
+            arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
+            _log_command(settings, arguments, self.logger)
+            run, messages = _openssl_cmp(settings, arguments, transaction.lock)
+        finally:
+            transaction.close(False, self.logger)
+        _log_messages(self.logger, messages, "$")
+        what = f"serial={parsed.serial:x} issuer={_name_text(parsed.issuer)}"
+        if run.code == 0:
+            self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
+            return (200, None, None)
+        detail = _reason(run, messages, settings.server)
+        self.logger.error("CMP revocation failed: %s: %s", what, detail)
+        if any("PKIFailureInfo: certRevoked" in error for error in _errors(messages)):
+            return (400, ACME_ERROR + "alreadyRevoked", detail)
+        return (500, ACME_ERROR + "serverInternal", detail)
+
+    def _issued(self, settings: Settings, transaction: Transaction, started: float) -> tuple[str, str]:
+        """The bundle and the leaf in base64, and the one line in the log that says what was issued."""
+        leaf, *more = _certificates(transaction.file("cert.pem"), self.logger)
+        chain = _chain(leaf, [*more, *_pool(settings, transaction, self.logger)])
+        if len(chain) == 1 and not leaf.self_signed():
+            self.logger.warning("the CA did not send the issuer's certificate: name it in cmp_untrusted")
+        self.logger.info(
+            "certificate issued: subject=%s serial=%x issuer=%s chain=%d seconds=%.2f",
+            _name_text(leaf.subject),
+            leaf.serial,
+            _name_text(leaf.issuer),
+            len(chain),
+            time.monotonic() - started,
+        )
+        return "".join(_pem(cert.der) for cert in chain), base64.b64encode(leaf.der).decode()
+
+    def _profile_keys(self) -> list[str]:
+        """The keys that a profile may set: those that the configuration uses, without the protected ones."""
+        return [key for key in dict.fromkeys([*self.section, "cmp_profile"]) if key[4:] not in PROTECTED_KEYS]
+
+    def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
+        """The section, with what the profile of the order, of its account or of its HTTP header sets.
+
+        The host's functions do the choosing, where it has them, by `hasattr` and `setattr` on this object.
+        """
+        section, check = self.section, getattr(self._helper, "eab_profile_header_info_check", None)
+        if check is None:
+            return section
+        load_eab = getattr(self._helper, "config_eab_profile_load", None)
+        if load_eab:
+            self.eab_profiling, self.eab_handler = load_eab(self.logger, self._config)
+        if revocation:
+            check_revocation = getattr(self._helper, "eab_profile_revocation_check", None)
+            if check_revocation and self.eab_profiling and self.eab_handler:
+                check_revocation(self.logger, self, argument)
+        else:
+            load_header = getattr(self._helper, "config_headerinfo_load", None)
+            load_profiles = getattr(self._helper, "config_profile_load", None)
+            self.header_info_field = load_header(self.logger, self._config) if load_header else None
+            self.profiles = load_profiles(self.logger, self._config) if load_profiles else {}
+            error = check(self.logger, self, argument, self.profile_mapping_field)
+            if error:
+                raise CMPError(_one_line(str(error)))
+        self.section = section  # whatever attributes a profile has set
+        values = {key: getattr(self, key, None) for key in self._profile_keys()}
+        return {**section, **{key: value for key, value in values.items() if isinstance(value, str)}}
+
+    def _checked(self, section: Mapping[str, str]) -> Settings:
+        """The settings. Raises CMPError, before anything is sent, with every error there is."""
+        if self.config_error:
+            raise CMPError(self.config_error)
+        settings = _settings(section)
+        for warning in settings.warnings:
+            if warning not in _warned:  # once per process is enough
+                _warned[warning] = True
+                self.logger.warning("configuration: %s", warning)
+        if settings.errors:
+            raise CMPError("configuration error: " + "; ".join(settings.errors))
+        return settings
+
+    def _failure(self, what: str, err: Exception) -> str:
+        """Log a failure and give its text."""
+        if isinstance(err, CMPError):
+            text = str(err)
+        elif isinstance(err, OSError):
+            text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
+            text += next((f" ({hint})" for words, hint in HINTS if words in text), "")
+        else:
+            line = err.__traceback__.tb_lineno if err.__traceback__ else 0
+            text = f"internal error: {type(err).__name__} {err} (line {line})"
+        text = _one_line(text, 4 * MAX_TEXT)
+        self.logger.error("CMP %s failed: %s", what, text)
+        return text
+
+
+def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str, str]:
+    """What the order's profile had set when the enrolment began."""
+    try:
+        profile = json.loads(transaction.read("profile") or "{}")
+        return {key: str(value) for key, value in profile.items() if key in allowed}
+    except (ValueError, AttributeError, RecursionError) as err:
+        raise CMPError(f"the file {transaction.file('profile')} is damaged: order the certificate again") from err
+
+
+def _resumed_timeouts(settings: Settings) -> dict[str, str | None]:
+    """A resumed run is short, whatever checkAfter the CA asks for, but long enough for one answer."""
+    name = next((n for n in ("total_timeout", OLD_NAMES["total_timeout"]) if n in settings.options), "total_timeout")
+    return {name: str(max(RESUMED_TIMEOUT, settings.seconds("msg_timeout") + 1))}
+
+
+# --- The command line: the same code paths as in the host ---------------------------------------------------
+
+USAGE = """\
+examples:
+  cmp_ca_handler.py convert -- openssl cmp -cmd ir -server 10.0.0.1:8080 ...
+  cmp_ca_handler.py convert < command.txt
+  cmp_ca_handler.py --config acme_srv.cfg check --connect
+  cmp_ca_handler.py --config acme_srv.cfg enroll www.csr -o www.pem
+  cmp_ca_handler.py poll 3f0c77d1a9e25d0b61c8f2b7d4e09a16
+  cmp_ca_handler.py revoke www.pem --reason superseded
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 3 the CA has not decided yet
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. Results go to standard output, all else to standard error."""
+    import argparse  # here, so that loading the handler in the host stays fast
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="cmp_ca_handler.py", description="Try and check a [CAhandler] section.", epilog=USAGE, formatter_class=raw
+    )
+    parser.add_argument("--config", metavar="FILE", help="acme_srv.cfg; default: $ACME_SRV_CONFIGFILE, then the host's")
+    parser.add_argument("--section", metavar="NAME", default="CAhandler", help="such as CAhandler:internal")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show openssl's messages")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="report every error in the configuration, and what would be run")
+    check.add_argument("--connect", action="store_true", help="also ask whether the CMP server answers")
+    enroll = commands.add_parser("enroll", help="get a certificate for a CSR file, PEM or DER")
+    enroll.add_argument("csr", metavar="CSR")
+    poll = commands.add_parser("poll", help="go on with an enrolment that waits for the CA")
+    poll.add_argument("identifier", metavar="ID")
+    for command in (enroll, poll):
+        command.add_argument("-o", "--output", metavar="FILE", help="write the bundle there, not to standard output")
+    revoke = commands.add_parser("revoke", help="revoke a certificate, PEM or DER")
+    revoke.add_argument("certificate", metavar="CERT")
+    revoke.add_argument("--reason", default="unspecified", help="one of " + ", ".join(REASONS))
+    convert = commands.add_parser("convert", help="turn an openssl cmp command line into a [CAhandler] section")
+    convert.add_argument("words", nargs="*", metavar="-- openssl cmp ...")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "convert":
+            return _convert_command(args.words)
+        return _handler_command(args)
+    except (CMPError, OSError) as err:
+        print(f"error: {_one_line(str(err), 4 * MAX_TEXT)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+    return 1
+
+
+def _handler_command(args: Any) -> int:
+    """Run check, enroll, poll or revoke with the handler that the configuration describes."""
+    logger = logging.getLogger("cmp_ca_handler")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.DEBUG if args.verbose else logging.CRITICAL)
+    logger.propagate = False
+    here = os.path.dirname(os.path.abspath(__file__))
+    if os.path.basename(here) == "acme_srv":  # copied into an old host: its helper lies beside this file
+        sys.path.append(os.path.dirname(here))
+    for path in (os.path.join(here, "acme_srv.cfg"), "acme_srv.cfg", os.path.join("acme_srv", "acme_srv.cfg")):
+        if os.path.exists(path):
+            os.environ.setdefault("ACME_SRV_CONFIGFILE", path)
+    if args.config:
+        os.environ["ACME_SRV_CONFIGFILE"] = args.config
+    with CAhandler(False, logger) as handler:
+        handler.use_section(args.section)
+        if args.command == "check":
+            return _check_command(handler, args.connect)
+        if args.command == "revoke":
+            code, message, detail = handler.revoke(_argument_file(args.certificate), args.reason)
+            return _result(None if code == 200 else f"{message}: {detail}", "revoked\n", None, None)
+        if args.command == "enroll":
+            error, bundle, _, identifier = handler.enroll(_argument_file(args.csr))
+        else:
+            error, bundle, _, identifier, _ = handler.poll("", args.identifier, "")
+        return _result(error, bundle, identifier, args.output)
+
+
+def _argument_file(path: str) -> str:
+    """A CSR or certificate from a PEM or DER file, as the host would hand it over."""
+    with open(path, "rb") as file:
+        data = file.read(2 * MAX_DER)
+    return base64.b64encode(data).decode() if data[:1] == b"\x30" else data.decode("latin-1")
+
+
+def _result(error: str | None, text: str | None, identifier: str | None, output: str | None) -> int:
+    """Print how it ended and give the exit code."""
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if text and output:
+        with open(output, "w", encoding="ascii") as file:
+            file.write(text)
+    elif text:
+        sys.stdout.write(text)
+    else:
+        print(identifier)
+        print(f"the CA has not decided yet; go on with: poll {identifier}", file=sys.stderr)
+    return 0 if text else 3
+
+
+def _check_command(handler: CAhandler, connect: bool) -> int:
+    """Print what the configuration amounts to, and everything that is wrong with it."""
+    fault = handler.handler_check()
+    settings = _settings(handler.section)
+    print(f"openssl   {settings.binary.path or 'not usable'}  {settings.binary.version}".rstrip())
+    if settings.binary.options:
+        able = [
+            ("all extensions of a CSR", settings.binary.converts_csr()),
+            ("waiting enrolments", "rspin" in settings.binary.options),
+            ("profiles", "profile" in settings.binary.options),
+        ]
+        print("          " + ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able))
+    print(f"tmp_dir   {settings.directory}\n")
+    for key, value in handler.section.items():
+        shown = "(hidden)" if key[4:] in SECRET_KEYS else value
+        print(f"  {key + ':':<24} {_one_line(shown, 200)}")
+    print()
+    faults = [fault for fault in [handler.config_error, *settings.errors, _directory_fault(settings)] if fault]
+    warnings = list(settings.warnings)
+    if settings.binary.options and not settings.errors:
+        for kind, certificate, key in (("cmp_", "cert", "key"), ("cmp_tls_", "tls_cert", "tls_key")):
+            _check_pair(settings, kind, certificate, key, faults, warnings)
+        if connect:
+            faults += _check_server(settings)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    for fault in faults:
+        print(f"error: {fault}")
+    if faults:
+        return 1
+    import shlex
+
+    print("an enrolment runs, beside the files of its transaction:")
+    words = [shlex.quote(_one_line(word)) for word in _command(settings, [])]
+    print("  " + re.sub(r" (?=-)", " \\\\\n      ", " ".join(words)))
+    print("no errors found")
+    return 0
+
+
+def _check_pair(
+    settings: Settings, kind: str, certificate: str, key: str, faults: list[str], warnings: list[str]
+) -> None:
+    """Look at a certificate and its key: do they belong together, and how long is it valid?"""
+    files = settings.options.get(certificate), settings.options.get(key)
+    if not files[0] or not files[1] or not os.path.isfile(files[1]):
+        return  # none configured, or a key in a token, which only openssl can open
+    openssl, source = settings.binary.path, settings.options.get(key + "pass")
+    about = _run(
+        [openssl, "x509", "-in", files[0], "-noout", "-subject", "-enddate", "-ext", "extendedKeyUsage"], 10, {}
+    )
+    if about.code != 0:
+        faults.append(f"{kind}cert: {files[0]} holds no certificate in PEM")
+        return
+    print(f"{kind}cert  " + "; ".join(_one_line(line) for line in about.output.splitlines() if "No ext" not in line))
+    if _run([openssl, "x509", "-in", files[0], "-noout", "-checkend", "0"], 10, {}).code != 0:
+        faults.append(f"{kind}cert: {files[0]} has expired")
+    elif _run([openssl, "x509", "-in", files[0], "-noout", "-checkend", str(30 * 86400)], 10, {}).code != 0:
+        warnings.append(f"{kind}cert: {files[0]} expires within 30 days")
+    public = _run([openssl, "x509", "-in", files[0], "-noout", "-pubkey"], 10, {}).output
+    password = ["-passin", source] if source else []
+    private = _run([openssl, "pkey", "-in", files[1], "-pubout", *password], 10, settings.secrets)
+    if private.code != 0:
+        faults.append(f"{kind}key: {files[1]} cannot be opened: check the file and {kind}keypass")
+    elif private.output.split() != public.split():
+        faults.append(f"{kind}key: {files[1]} does not belong to {files[0]}")
+
+
+def _check_server(settings: Settings) -> list[str]:
+    """Whether somebody listens at cmp_server."""
+    import socket
+    from urllib.parse import urlsplit
+
+    server = settings.options.get("server") or ""
+    address = urlsplit(server if "://" in server else "http://" + server)
+    port = address.port or (443 if address.scheme == "https" or "tls_used" in settings.options else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), settings.seconds("msg_timeout") or 5).close()
+    except OSError as err:
+        return [f"cmp_server: {server} does not answer: {err.strerror or err}"]
+    print(f"server    {address.hostname}:{port} accepts connections")
+    return []
+
+
+def _convert_command(words: list[str]) -> int:
+    """Print the section for a command line given as arguments or on standard input."""
+    import shlex
+
+    if not words:
+        text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
+        try:
+            words = shlex.split(text.lstrip("$# \t"))
+        except ValueError as err:
+            raise CMPError(f"not a command line: {err}") from err
+    lines, errors = _convert(words)
+    print("\n".join(lines))
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _convert(words: list[str]) -> tuple[list[str], list[str]]:
+    """The lines of the `[CAhandler]` section for an `openssl cmp` command line, and what is wrong with that."""
+    if "cmp" not in words:
+        raise CMPError("that is no `openssl cmp` command line")
+    position = words.index("cmp")
+    program, rest = words[position - 1] if position else "openssl", words[position + 1 :]
+    options, errors = _known_options(program), []
+    found: dict[str, str] = {}
+    ours: list[str] = []
+    while rest:
+        option, equals, value = rest.pop(0).lstrip("-").partition("=")
+        if not equals and (options.get(option, bool(rest) and rest[0][:1] != "-")):
+            value = rest.pop(0) if rest else ""
+        if options and option not in options:
+            near = _nearest(option, sorted(options))
+            errors.append(f"openssl has no option -{option}" + (f"; did you mean -{near}?" if near else ""))
+        elif option in FORBIDDEN_KEYS:
+            errors.append(f"-{option} is not for enrolling at a CA")
+        elif option in RUNTIME_KEYS or option == "subject" or (option, value) in (("cmd", "ir"), ("popo", "0")):
+            ours.append(f"-{option}")
+        else:
+            found[option] = _comma_dn(value) if option in DN_KEYS else value or "True"
+    lines = ["[CAhandler]", "# handler_module: /path/to/cmp_ca_handler.py"]
+    lines += [f"# set by the handler itself: {' '.join(ours)}"] if ours else []
+    lines += [
+        f"cmp_openssl_bin: {program}",
+        "# cmp_tmp_dir: a directory that lasts: enrolments may wait there for the CA",
+    ]
+    for option in [
+        name for name in ["server", "path", "cert", "key", "ref", "secret", "trusted"] if name in found
+    ] + list(found):
+        value = found.pop(option, "")
+        if not value:
+            continue  # printed before
+        if option in SECRET_KEYS and value.partition(":")[0] not in ("env", "file", "fd"):
+            better = "cmp_secret_variable: NAME" if option == "secret" else f"cmp_{option}: env:NAME"
+            lines.append(f"# the secret stands in this file; better {better}, with the secret in that variable")
+        lines.append(f"cmp_{option}: {value}")
+    return lines, errors
+
+
+def _known_options(program: str) -> dict[str, bool]:
+    """The options of the program in a command line, of the openssl here if it is on another machine, or nothing."""
+    for name in (program, "openssl"):
+        try:
+            return _binary(name).options
+        except (CMPError, OSError):
+            continue  # then the form of the command line has to do
+    return {}
+
+
+def _comma_dn(value: str) -> str:
+    """`/C=DE/CN=x` as `C=DE, CN=x`: the reverse of `_slash_dn`."""
+    if not value.startswith("/"):
+        return value
+    parts = re.split(r"(?<!\\)/", value[1:])
+    return ", ".join(part.replace(",", "\\,").replace("\\/", "/") for part in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Newer OpenSSL binaries than the machine's own: `openssl cmp` differs between 3.0, 3.5 and 3.6.
+
+They are Debian's packages of other releases, unpacked into `.cache/openssl/<suite>`, never installed. The
+wrapper `.cache/openssl/openssl-<suite>` runs the binary through its own dynamic loader with its own C
+library, so that the machine's have no part in it. apt fetches them, with directories of its own: it needs no
+root, takes the mirror and the proxy that the machine is set up with, and checks the archive's signatures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "openssl"
+
+# Which OpenSSL a suite has is for the binary to say: 3.5 in trixie, 3.6 in sid for now.
+SUITES = ("trixie", "sid")
+
+KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
+
+# By `${0%/*}` it goes on working when the tree is moved or copied. The paths compiled into the binary lead to
+# the machine's configuration and providers; these have to be of the binary's own release.
+WRAPPER = """\
+#!/bin/sh
+root=${{0%/*}}/{suite}
+export OPENSSL_CONF="${{OPENSSL_CONF-$root/etc/ssl/openssl.cnf}}"
+export OPENSSL_MODULES="${{OPENSSL_MODULES-$root/{libraries}/ossl-modules}}"
+exec "$root/{loader}" --library-path "$root/{libraries}" "$root/usr/bin/openssl" "$@"
+"""
+
+
+class Missing(Exception):
+    """What this machine lacks, in one line."""
+
+
+def newer_openssl() -> list[Path]:
+    """The wrappers, one for each of SUITES, in that order. The first call fetches them, later ones find them.
+
+    Any number of processes may call at once: one fetches, the others wait for it. Raises Missing.
+    """
+    wrappers = [CACHE / f"openssl-{suite}" for suite in SUITES]
+    if all(wrapper.exists() for wrapper in wrappers):
+        return wrappers
+    for program in ("apt-get", "dpkg-deb"):
+        if not shutil.which(program):
+            raise Missing(f"no {program}")
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with locked(CACHE / "lock"):
+            for suite, wrapper in zip(SUITES, wrappers):
+                if not wrapper.exists():
+                    fetch(suite, wrapper)
+    except OSError as error:
+        raise Missing(str(error)) from error
+    return wrappers
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(suite: str, wrapper: Path) -> None:
+    """Download openssl of `suite` with all that it depends on, and unpack it.
+
+    The wrapper comes last, once it has been seen to work, so it marks the suite as complete.
+    """
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="fetching-") as directory:
+        root = Path(directory, "root")
+        root.mkdir()  # with the usual mode: another user may run the tests that root has set up
+        for package in download(suite, Path(directory)):
+            run(["dpkg-deb", "-x", str(package), str(root)])
+        shutil.rmtree(CACHE / suite, ignore_errors=True)
+        root.rename(CACHE / suite)
+    trial = wrapper.with_suffix(".trial")  # beside the wrapper: a wrapper finds its binary by its own place
+    trial.write_text(wrapper_text(suite))
+    trial.chmod(0o755)
+    run([str(trial), "version"])
+    trial.replace(wrapper)
+
+
+def download(suite: str, work: Path) -> list[Path]:
+    """The package files, from the first of the machine's archives that has the suite."""
+    failures = []
+    for archive in archives():
+        try:
+            return download_from(archive, suite, work)
+        except Missing as failure:
+            failures.append(failure)
+    raise failures[0] if failures else Missing("no archive in apt's configuration")
+
+
+def archives() -> list[str]:
+    """The addresses of the archives that apt is set up with, likely ones first.
+
+    What apt would fetch says it even where the lists are still empty, as on a new machine. Debian's main
+    archive has the machine's release under its bare name, others under names such as "bookworm-security".
+    """
+    would_fetch = run(["apt-get", "update", "--print-uris", "-o", "Debug::NoLocking=1"])
+    found = re.findall(r"^'(\S+?)/dists/(\S+)/InRelease' ", would_fetch, re.MULTILINE)
+    return list(dict.fromkeys(address for address, suite in sorted(found, key=lambda pair: "-" in pair[1])))
+
+
+def download_from(archive: str, suite: str, work: Path) -> list[Path]:
+    """Have apt resolve and download openssl as for a machine on which nothing is installed.
+
+    That brings the C library too, and follows when a library's package changes its name.
+    """
+    for directory in ("lists/partial", "archives/partial"):
+        (work / directory).mkdir(parents=True, exist_ok=True)
+    (work / "status").touch()
+    keyrings = [path for path in (Path("/usr/share/keyrings", name) for name in KEYRINGS) if path.exists()]
+    marks = f"arch={run(['dpkg', '--print-architecture']).strip()} target=Packages"
+    if keyrings:
+        marks += f" signed-by={keyrings[0]}"
+    (work / "sources.list").write_text(f"deb [{marks}] {archive} {suite} main\n")
+    settings = {
+        "Dir::Etc::sourcelist": work / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": work / "lists",
+        "Dir::State::status": work / "status",
+        "Dir::State::extended_states": work / "extended_states",
+        "Dir::Cache::archives": work / "archives",
+        "Dir::Cache::pkgcache": "",
+        "Dir::Cache::srcpkgcache": "",
+        "Debug::NoLocking": 1,  # dpkg's lock is root's, and nothing is installed
+        "APT::Sandbox::User": "root",  # the user that apt running as root changes to may not come in here
+        "APT::Update::Error-Mode": "any",  # else an archive that cannot be reached is only a warning
+        "Acquire::Retries": 2,
+    }
+    options = [f"--option={key}={value}" for key, value in settings.items()]
+    run(["apt-get", *options, "update"])
+    run(["apt-get", *options, "install", "--yes", "--download-only", "--no-install-recommends", "openssl"])
+    return sorted((work / "archives").glob("*.deb"))
+
+
+def wrapper_text(suite: str) -> str:
+    """The wrapper's script, with loader and libraries where the packages of this architecture have them."""
+    root = CACHE / suite
+    loader = [path for path in root.glob("usr/lib*/**/ld*.so.*") if re.match(r"ld(64|-linux)", path.name)]
+    libcrypto = list(root.glob("usr/lib/*/libcrypto.so.*"))
+    if not loader or not libcrypto:
+        raise Missing(f"the packages of {suite} hold no dynamic loader or no libcrypto")
+    return WRAPPER.format(
+        suite=suite, loader=loader[0].relative_to(root), libraries=libcrypto[0].parent.relative_to(root)
+    )
+
+
+def run(command: list[str]) -> str:
+    """What `command` prints. If it fails: Missing, with the first line marked as an error, or else the last."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=1800,
+            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Missing(str(error)) from error
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        errors = [line for line in lines if line.startswith(("E: ", "ERROR: "))]  # as apt and pip mark them
+        raise Missing((errors[:1] or lines[-1:] or [f"{command[0]}: exit code {done.returncode}"])[0].strip())
+    return done.stdout

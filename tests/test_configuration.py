@@ -1,0 +1,370 @@
+"""The [CAhandler] section: what each key does, and what is said about a wrong one before anything is sent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from cmp_ca_handler import CAhandler
+from conftest import OPENSSL, Handlers, csr_pem
+from demo_ca import DemoCA
+from test_enroll import recorder, script
+
+CSR = csr_pem(["a.example"], "a.example")
+SECTION = {"cmp_server": "127.0.0.1:1", "cmp_ref": "1234", "cmp_secret": "hush"}
+
+
+class Commands:
+    """Runs enrolments with an openssl that notes the `openssl cmp` command line and does no more."""
+
+    def __init__(self, handlers: Handlers, directory: Path) -> None:
+        self.handlers, self.log = handlers, directory / "command"
+        enrols = '[ "$1" = cmp ] && [ "$2" != -help ]'
+        note = f'{enrols} || exec {OPENSSL} "$@"\nprintf "%s\\n" "$@" >{self.log}\nexit 1\n'
+        self.openssl = script(directory / "noting-openssl", note)
+
+    def handler(self, section: dict[str, str], **changes: str | None) -> CAhandler:
+        """A handler with this openssl."""
+        return self.handlers({"cmp_openssl_bin": self.openssl, **section}, **changes)
+
+    def __call__(self, section: dict[str, str], **changes: str | None) -> list[str]:
+        """The command line of an enrolment, from `cmp` on."""
+        self.log.unlink(missing_ok=True)
+        error = self.handler(section, **changes).enroll(CSR)[0]
+        assert self.log.exists(), error
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def command(handlers: Handlers, tmp_path: Path) -> Commands:
+    return Commands(handlers, tmp_path)
+
+
+def value_of(command: Sequence[str], option: str) -> str:
+    """The value of an option that must be there once."""
+    assert command.count(option) == 1, command
+    return command[command.index(option) + 1]
+
+
+# --- What becomes of a key ------------------------------------------------------------------------------------------
+
+
+def test_options_stand_in_the_order_of_the_file(command: Commands) -> None:
+    section = {"cmp_ref": "1", "cmp_days": "7", "cmp_server": "127.0.0.1:1", "cmp_secret": "x", "cmp_path": "pkix/"}
+    line = command(section, implicit_confirm="True")
+    expected = "cmp -cmd ir -popo 0 -ref 1 -days 7 -server 127.0.0.1:1 -secret env: -path pkix/ -implicit_confirm"
+    assert [re.sub("^env:.*", "env:", word) for word in line[:16]] == expected.split()
+    assert not {"-openssl_bin", "-tmp_dir"} & set(line)
+
+
+def test_what_the_handler_adds(command: Commands) -> None:
+    line = command(SECTION)
+    assert (value_of(line, "-msg_timeout"), value_of(line, "-total_timeout")) == ("5", "10")
+    for option in ("-newkey", "-csr", "-certout", "-extracertsout", "-cacertsout", "-rspout"):
+        assert value_of(line, option).startswith(f"{command.handlers.work}/")
+    assert value_of(line, "-subject") == "/CN=a.example"
+    assert "-san_nodefault" in line and "-batch" in line and "-sans" not in line
+
+
+def test_overrides_of_defaults(command: Commands) -> None:
+    line = command(SECTION, cmd="cr", popo="-1", msg_timeout="3", total_timeout="30")
+    values = [value_of(line, f"-{option}") for option in ("cmd", "popo", "msg_timeout", "total_timeout")]
+    assert values == ["cr", "-1", "3", "30"]
+
+
+@pytest.mark.parametrize("value", ["True", "true", "TRUE", "yes", "Yes", "on", "ON"])
+def test_true_is_the_bare_switch(value: str, command: Commands) -> None:
+    line = command(SECTION, implicit_confirm=value, ignore_keyusage=value)
+    assert [word for word in line if word in ("-implicit_confirm", "-ignore_keyusage")] == line[11:13]
+    assert value not in line
+
+
+@pytest.mark.parametrize("value", ["False", "false", "FALSE", "no", "No", "off", "OFF"])
+def test_false_leaves_the_option_out(value: str, command: Commands) -> None:
+    line = command(SECTION, implicit_confirm=value, path=value)
+    assert not {"-implicit_confirm", "-path", value} & set(line)
+
+
+RUNTIME = "newkey csr sans san_nodefault extracertsout cacertsout certout chainout rspin rspout oldcert revreason batch"
+
+
+@pytest.mark.parametrize("key", RUNTIME.split())
+def test_what_the_handler_sets_is_ignored_with_a_warning(
+    key: str, command: Commands, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = command(SECTION, **{key: "elsewhere"})
+    assert "elsewhere" not in line
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert any(f"cmp_{key} " in warning and "ignored" in warning for warning in warnings)
+
+
+DN_KEYS = pytest.mark.parametrize("key", ["recipient", "issuer", "expect_sender"])
+
+
+@DN_KEYS
+@pytest.mark.parametrize(
+    "configured, expected",
+    [
+        ("/C=DE/CN=x", "/C=DE/CN=x"),
+        ("C=DE, CN=tst_sub_ca", "/C=DE/CN=tst_sub_ca"),
+        ("CN=x,O=Demo,C=DE", "/CN=x/O=Demo/C=DE"),
+        ("O=Demo\\, Inc., CN=a b", "/O=Demo, Inc./CN=a b"),
+        ("O=a/b, CN=c", "/O=a\\/b/CN=c"),
+        ("O=a\\/b, CN=c", "/O=a\\/b/CN=c"),
+        ("CN=x=y", "/CN=x=y"),
+    ],
+)
+def test_distinguished_names(key: str, configured: str, expected: str, command: Commands) -> None:
+    assert value_of(command(SECTION, **{key: configured}), f"-{key}") == expected
+
+
+def test_configured_credentials_precede_variables(command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_REF", "from the variable")
+    line = command(SECTION, ref_variable="TEST_REF", secret_variable="TEST_NOT_SET")
+    assert value_of(line, "-ref") == "1234"
+    line = command(SECTION, ref=None, ref_variable="TEST_REF")
+    assert value_of(line, "-ref") == "from the variable"
+
+
+@pytest.mark.parametrize("form", ["demo:secret", "pass:demo:secret", "env:TEST_SECRET", "file:secret.txt"])
+def test_sources_of_a_secret(
+    form: str,
+    make_ca: Callable[..., DemoCA],
+    handlers: Handlers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEST_SECRET", "demo:secret")
+    Path("secret.txt").write_text("demo:secret\n")
+    ca = make_ca(secret="demo:secret")
+    openssl = recorder(tmp_path / "openssl", tmp_path / "calls")
+    assert handlers(ca.options(), secret=form, openssl_bin=openssl).enroll(CSR)[0] is None
+    assert "demo:secret" not in Path("calls").read_text()
+
+
+@pytest.mark.parametrize("section", ["cmp", "other"])
+def test_an_openssl_configuration_file_takes_over(section: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    options = {key[4:]: value for key, value in ca.options().items()}
+    options.update(secret=f"pass:{ca.secret}", recipient="/C=DE/O=Demo/CN=Demo Issuing CA")
+    lines = [f"{key} = {value}" for key, value in options.items()]
+    (tmp_path / "cmp.cnf").write_text("\n".join([f"[{section}]", *lines, ""]))
+    keys = {"cmp_config": str(tmp_path / "cmp.cnf"), "cmp_section": section}
+    handler = handlers({key: value for key, value in keys.items() if value != "cmp"})
+    assert handler.handler_check() is None
+    assert handler.enroll(CSR)[0] is None
+
+
+# --- What is said about a fault -------------------------------------------------------------------------------------
+
+FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
+    "no server": ({"server": None}, ["cmp_server", "missing"]),
+    "typo": ({"trsted": "x"}, ["cmp_trsted", "no option -trsted", "did you mean cmp_trusted?"]),
+    "typo in our own key": ({"opnssl_bin": "x"}, ["cmp_opnssl_bin", "did you mean cmp_openssl_bin?"]),
+    "unknown": ({"frobnicate": "x"}, ["cmp_frobnicate", "no option -frobnicate"]),
+    "mock server": ({"port": "8080"}, ["cmp_port"]),
+    "requests from elsewhere": ({"reqin": "x.der"}, ["cmp_reqin"]),
+    "repeated": ({"repeat": "10"}, ["cmp_repeat"]),
+    "missing file": ({"trusted": "missing.pem"}, ["cmp_trusted", "missing.pem"]),
+    "one of two files missing": ({"untrusted": "ca.pem,missing.pem"}, ["cmp_untrusted", "missing.pem"]),
+    "directory": ({"cert": "."}, ["cmp_cert", ". is not a file"]),
+    "missing configuration file": ({"config": "missing.cnf"}, ["cmp_config", "missing.cnf"]),
+    "reference not set": ({"ref": None, "ref_variable": "TEST_NOT_SET"}, ["cmp_ref_variable", "TEST_NOT_SET"]),
+    "secret not set": ({"secret": None, "secret_variable": "TEST_NOT_SET"}, ["cmp_secret_variable", "TEST_NOT_SET"]),
+    "env: not set": ({"secret": "env:TEST_NOT_SET"}, ["cmp_secret", "TEST_NOT_SET"]),
+    "file: missing": ({"secret": "file:missing.txt"}, ["cmp_secret", "missing.txt"]),
+    "no credentials": ({"ref": None, "secret": None}, ["cmp_ref", "cmp_secret", "cmp_cert", "cmp_key"]),
+    "certificate without key": ({"ref": None, "secret": None, "cert": "ca.pem"}, ["cmp_key"]),
+    "no name": ({"recipient": "Issuing CA"}, ["cmp_recipient", "Issuing CA", "C=DE, CN=Issuing CA"]),
+    "time in words": ({"msg_timeout": "soon"}, ["cmp_msg_timeout", "number of seconds"]),
+    "negative time": ({"total_timeout": "-1"}, ["cmp_total_timeout", "number of seconds"]),
+    "no end": ({"total_timeout": "0"}, ["cmp_total_timeout", "for ever"]),
+    "key update": ({"cmd": "kur"}, ["cmp_cmd", "ir, cr and p10cr"]),
+    "proof without a key": ({"popo": "1"}, ["cmp_popo", "private key"]),
+    "password in the address": ({"server": "u:p@127.0.0.1:1"}, ["cmp_server", "password"]),
+    "password in the proxy": ({"proxy": "http://u:p@127.0.0.1:1"}, ["cmp_proxy", "password"]),
+    "value left out": ({"path": ""}, ["cmp_path", "no value"]),
+    "switch for a value": ({"path": "True"}, ["cmp_path", "needs a value"]),
+    "value for a switch": ({"implicit_confirm": "maybe"}, ["cmp_implicit_confirm", "True or False"]),
+    "no binary": ({"openssl_bin": "bin/missing"}, ["cmp_openssl_bin", "bin/missing"]),
+    "binary is a directory": ({"openssl_bin": "bin"}, ["cmp_openssl_bin", "bin"]),
+    "binary is not executable": ({"openssl_bin": "bin/plain"}, ["cmp_openssl_bin", "bin/plain"]),
+    "binary without cmp": ({"openssl_bin": "bin/libressl"}, ["cmp_openssl_bin", "LibreSSL 3.8.2", "no cmp command"]),
+    "binary that is none": ({"openssl_bin": "bin/text"}, ["bin/text", "Exec format error"]),
+    "directory is a file": ({"tmp_dir": "ca.pem"}, ["cmp_tmp_dir", "ca.pem", "not a directory"]),
+    "directory below a file": ({"tmp_dir": "ca.pem/x"}, ["cmp_tmp_dir", "ca.pem"]),
+    "directory with a blank": ({"tmp_dir": "a b"}, ["cmp_tmp_dir", "a b", "blank"]),
+    "directory with a comma": ({"tmp_dir": "a,b"}, ["cmp_tmp_dir", "a,b", "comma"]),
+    "directory for everybody": ({"tmp_dir": "open"}, ["cmp_tmp_dir", "open", "every local user"]),
+    "several": (
+        {"server": None, "trsted": "x", "cert": "missing.pem", "days": "True", "tmp_dir": "ca.pem"},
+        ["cmp_server", "cmp_trsted", "missing.pem", "cmp_days", "cmp_tmp_dir"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_before_anything_is_sent(
+    fault: str, command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script(Path("bin/libressl"), 'echo "LibreSSL 3.8.2"\nexit 1\n')
+    Path("bin/plain").write_text("#!/bin/sh\n")
+    Path("bin/text").write_text("not a program")
+    Path("bin/text").chmod(0o755)
+    Path("ca.pem").write_text("")
+    Path("open").mkdir()
+    Path("open").chmod(0o777)
+    changes, words = FAULTS[fault]
+    before = sorted(tmp_path.rglob("*"))
+    handler = command.handler(SECTION, **changes)
+    check = handler.handler_check()
+    error, bundle, raw, identifier = handler.enroll(CSR)
+    assert check and error and (bundle, raw, identifier) == (None, None, None)
+    for text in (check, error):
+        # An enrolment gets to the directory only where the rest is right.
+        expected = words[:-1] if fault == "several" and text is error else words
+        assert [word for word in expected if word not in text] == []
+        assert text.isprintable()
+    assert "hush" not in check + error + caplog.text
+    assert [r for r in caplog.records if r.levelno == logging.ERROR and error in r.getMessage()]
+    assert not command.log.exists()
+    # nothing was made, but for the configuration file
+    assert sorted({*tmp_path.rglob("*")} - {*before}) in ([], [command.handlers.config])
+
+
+def test_the_faults_of_check_are_the_faults_of_enroll(command: Commands) -> None:
+    handler = command.handler(SECTION, server=None, trsted="x", frobnicate="y")
+    check, error = handler.handler_check(), handler.enroll(CSR)[0]
+    assert check and error and check in error
+
+
+@pytest.mark.parametrize(
+    "configuration, words",
+    [
+        (None, ["acme_srv.cfg"]),
+        ("[CAhandlr]\ncmp_server: x\n", ["[CAhandler]"]),
+        ("cmp_server: x\n", ["acme_srv.cfg"]),
+        ("[CAhandler]\ncmp_ref: 1\ncmp_ref: 2\n", ["acme_srv.cfg", "cmp_ref"]),
+        ("[CAhandler]\n\xff\0\x1b[31m\ncmp", ["acme_srv.cfg"]),
+    ],
+    ids=["missing", "no section", "no header", "key given twice", "garbage"],
+)
+def test_broken_configuration_file(
+    configuration: str | None, words: list[str], command: Commands, tmp_path: Path
+) -> None:
+    command.handler(SECTION)
+    config = command.handlers.config
+    config.unlink() if configuration is None else config.write_bytes(configuration.encode("latin-1"))
+    with CAhandler(False, logging.getLogger("test")) as handler:
+        for text in (handler.handler_check(), handler.enroll(CSR)[0]):
+            assert text and text.isprintable() and [word for word in words if word not in text] == []
+    assert not command.log.exists()
+
+
+def test_no_configuration_file_named(monkeypatch: pytest.MonkeyPatch, handlers: Handlers) -> None:
+    monkeypatch.delenv("ACME_SRV_CONFIGFILE")
+    with CAhandler() as handler:
+        assert "ACME_SRV_CONFIGFILE" in str(handler.handler_check())
+        assert "ACME_SRV_CONFIGFILE" in str(handler.enroll(CSR)[0])
+
+
+def test_default_binary_with_a_warning(
+    command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "openssl").symlink_to(command.openssl)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert command(SECTION, openssl_bin=None)[0] == "cmp"
+    (warning,) = [r.getMessage() for r in caplog.records if "cmp_openssl_bin" in r.getMessage()]
+    assert f"{tmp_path}/openssl" in warning
+
+
+# --- handler_check() ------------------------------------------------------------------------------------------------
+
+
+def test_check_costs_nothing_after_the_first_time(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    openssl = recorder(tmp_path / "openssl", calls)
+    handler = handlers(ca.options(), openssl_bin=openssl)
+    assert not calls.exists(), "entering must start no process"
+    assert handler.handler_check() is None
+    first = calls.read_text()
+    for _ in range(100):
+        with CAhandler(False, logging.getLogger("test")) as again:
+            assert again.handler_check() is None
+    assert calls.read_text() == first
+    assert not handlers.work.exists()
+    assert ca.messages == []
+
+
+def test_check_notices_changes(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    openssl = recorder(tmp_path / "openssl", tmp_path / "calls")
+    section = ca.options("certificate")
+    handler = handlers(section, openssl_bin=openssl)
+    assert handler.handler_check() is None
+    Path(section["cmp_cert"]).unlink()
+    assert "ra.pem" in str(handler.handler_check())
+    script(Path(openssl), "exit 1\n")
+    assert "has no cmp command" in str(handler.handler_check())
+    assert "cmp_server is missing" in str(handlers(section, server=None).handler_check())
+
+
+# --- The handler's own directory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory that is used where none is configured, below a system's temporary directory of our own."""
+    (tmp_path / "system").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    return tmp_path / "system" / f"cmp_ca_handler-{os.getuid()}"
+
+
+def test_configured_directory_is_private(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    assert handlers(ca.options(), tmp_dir=str(tmp_path / "new" / "work")).enroll(CSR)[0] is None
+    assert stat.S_IMODE((tmp_path / "new" / "work").stat().st_mode) == 0o700
+
+
+def test_transactions_are_private(command: Commands) -> None:
+    script(Path(command.openssl), f'exec >>{command.log}\nls -ld {command.handlers.work}/*\nexec {OPENSSL} "$@"\n')
+    command.handler(SECTION).enroll(CSR)
+    modes = re.findall(r"^(\S{10}).* \S+/[0-9a-zA-Z_-]+$", command.log.read_text(), re.M)
+    assert modes and set(modes) == {"drwx------"}
+
+
+def test_default_directory(ca: DemoCA, handlers: Handlers, own: Path) -> None:
+    handler = handlers(ca.options(), tmp_dir=None)
+    assert handler.handler_check() is None
+    assert not own.exists(), "a check makes nothing"
+    assert handler.enroll(CSR)[0] is None
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    assert os.listdir(own) == []
+
+
+def test_default_directory_that_is_a_link(command: Commands, own: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    own.symlink_to(tmp_path / "target")
+    handler = command.handler(SECTION, tmp_dir=None)
+    for text in (handler.handler_check(), handler.enroll(CSR)[0]):
+        assert text and str(own) in text and "symbolic link" in text
+    assert os.listdir(tmp_path / "target") == []
+
+
+def test_default_directory_of_somebody_else(command: Commands, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.mkdir()
+    if os.geteuid() == 0:
+        os.chown(own, 65534, 65534)
+    else:  # only root can give a directory away; anybody else can be taken for another user
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    handler = command.handler(SECTION, tmp_dir=None)
+    for text in (handler.handler_check(), handler.enroll(CSR)[0]):
+        assert text and str(own) in text and "another user" in text
+    assert not command.log.exists()

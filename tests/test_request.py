@@ -1,0 +1,323 @@
+"""The request on the wire against the CSR: public key, subject and every extension, byte for byte."""
+
+from __future__ import annotations
+
+import base64
+import string
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cmp_ca_handler import CAhandler
+from conftest import Handlers, as_host, binaries, csr_pem
+from demo_ca import DemoCA, read_der, write_der
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+SAN = bytes.fromhex("0603551d11")  # subjectAltName as an OBJECT IDENTIFIER
+
+UTF8, PRINTABLE, TELETEX, IA5, UNIVERSAL, BMP = 0x0C, 0x13, 0x14, 0x16, 0x1C, 0x1E
+ENCODINGS = {UNIVERSAL: "utf-32-be", BMP: "utf-16-be", TELETEX: "latin-1"}
+
+# An attribute as (type, string tag, text); a subject is a list of RDNs, an RDN a list of attributes.
+Attribute = tuple[str, int, str]
+Subject = list[list[Attribute]]
+
+
+def oid(dotted: str) -> bytes:
+    """An OBJECT IDENTIFIER in DER."""
+    first, second, *rest = map(int, dotted.split("."))
+    content = b""
+    for arc in (first * 40 + second, *rest):
+        octets = [arc & 0x7F]
+        while arc := arc >> 7:
+            octets.insert(0, arc & 0x7F | 0x80)
+        content += bytes(octets)
+    return write_der(0x06, content)
+
+
+def name_der(subject: Subject) -> bytes:
+    """A distinguished name in DER: RDNs in order, the attributes of each sorted as X.690, 11.6 has it."""
+    rdns = b""
+    for rdn in subject:
+        pairs = [
+            write_der(0x30, oid(kind) + write_der(tag, text.encode(ENCODINGS.get(tag, "utf-8"))))
+            for kind, tag, text in rdn
+        ]
+        rdns += write_der(0x31, b"".join(sorted(pairs)))
+    return write_der(0x30, rdns)
+
+
+def extension_der(extension: x509.ExtensionType, critical: bool = False) -> bytes:
+    """An Extension in DER."""
+    flag = write_der(0x01, b"\xff") if critical else b""
+    return write_der(0x30, oid(extension.oid.dotted_string) + flag + write_der(0x04, extension.public_bytes()))
+
+
+def csr_der(subject: bytes, extensions: list[bytes]) -> bytes:
+    """A signed CSR with exactly these bytes as subject and extensions: no library would write some of them."""
+    spki = KEY.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    attributes = b""
+    if extensions:
+        request = write_der(0x31, write_der(0x30, b"".join(extensions)))
+        attributes = write_der(0x30, oid("1.2.840.113549.1.9.14") + request)
+    body = write_der(0x30, write_der(0x02, b"\0") + subject + spki + write_der(0xA0, attributes))
+    algorithm = write_der(0x30, oid("1.2.840.10045.4.3.2"))
+    signature = write_der(0x03, b"\0" + KEY.sign(body, ec.ECDSA(hashes.SHA256())))
+    return write_der(0x30, body + algorithm + signature)
+
+
+def base64url(der: bytes) -> str:
+    return base64.urlsafe_b64encode(der).decode().rstrip("=")
+
+
+class Asked(NamedTuple):
+    """What a request asks for, and how it proves possession of the key."""
+
+    subject: bytes
+    public_key: bytes
+    extensions: list[bytes]
+    popo_tag: int = 0x80  # raVerified, RFC 4211 section 4
+
+
+def in_csr(der: bytes) -> Asked:
+    """CertificationRequestInfo, RFC 2986 section 4.1."""
+    _, name, key, *attributes = read_der(der).parts()[0].parts()
+    requests = [attribute.parts()[1] for attribute in attributes[0].parts()] if attributes else []
+    extensions = requests[0].parts()[0].parts() if requests else []
+    return Asked(name.whole, key.content, [extension.whole for extension in extensions])
+
+
+def on_wire(path: Path) -> Asked:
+    """CertTemplate, RFC 4211 section 5, of a saved message."""
+    message = read_der(path.read_bytes())
+    request, popo = read_der(message.parts()[1].content).parts()[0].parts()
+    fields = {field.tag: field for field in request.parts()[1].parts()}
+    subject = fields[0xA5].content if 0xA5 in fields else write_der(0x30, b"")
+    extensions = fields[0xA9].parts() if 0xA9 in fields else []
+    return Asked(subject, fields[0xA6].content, [extension.whole for extension in extensions], popo.tag)
+
+
+class Wire:
+    """Sends CSRs to a CA that says no, and returns what it got."""
+
+    def __init__(self, ca: DemoCA, handlers: Handlers, directory: Path) -> None:
+        self.ca, self.handlers, self.saved = ca, handlers, directory / "ir.der"
+        ca.reject = "badRequest"  # spares the issuing
+
+    def handler(self, **changes: str | None) -> CAhandler:
+        # the RA's certificate has a subjectAltName of its own, which openssl would like to add
+        return self.handlers(self.ca.options("certificate"), reqout=str(self.saved), **changes)
+
+    def __call__(self, handler: CAhandler, csr: str) -> Asked:
+        self.saved.unlink(missing_ok=True)
+        error = handler.enroll(csr)[0]
+        assert error and "rejected the request: bad" in error
+        assert self.handlers.left() == []
+        return on_wire(self.saved)
+
+
+@pytest.fixture
+def wire(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> Wire:
+    return Wire(ca, handlers, tmp_path)
+
+
+DNS = extension_der(x509.SubjectAlternativeName([x509.DNSName("a.example"), x509.DNSName("b.example")]))
+ALL_NAMES = x509.SubjectAlternativeName(
+    [
+        x509.DNSName("*.a.example"),
+        x509.IPAddress(ip_address("192.0.2.1")),
+        x509.IPAddress(ip_address("2001:db8::1")),
+        x509.UniformResourceIdentifier("https://a.example/x,y?z"),
+        x509.RFC822Name("x@a.example"),
+        x509.DirectoryName(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x, y/z")])),
+        x509.RegisteredID(x509.ObjectIdentifier("1.2.3.4")),
+        x509.OtherName(x509.ObjectIdentifier("1.3.6.1.4.1.311.20.2.3"), write_der(UTF8, b"upn@a.example")),
+    ]
+)
+USAGE = x509.KeyUsage(True, False, True, False, False, False, False, False, False)
+EXTENSIONS = {
+    "DNS": [DNS],
+    "every type of name": [extension_der(ALL_NAMES)],
+    "critical names": [extension_der(ALL_NAMES, critical=True)],
+    "must-staple": [DNS, extension_der(x509.TLSFeature([x509.TLSFeatureType.status_request]))],
+    "key usages": [
+        extension_der(USAGE, critical=True),
+        DNS,
+        extension_der(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])),
+    ],
+    "unknown": [DNS, extension_der(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4.5"), b"\x05\x00"))],
+}
+
+
+@binaries
+@pytest.mark.parametrize("extensions", EXTENSIONS)
+def test_request_equals_csr(extensions: str, openssl: str, wire: Wire) -> None:
+    der = csr_der(name_der([[("2.5.4.3", UTF8, "a.example")]]), EXTENSIONS[extensions])
+    asked = wire(wire.handler(openssl_bin=openssl), base64url(der))
+    assert asked == in_csr(der)
+    assert len([extension for extension in asked.extensions if SAN in extension]) == 1
+
+
+def test_no_names_of_the_registration_authority(wire: Wire) -> None:
+    der = csr_der(name_der([[("2.5.4.3", UTF8, "a.example")]]), [])
+    assert wire(wire.handler(), base64url(der)).extensions == []
+
+
+# --- Subjects -------------------------------------------------------------------------------------------------------
+
+CN, O, OU, C = "2.5.4.3", "2.5.4.10", "2.5.4.11", "2.5.4.6"  # noqa: E741
+UNNAMED = "1.2.3.4.5"  # openssl has no name for it
+
+SUBJECTS: dict[str, Subject] = {
+    "ordinary": [[(C, PRINTABLE, "DE")], [(O, UTF8, "Demo")], [(CN, UTF8, "a.example")]],
+    "slashes": [[(O, UTF8, "a/CN=b/")], [(CN, UTF8, "/x")]],
+    "pluses": [[(O, UTF8, "a+b+CN=c")]],
+    "commas and equals": [[(O, UTF8, "Demo, Inc.=x")]],
+    "quotes": [[(O, UTF8, "\"'`$HOME`'\"")]],
+    "backslashes": [[(O, UTF8, "a\\"), (OU, UTF8, "\\/\\+\\\\")]],
+    "umlauts": [[(O, UTF8, "Müller & Söhne \u4e2d\u6587 \U0001f600")]],
+    "leading dash": [[(CN, UTF8, "-config")]],
+    "blanks": [[(CN, UTF8, "  a  ")]],
+    "one blank": [[(CN, UTF8, " ")]],
+    "line breaks": [[(CN, UTF8, "a\nb\r\nc")]],
+    "NUL": [[(CN, UTF8, "a\0b")]],
+    "escape sequence": [[(CN, UTF8, "\x1b[2J\u202e")]],
+    "two in one RDN": [[(CN, UTF8, "a"), (OU, UTF8, "b")]],
+    "two of a type in one RDN": [[(OU, UTF8, "b"), (OU, UTF8, "a")]],
+    "repeated": [[(OU, UTF8, "a")], [(OU, UTF8, "a")]],
+    "type without a name": [[(UNNAMED, UTF8, "x")], [(CN, UTF8, "a")]],
+    "PrintableString": [[(CN, PRINTABLE, "a.example")]],
+    "TeletexString": [[(CN, TELETEX, "M\xfcller")]],
+    "BMPString": [[(CN, BMP, "Müller")]],
+    "UniversalString": [[(CN, UNIVERSAL, "Müller")]],
+    "64 characters": [[(CN, UTF8, "x" * 64)]],
+    "65 characters": [[(CN, UTF8, "x" * 65)]],
+    "three letters of a country": [[(C, PRINTABLE, "DEU")]],
+    "empty value": [[(CN, UTF8, "")], [(O, UTF8, "a")]],
+    "e-mail address": [[("1.2.840.113549.1.9.1", IA5, "a@b.example")]],
+    "domain components": [[("0.9.2342.19200300.100.1.25", IA5, "example")], [(CN, UTF8, "a")]],
+    "serial number": [[("2.5.4.5", PRINTABLE, "12/34")], [("2.5.4.9", UTF8, "Way 1")], [("2.5.4.97", UTF8, "x")]],
+    "many": [[(OU, UTF8, f"unit {i}")] for i in range(100)],
+}
+
+
+@binaries
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_subject_byte_for_byte(subject: str, openssl: str, wire: Wire) -> None:
+    der = csr_der(name_der(SUBJECTS[subject]), [DNS])
+    assert wire(wire.handler(openssl_bin=openssl), base64url(der)) == in_csr(der)
+
+
+texts = st.one_of(
+    st.text(string.ascii_letters + " /+,=\\\"'#;<>-\n", max_size=12),
+    st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0xFFFF), max_size=12),
+)
+KINDS = [CN, O, OU, C, UNNAMED, "2.5.4.5", "2.5.4.97", "1.2.840.113549.1.9.1", "0.9.2342.19200300.100.1.1"]
+
+
+@st.composite
+def attributes(draw: st.DrawFn) -> Attribute:
+    """An attribute of any type, with a text that its string type can hold."""
+    tag = draw(st.sampled_from([UTF8, UTF8, PRINTABLE, IA5, BMP, UNIVERSAL]))
+    if tag == PRINTABLE:
+        text = draw(st.text(string.ascii_letters + string.digits + " '()+,-./:=?", min_size=1, max_size=12))
+    elif tag == IA5:
+        text = draw(st.text(string.printable, max_size=12))
+    else:
+        text = draw(texts)
+    return draw(st.sampled_from(KINDS)), tag, text
+
+
+subjects = st.lists(st.lists(attributes(), min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(subject=subjects, extensions=st.sampled_from(sorted(EXTENSIONS)))
+def test_any_subject(subject: Subject, extensions: str, wire: Wire) -> None:
+    der = csr_der(name_der(subject), EXTENSIONS[extensions])
+    assert wire(wire.handler(), base64url(der)) == in_csr(der)
+
+
+# --- The subject of a CSR that has none -----------------------------------------------------------------------------
+
+IP_ONLY = x509.SubjectAlternativeName([x509.IPAddress(ip_address("192.0.2.1"))])
+LONG = "x" * 60 + ".example"
+
+
+@binaries
+@pytest.mark.parametrize(
+    "names, configured, expected",
+    [
+        (["a.example", "b.example"], None, [[(CN, UTF8, "a.example")]]),
+        (["*.a.example"], None, [[(CN, UTF8, "*.a.example")]]),
+        ([LONG], None, []),
+        ([], None, []),
+        (["a.example"], "/", []),
+        (["a.example"], "C=DE, CN=fixed", [[(C, PRINTABLE, "DE")], [(CN, UTF8, "fixed")]]),
+        (["a.example"], "/C=DE/CN=a\\/b", [[(C, PRINTABLE, "DE")], [(CN, UTF8, "a/b")]]),
+    ],
+    ids=["first name", "wildcard", "too long", "no DNS name", "none wanted", "configured", "slash form"],
+)
+def test_empty_subject(names: list[str], configured: str | None, expected: Subject, openssl: str, wire: Wire) -> None:
+    extension = x509.SubjectAlternativeName([x509.DNSName(n) for n in names]) if names else IP_ONLY
+    der = csr_der(name_der([]), [extension_der(extension)])
+    asked = wire(wire.handler(openssl_bin=openssl, subject=configured), base64url(der))
+    assert asked == in_csr(der)._replace(subject=name_der(expected))
+
+
+def test_configured_subject_is_for_empty_ones_only(wire: Wire) -> None:
+    der = csr_der(name_der([[(CN, UTF8, "own")]]), [DNS])
+    assert wire(wire.handler(subject="CN=fixed"), base64url(der)) == in_csr(der)
+
+
+@pytest.mark.parametrize(
+    "configured, expected",
+    [
+        ("C=DE, O=Demo\\, Inc., CN=a/b", [[(C, PRINTABLE, "DE")], [(O, UTF8, "Demo, Inc.")], [(CN, UTF8, "a/b")]]),
+        ("CN=Müller\\+x", [[(CN, UTF8, "Müller+x")]]),
+        ("/C=DE/CN=x", [[(C, PRINTABLE, "DE")], [(CN, UTF8, "x")]]),
+    ],
+)
+def test_recipient_on_the_wire(configured: str, expected: Subject, wire: Wire) -> None:
+    wire(wire.handler(recipient=configured), csr_pem(["a.example"]))
+    recipient = read_der(wire.saved.read_bytes()).parts()[0].parts()[2]
+    assert read_der(recipient.content).whole == name_der(expected)
+
+
+# --- Proof of possession --------------------------------------------------------------------------------------------
+
+
+def of_another_key(der: bytes) -> bytes:
+    """The CSR with the public key of somebody else: what an impostor would send."""
+    other = ec.generate_private_key(ec.SECP256R1()).public_key()
+    form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    return der.replace(KEY.public_key().public_bytes(*form), other.public_bytes(*form))
+
+
+@binaries
+@pytest.mark.parametrize("command", ["ir", "cr", "p10cr"])
+@pytest.mark.parametrize("tamper", [of_another_key, lambda der: der.replace(b"a.example", b"x.example")])
+def test_broken_signature_never_reaches_the_ca(
+    tamper: Callable[[bytes], bytes], command: str, openssl: str, ca: DemoCA, handlers: Handlers
+) -> None:
+    der = csr_der(name_der([[(CN, UTF8, "a.example")]]), [DNS])
+    handler = handlers(ca.options(), openssl_bin=openssl, cmd=command)
+    error, bundle, raw, identifier = handler.enroll(base64url(tamper(der)))
+    assert error and "signature" in error and "proof of possession" in error
+    assert (bundle, raw, identifier, ca.messages, handlers.left()) == (None, None, None, [], [])
+    assert handler.enroll(base64url(der))[0] is None  # as it is, it is fine
+
+
+def test_p10cr_sends_the_csr_itself(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    pem = csr_pem(["a.example"], "a/b+c")
+    assert handlers(ca.options(), cmd="p10cr", reqout=str(tmp_path / "p10cr.der")).enroll(pem)[0] is None
+    body = read_der((tmp_path / "p10cr.der").read_bytes()).parts()[1]
+    assert base64url(read_der(body.content).whole) == as_host(pem)
