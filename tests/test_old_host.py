@@ -1,0 +1,121 @@
+"""acme2certifier up to 0.44: its helper is `acme_srv.helper`, the handler is the file `acme_srv/ca_handler.py`.
+
+None of these releases is on PyPI. So this is a stand-in: a package `acme_srv` with as much of the helper's documented
+functions as each test says, in a process that cannot import acme2certifier.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import OPENSSL, as_host, bundle_certificates, csr_pem
+from demo_ca import DemoCA
+from host import HANDLER, write_configuration
+
+# As in the old host: the file beside the helper unless ACME_SRV_CONFIGFILE names another, the case of the keys kept.
+LOAD_CONFIG = """
+import configparser, os
+
+def load_config(logger=None, mfilter=None, cfg_file=None):
+    config = configparser.ConfigParser(interpolation=None)
+    config.optionxform = str
+    config.read(cfg_file or os.path.join(os.path.dirname(__file__), "acme_srv.cfg"), encoding="utf8")
+    return config
+"""
+# What later releases added, one after the other.
+OPTIONAL = {
+    "config_eab_profile_load": """
+def config_eab_profile_load(logger, config_dic):
+    return False, None
+""",
+    "config_headerinfo_load": """
+def config_headerinfo_load(logger, config_dic):
+    return None
+""",
+    "config_profile_load": """
+def config_profile_load(logger, config_dic):
+    return {}
+""",
+    "eab_profile_header_info_check": """
+def eab_profile_header_info_check(logger, cahandler, csr, handler_hifield="profile_name"):
+    return None
+""",
+    "eab_profile_revocation_check": """
+def eab_profile_revocation_check(logger, cahandler, certificate_raw):
+    return None
+""",
+}
+# What the old host does for an order, and for a revocation.
+DRIVER = """
+import importlib, json, logging, sys
+sys.path.insert(0, sys.argv[1])
+logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+module = importlib.import_module("acme_srv.ca_handler")
+csr = sys.stdin.read()
+with module.CAhandler(False, logging.getLogger("acme2certifier")) as handler:
+    check = handler.handler_check()
+    enrolled = handler.enroll(csr)
+with module.CAhandler(False, logging.getLogger("acme2certifier")) as handler:
+    revoked = handler.revoke(enrolled[2], "unspecified", "2026-01-01T00:00:00Z") if enrolled[2] else None
+new = [name for name in sys.modules if name.startswith("acme2certifier")]
+print(json.dumps({"check": check, "enrolled": enrolled, "revoked": revoked, "new": new}))
+"""
+
+
+def in_old_host(tmp_path: Path, helper: str, section: dict[str, str]) -> dict[str, Any]:
+    """Enrol and revoke in the stand-in's own process."""
+    package = tmp_path / "host" / "acme_srv"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "helper.py").write_text(helper)
+    shutil.copy(HANDLER, package / "ca_handler.py")
+    work = {"cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": str(tmp_path / "work")}
+    write_configuration(package / "acme_srv.cfg", {"CAhandler": {**work, **section}})
+    environment = {key: value for key, value in os.environ.items() if key != "ACME_SRV_CONFIGFILE"}
+    result = subprocess.run(
+        # -I -S: neither PYTHONPATH nor the packages that are installed beside the tests
+        [sys.executable, "-I", "-S", "-B", "-c", DRIVER, str(tmp_path / "host")],
+        input=as_host(csr_pem(["old.example"])),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    answer: dict[str, Any] = json.loads(result.stdout)
+    answer["log"] = result.stderr
+    return answer
+
+
+SUBSETS = [[], *([name] for name in OPTIONAL), list(OPTIONAL)]
+
+
+@pytest.mark.parametrize("functions", SUBSETS, ids=lambda names: "all" if len(names) > 1 else "-".join(names) or "none")
+def test_only_load_config_is_needed(functions: list[str], ca: DemoCA, tmp_path: Path) -> None:
+    """Every other function may be there or not, in any combination."""
+    helper = LOAD_CONFIG + "".join(OPTIONAL[name] for name in functions)
+    answer = in_old_host(tmp_path, helper, ca.options())
+    assert answer["new"] == [], "acme2certifier 0.45 or later had a part in this"
+    assert answer["check"] is None
+    error, bundle, certificate, identifier = answer["enrolled"]
+    assert (error, identifier) == (None, None), answer["log"]
+    assert certificate and len(bundle_certificates(bundle)) == 3
+    assert answer["revoked"] == [200, None, None], answer["log"]
+    assert os.listdir(tmp_path / "work") == []
+
+
+def test_error_is_the_hosts_to_tell(ca: DemoCA, tmp_path: Path) -> None:
+    """An old host that says no by its profile check is obeyed."""
+    helper = LOAD_CONFIG + OPTIONAL["eab_profile_header_info_check"].replace("return None", "return 'not for you'")
+    answer = in_old_host(tmp_path, helper, ca.options())
+    assert answer["enrolled"] == ["not for you", None, None, None]
+    assert ca.messages == []
