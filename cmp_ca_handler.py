@@ -23,6 +23,7 @@ import importlib
 import json
 import logging
 import os
+import pathlib
 import re
 import select
 import shutil
@@ -31,8 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, Optional
 
 __all__ = ["CAhandler"]
@@ -130,9 +131,10 @@ IP, CP, POLLREP = 1, 3, 26
 MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
 MAX_OUTPUT = 1 << 18  # of openssl's messages
 MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
-MAX_RESPONSES = 50  # that one run of openssl can save; a CA that asks for more polls than that is in a loop
+MAX_RESPONSES = 200  # that one run of openssl can save
 GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
 RESUMED_TIMEOUT = 6  # -total_timeout of a resumed run: a poller that waits longer holds up all others
+MAX_CHAIN = 10
 ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
 
 # --- Errors -------------------------------------------------------------------------------------------------
@@ -155,11 +157,11 @@ HINTS = (
     ("self-signed certificate", "cmp_trusted must hold the CA's own root certificate"),
     ("missing key usage digitalSignature", "set cmp_ignore_keyusage: True if the CA's signer is like that"),
     ("expected sender", "cmp_expect_sender does not fit the sender of the answer"),
+    ("srvcert does not validate", "cmp_srvcert is not the certificate that signs the CA's answers"),
     ("missing trust", "set cmp_trusted to the certificate that the CMP server's certificate chains to"),
     ("no suitable sender cert", "set cmp_trusted, and cmp_untrusted for intermediates, or cmp_srvcert"),
     ("connect timeout", "nothing answers there: check cmp_server, the firewall and that the CMP service runs"),
     ("transfer timeout", "no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server"),
-    ("total timeout", "the CA took too long: raise cmp_total_timeout"),
     ("code=404", "no CMP service under this path: check cmp_path"),
     ("http code 404", "no CMP service under this path: check cmp_path"),
     ("code=500", "the server failed: look into its log"),
@@ -245,7 +247,7 @@ def _sequence(data: bytes) -> list[Element]:
 def _oid(value: bytes) -> str:
     """An object identifier in dotted form."""
     numbers, number = [], 0
-    for octet in value:
+    for octet in value if len(value) < 64 else b"":  # no real one is longer, and the numbers would be huge
         number = number << 7 | octet & 0x7F
         if not octet & 0x80:
             numbers.append(number)
@@ -331,6 +333,7 @@ def _extensions(raw: bytes) -> dict[str, bytes]:
 
 
 SUBJECT_KEY_ID, SUBJECT_ALT_NAME, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.17", "2.5.29.35"
+EC_PUBLIC_KEY = "1.2.840.10045.2.1"
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
 
 
@@ -388,7 +391,7 @@ def _decode(argument: object, label: str) -> bytes:
         raise CMPError("it is empty")
     if len(text) > MAX_DER * 3 // 2:
         raise CMPError(f"it is larger than {MAX_DER} bytes")
-    if "-----BEGIN" in text:
+    if text.lstrip().startswith("-----BEGIN"):  # not anywhere: base64url may spell it, for the host to read otherwise
         match = re.search(rf"-----BEGIN {label}-----([^-]*)-----END", text)
         if not match:
             raise CMPError("it is PEM of another kind")
@@ -409,7 +412,7 @@ def _decode(argument: object, label: str) -> bytes:
 HELPERS = ("acme2certifier.acme_srv.helper", "acme_srv.helper")  # since 0.45; up to 0.44
 
 
-def _host_helper() -> ModuleType | None:
+def _host_helper() -> types.ModuleType | None:
     """The host's helper module: the one that runs this process, else one that can be imported, else None."""
     # import_module, for another thread may be in the middle of importing what sys.modules has.
     for name in sorted(HELPERS, key=lambda name: name not in sys.modules):
@@ -420,7 +423,7 @@ def _host_helper() -> ModuleType | None:
     return None
 
 
-def _load_config(helper: ModuleType | None, logger: logging.Logger) -> Any:
+def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
     """The host's configuration, a configparser object.
 
     Always through the host's own `load_config` where there is a host: it reads YAML too, and overlays the
@@ -446,8 +449,11 @@ def _load_config(helper: ModuleType | None, logger: logging.Logger) -> Any:
 # --- Running openssl ----------------------------------------------------------------------------------------
 
 
+LOST = 256  # no exit code
+
+
 class Run(NamedTuple):
-    """How a program ended. `code` is None where it was killed because its time was up."""
+    """How a program ended. `code` is None where it was killed because its time was up, LOST where nobody knows."""
 
     code: int | None
     output: str
@@ -456,7 +462,20 @@ class Run(NamedTuple):
         """How it was killed, or an empty string."""
         if self.code is None:
             return "openssl did not end in time and was killed"
+        if self.code == LOST:
+            return "nobody knows how openssl ended: something in this process waits for the children of others"
         return f"openssl was killed by signal {-self.code}" if self.code < 0 else ""
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code, None while it runs. Popen.poll() says 0 where the status is lost, and 0 would be a yes."""
+    if process.returncode is None:
+        try:
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+            process.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        except ChildProcessError:
+            process.returncode = LOST
+    return process.returncode
 
 
 def _run(argv: Sequence[str], limit: float, secrets: Mapping[str, str], keep: tuple[int, ...] = ()) -> Run:
@@ -465,13 +484,17 @@ def _run(argv: Sequence[str], limit: float, secrets: Mapping[str, str], keep: tu
     It is killed, with all that it started, when `limit` seconds have passed or this call is interrupted.
     `secrets` are added to its environment. `keep` are file descriptors that it inherits.
     """
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        raise CMPError(
+            "this process ignores SIGCHLD, so that nobody can know how openssl ends: let the host set SIG_DFL"
+        )
     try:
         process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **secrets},
+            env={**os.environ, **secrets} if secrets else None,
             pass_fds=keep,
             start_new_session=True,
         )
@@ -484,21 +507,21 @@ def _run(argv: Sequence[str], limit: float, secrets: Mapping[str, str], keep: tu
             # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
             poller = select.poll()
             poller.register(pipe, select.POLLIN | select.POLLHUP)
-            while poller.poll(max(0, deadline - time.monotonic()) * 1000):
+            while time.monotonic() < deadline and poller.poll(max(0, deadline - time.monotonic()) * 1000):
                 chunk = os.read(pipe.fileno(), 65536)
                 if not chunk:
                     break
                 output = (output + chunk)[:MAX_OUTPUT]
             tries = 0
-            while process.poll() is None and time.monotonic() < deadline:
+            while _exit_code(process) is None and time.monotonic() < deadline:
                 tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
                 time.sleep(0 if tries < 100 else 0.01)
         finally:
-            killed = process.poll() is None
-            if killed:
+            code = _exit_code(process)
+            if code is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return Run(None if killed else process.returncode, output.decode("utf-8", "replace"))
+    return Run(code, output.decode("utf-8", "replace"))
 
 
 class Message(NamedTuple):
@@ -510,9 +533,8 @@ class Message(NamedTuple):
 
 MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$")
 # Where openssl prints the CA's words. An HTTP error's reason phrase is none: it is on one line, and unprotected.
-CA_WORDS = re.compile(
-    "(?:request rejected by server:|received error:|unexpected pkistatus:|received from .* )PKIStatus: "
-)
+CA_WORDS = re.compile(r"(?:[\w ]+:|received from \S+ )PKIStatus: ")
+CA_NO = re.compile('(?:request rejected by server|received error):PKIStatus: |received "rejection" status')
 QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
 
 
@@ -530,12 +552,13 @@ def _messages(output: str, secrets: Sequence[str] = ()) -> list[Message]:
         words = bool(match and CA_WORDS.match(text))
         if words:
             text = "\n".join([text, *lines[number + 1 :]])
-        own, mark, other = text.partition("StatusString" if words else ":")
-        for secret in secrets:
+        own, mark, other = text.partition("PKIStatus: " if words else ":") if match else ("", "", text)
+        other = _one_line(other, 2 * MAX_TEXT)
+        for secret in map(_one_line, secrets):
             if len(secret) > 3:
                 other = other.replace(secret, "***")
         if text.strip():
-            messages.append(Message(level, _one_line(own + mark + other, 2 * MAX_TEXT)))
+            messages.append(Message(level, _one_line(own) + mark + other))
         if words:
             break
     return messages
@@ -563,7 +586,7 @@ def _errors(messages: Sequence[Message]) -> list[str]:
 
 def _said_no(errors: Sequence[str]) -> bool:
     """Whether the CA itself said no (a text of more than 1 kB makes OpenSSL 3.0 leave out the details)."""
-    return any(CA_WORDS.match(error) or error.startswith('received "rejection" status') for error in errors)
+    return any(CA_NO.match(error) for error in errors)
 
 
 def _reason(run: Run, messages: Sequence[Message], server: str) -> str:
@@ -579,10 +602,15 @@ def _reason(run: Run, messages: Sequence[Message], server: str) -> str:
     elif run.killed():
         searched = what = f"{run.killed()} (CMP server {server})"
     else:
-        if not errors or errors[0].startswith("cannot set up CMP context"):  # the cause is no message of the log
-            errors = [m.text for m in messages if re.search("error|unable|could not|cannot|unknown|no ", m.text, re.I)]
+        sent = bool(errors) and not errors[0].startswith("cannot set up CMP context")
+        if not sent:  # the cause is no message of the log
+            telling = re.compile("(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match)", re.I)
+            errors = [m.text for m in messages if telling.match(m.text)]
         what = f"CMP with {server} failed: {'; '.join(errors[:4]) or 'openssl gave no reason'}"
-        searched = " ".join(m.text for m in messages)
+        # Not in what an HTTP server may write: the hint must not be its choice.
+        searched = " ".join(re.sub("(reason=|actual=|Content-Type: ).*", "", text) for text in errors)
+        if not sent:  # no server has written anything
+            searched = " ".join(m.text for m in messages)
     hint = next((hint for words, hint in HINTS if words.lower() in searched.lower()), "")
     return _one_line(what) + (f" ({hint})" if hint else "")
 
@@ -714,7 +742,7 @@ def _known_option(option: str, binary: Binary) -> str:
 def _option_value(option: str, value: str, binary: Binary) -> str | None:
     """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
     takes_value = binary.options.get(option)
-    if value.lower() in ON:
+    if value.lower() in ON and option != "profile":
         if takes_value:
             raise CMPError("needs a value, not True")
         return None
@@ -765,7 +793,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
         try:
             option = _known_option(option, binary)
             options.pop(option, None)
-            if value.lower() not in OFF:
+            if value.lower() not in OFF or option == "profile":
                 checked = _option_value(option, value, binary)
                 options[option] = _secret_source(option, checked, secrets) if option in SECRET_KEYS else checked
         except CMPError as err:
@@ -774,6 +802,13 @@ def _settings(section: Mapping[str, str]) -> Settings:
     if not options.keys() & {"config", "section"}:  # else an OpenSSL configuration file may hold all of this
         _check_essentials(options, errors, warnings)
     errors += _set_timeouts(options, binary)
+    if not options.keys() & {"config", "section"} and "config" in binary.options:
+        options["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
+    if "keep_alive" in binary.options:
+        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
+    proxies = [name for name in ("http_proxy", "https_proxy") if os.environ.get(name)]
+    if proxies and not options.keys() & {"proxy", "no_proxy"}:
+        warnings.append(f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not")
     own = not section.get("cmp_tmp_dir")
     directory = os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}") if own else section["cmp_tmp_dir"]
     return Settings(binary, directory, own, options, secrets, tuple(errors), tuple(warnings))
@@ -819,6 +854,11 @@ def _check_essentials(options: Mapping[str, str | None], errors: list[str], warn
             errors.append("no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key")
         elif not options.keys() & {"trusted", "srvcert"}:
             warnings.append("cmp_trusted is not set: the CA's signed answers cannot be verified")
+    if "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}:
+        warnings.append(
+            "cmp_trusted without cmp_expect_sender or cmp_srvcert: whoever has a certificate of that CA, and is on the"
+            " way to it, can answer in its name; set cmp_expect_sender to the sender of its answers"
+        )
     if "tls_used" in options and "tls_trusted" not in options:
         warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
 
@@ -828,28 +868,35 @@ def _check_essentials(options: Mapping[str, str | None], errors: list[str], warn
 
 def _directory_fault(settings: Settings) -> str:
     """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
-    path = settings.directory
-    if re.search(r"[\s,\\]", path):
-        return f"cmp_tmp_dir {path}: openssl cannot use a name with a blank, a comma or a backslash"
-    while path and not os.path.lexists(path):
+    configured = settings.directory
+    if re.search(r"[\s,\\]", configured):
+        return (
+            f"cmp_tmp_dir {_one_line(configured, 100)}: openssl cannot use a name with a blank, a comma or a backslash"
+        )
+    if settings.own_directory and os.path.islink(configured):
+        return f"cmp_tmp_dir {configured} is a symbolic link: set cmp_tmp_dir to a directory of your own"
+    path = os.path.realpath(configured)
+    while not os.path.lexists(path):
         path = os.path.dirname(path)  # it will be made, if its parent lets us
-    path = path or os.curdir
-    try:
-        info = os.stat(path)
-        if settings.own_directory and os.path.islink(settings.directory):
-            return f"cmp_tmp_dir {path} is a symbolic link: set cmp_tmp_dir to a directory of your own"
-    except OSError as err:
-        return f"cmp_tmp_dir {path}: {err.strerror}"
     if not os.path.isdir(path):
-        return f"cmp_tmp_dir {path} is not a directory"
+        return f"cmp_tmp_dir {_one_line(path, 100)} is not a directory"
     if not os.access(path, os.W_OK | os.X_OK):
         return f"cmp_tmp_dir {path} cannot be written by this process: change its owner or mode"
-    # Whoever can rename our directories can put another public key into a request.
-    if path == settings.directory and info.st_uid not in (os.geteuid(), 0):
-        return f"cmp_tmp_dir {path} belongs to another user: give it to the user of acme2certifier"
-    if info.st_mode & 0o002 and not info.st_mode & 0o1000:
-        return f"cmp_tmp_dir {path} can be written by every local user: chmod it to 0700"
+    # Whoever can rename our directories, or those above, can put another public key into a request.
+    for directory in (path, *map(str, pathlib.PurePath(path).parents)):
+        info = os.stat(directory)
+        if info.st_uid not in (os.geteuid(), 0):
+            return f"cmp_tmp_dir: {directory} belongs to another user: give it to the user of acme2certifier"
+        if info.st_mode & 0o002 and not info.st_mode & 0o1000:
+            return f"cmp_tmp_dir: {directory} can be written by every local user: chmod o-w"
     return ""
+
+
+def _make_directory(path: str) -> None:
+    """Like os.makedirs, but the directories in between are nobody else's either."""
+    if not os.path.isdir(path):
+        _make_directory(os.path.dirname(os.path.abspath(path)))
+        os.makedirs(path, 0o700, exist_ok=True)  # somebody may have been quicker
 
 
 class Transaction:
@@ -857,7 +904,7 @@ class Transaction:
 
     csr.pem, pubkey.pem, subject, profile   the request
     NNN-MMM.der                             response MMM of the CA, as saved by run NNN of openssl
-    waiting                                 there when the CA's answer is still out
+    enrolling                               renamed to `waiting` when the CA's answer is still out
     lock                                    held by the process that works on it, and by its openssl
     """
 
@@ -868,7 +915,7 @@ class Transaction:
 
     def file(self, name: str) -> str:
         """The path of one of its files."""
-        return os.path.join(self.path, name)
+        return f"{self.path}/{name}"
 
     def write(self, name: str, text: str) -> None:
         """Make one of its files."""
@@ -890,6 +937,7 @@ class Transaction:
         try:
             if not keep:
                 os.remove(self.file("lock"))
+            fcntl.flock(self.lock, fcntl.LOCK_UN)  # for all who inherited it when the host forked
             os.close(self.lock)
             if not keep:
                 _delete(self.path)
@@ -915,7 +963,7 @@ def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
             raise CMPError(fault)
         if os.path.isdir(settings.directory):
             break
-        os.makedirs(settings.directory, 0o700, exist_ok=True)
+        _make_directory(settings.directory)
     _sweep(settings.directory, logger)
     identifier = os.urandom(16).hex()
     path = os.path.join(settings.directory, identifier)
@@ -1038,15 +1086,20 @@ def _csr(argument: object) -> CSR:
     except CMPError as err:
         raise CMPError(f"not a usable CSR: {err}") from err
     try:
-        _, subject, _, *attributes = _sequence(_sequence(der)[0].raw)
+        _, subject, key, *attributes = _sequence(_sequence(der)[0].raw)
+        algorithm, *parameters = _sequence(_sequence(key.raw)[0].raw)
         extensions: dict[str, bytes] = {}
         for attribute in _elements(attributes[0].value) if attributes else ():
             kind, values = _sequence(attribute.raw)
             if _oid(kind.value) in EXTENSION_REQUESTS:
                 extensions.update(_extensions(values.value))
-        return CSR(der, _name(subject.raw), extensions)
+        csr = CSR(der, _name(subject.raw), extensions)
     except (CMPError, IndexError, ValueError) as err:
         raise CMPError("not a usable CSR: it is not a PKCS #10 request") from err
+    if _oid(algorithm.value) == EC_PUBLIC_KEY and [p.tag for p in parameters] != [0x06]:
+        # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
+        raise CMPError("not a usable CSR: its key has explicit EC parameters (RFC 5480, 2.1.1): use a named curve")
+    return csr
 
 
 def _alternative_names(csr: CSR) -> Iterator[tuple[str, str]]:
@@ -1157,14 +1210,16 @@ def _exchange(settings: Settings, transaction: Transaction, request: list[str], 
         arguments += ["-rspin", ",".join(replay)]
     _reserve(transaction)
     run, messages = _openssl_cmp(settings, arguments, transaction.lock)
+    saved = sum(name.startswith(f"{number + 1:03d}-") for name in os.listdir(transaction.path))
     before, (_, log) = log, _saved_responses(transaction)
     _prune(transaction, log)
     outcome = _outcome(run, messages, settings, log, log != before)
     if run.code == 0 and not _certificates(transaction.file("cert.pem"), logger):
         full = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
         outcome = Outcome(FAILED, full)
-    elif replay and log != before and outcome.verdict == FAILED and not outcome.final:
+    elif outcome.verdict == FAILED and not outcome.final and len(log) > 1 and saved >= max(1, len(replay)):
         os.remove(log[-1])  # openssl refused it: somebody else's, and no part of the transaction
+        outcome = Outcome(WAITING, outcome.reason)
     expected = ["-server option|too few -rspin"] if replay else []
     expected += ["total timeout|polling failed"] if outcome == Outcome(WAITING) else []
     _log_messages(logger, messages, "|".join(expected) or "$")
@@ -1179,7 +1234,7 @@ def _outcome(run: Run, messages: Sequence[Message], settings: Settings, log: Seq
     if _said_no(errors) or any(error.startswith("certificate not accepted") for error in errors):
         return Outcome(FAILED, reason, final="PKIStatus: waiting" not in " ".join(errors))
     broken_off = bool(run.killed()) or any(BROKEN_OFF.match(error) for error in errors)
-    if broken_off and log and len(log) < MAX_RESPONSES:
+    if broken_off and log:
         return Outcome(WAITING, "" if news and _body_type(log[-1]) == POLLREP else reason)
     return Outcome(FAILED, reason)
 
@@ -1241,15 +1296,19 @@ def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
     return found
 
 
-def _pool(settings: Settings, transaction: Transaction, logger: logging.Logger) -> list[Certificate]:
-    """Where issuers may be found: what came with the response, then what the configuration names."""
-    paths = [transaction.file("extracerts.pem"), transaction.file("capubs.pem")]
-    for option in ("untrusted", "trusted"):
-        paths += _file_list(option, settings.options.get(option) or "")
-    found = [cert for path in paths[:2] for cert in _certificates(path, logger)]
-    if not found:  # openssl forgets them when the CA delays its answer to the confirmation
-        found = [cert for path in _saved_responses(transaction)[1] for cert in _message_certificates(path, logger)]
-    return found + [cert for path in paths[2:] for cert in _certificates(path, logger)]
+def _pool(settings: Settings, transaction: Transaction, logger: logging.Logger) -> tuple[list[Certificate], ...]:
+    """Where issuers may be found: what the configuration names, caPubs, and, apart from these, extraCerts.
+
+    caPubs is part of the protected answer. extraCerts is not (RFC 4210, 5.1): anybody on the way can change it.
+    """
+    configured = [name for o in ("untrusted", "trusted") for name in _file_list(o, settings.options.get(o) or "")]
+    known, sent = [], _certificates(transaction.file("extracerts.pem"), logger)
+    for path in [*configured, transaction.file("capubs.pem")]:
+        known += _certificates(path, logger)
+    if not sent:  # openssl forgets them when the CA delays its answer to the confirmation
+        for path in _saved_responses(transaction)[1]:
+            sent += _message_certificates(path, logger)
+    return known, sent
 
 
 def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate]:
@@ -1267,20 +1326,43 @@ def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate
     return found
 
 
-def _chain(leaf: Certificate, pool: Sequence[Certificate]) -> list[Certificate]:
+_genuine: set[bytes] = set()  # certificates from extraCerts that were seen to have issued an authentic one
+
+
+def _issued_by(certificate: Certificate, issuer: Certificate, settings: Settings, transaction: Transaction) -> bool:
+    """Ask openssl whether `issuer`, which nothing protects, has signed `certificate`: once per process and issuer."""
+    if issuer.der not in _genuine:
+        transaction.write("issuer.pem", _pem(issuer.der))
+        transaction.write("subject.pem", _pem(certificate.der))
+        argv = [settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical", "-trusted"]
+        if _run([*argv, transaction.file("issuer.pem"), transaction.file("subject.pem")], 10, {}).code != 0:
+            return False
+        _genuine.add(issuer.der)
+    return True
+
+
+def _chain(
+    leaf: Certificate, settings: Settings, transaction: Transaction, logger: logging.Logger
+) -> list[Certificate]:
     """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
 
     extraCerts begins with the CMP server's own certificate and may hold anything; clients take the second
     certificate for the issuer.
     """
+    known, sent = _pool(settings, transaction, logger)
     chain = [leaf]
-    while not chain[-1].self_signed():
+    while not chain[-1].self_signed() and len(chain) < MAX_CHAIN:
         last = chain[-1]
-        for candidate in pool:
+        for candidate in [*known, *sent]:
             keys_fit = not (candidate.subject_key and last.authority_key) or candidate.subject_key == last.authority_key
-            if _name_key(candidate.subject) == _name_key(last.issuer) and keys_fit and candidate not in chain:
+            if _name_key(candidate.subject) != _name_key(last.issuer) or not keys_fit or candidate in chain:
+                continue
+            if candidate in known or _issued_by(last, candidate, settings, transaction):
                 chain.append(candidate)
                 break
+            logger.warning(
+                "passed over a certificate in extraCerts that is not what it says: %s", _name_text(last.issuer)
+            )
         else:
             break
     return chain
@@ -1306,13 +1388,8 @@ class CAhandler:
     def __init__(self, debug: bool | None = None, logger: logging.Logger | None = None) -> None:
         self.debug = debug
         self.logger = logger or logging.getLogger("cmp_ca_handler")
-        # Read and set by the host's profile functions.
-        self.cmp_profile: str | None = None
-        self.profiles: Any = {}
-        self.eab_profiling: Any = False
-        self.eab_handler: Any = None
-        self.header_info_field: Any = None
-        self._helper: ModuleType | None = None
+        self.cahandler_registry_name: str | None = None  # set by the host where it has several CAs
+        self._helper: types.ModuleType | None = None
         self._config: Any = {}
         self.section: dict[str, str] = {}
         self.config_error = ""
@@ -1327,8 +1404,6 @@ class CAhandler:
             self.section = {key: str(value) for key, value in self._config["CAhandler"].items() if key[:4] == "cmp_"}
         except Exception as err:
             self.config_error = self._failure("configuration", err)
-        for key in self._profile_keys():
-            setattr(self, key, self.section.get(key))
         return self
 
     def use_section(self, name: str) -> None:
@@ -1359,7 +1434,7 @@ class CAhandler:
         cannot be reached is an error, and the next poll tries again.
         """
         try:
-            return self._poll(poll_identifier)
+            return self._poll(poll_identifier, csr)
         except Exception as err:
             return (self._failure("poll", err), None, None, poll_identifier, False)
 
@@ -1399,6 +1474,7 @@ class CAhandler:
         transaction = _begin(settings, self.logger)
         keep = False
         try:
+            transaction.write("enrolling", "")
             if changed:
                 transaction.write("profile", json.dumps(changed))
             _verify(csr, settings, transaction)
@@ -1408,7 +1484,7 @@ class CAhandler:
                 return (None, *self._issued(settings, transaction, started), None)
             if outcome.verdict == FAILED:
                 raise CMPError(outcome.reason)
-            os.link(transaction.file("lock"), transaction.file("waiting"))  # possible on a full disk too
+            os.rename(transaction.file("enrolling"), transaction.file("waiting"))  # possible on a full disk too
             keep = True
             self.logger.info(
                 "CMP enrolment %s waits for the CA %s%s",
@@ -1420,7 +1496,7 @@ class CAhandler:
         finally:
             transaction.close(keep, self.logger)
 
-    def _poll(self, identifier: str) -> Polled:
+    def _poll(self, identifier: str, csr_argument: str) -> Polled:
         started = time.monotonic()
         if self.config_error:
             raise CMPError(self.config_error)
@@ -1434,6 +1510,8 @@ class CAhandler:
             settings = self._checked({**self.section, **allowed})
             settings = settings._replace(options={**settings.options, **_resumed_timeouts(settings)})
             csr = _csr(transaction.read("csr.pem"))
+            if csr_argument and _csr(csr_argument).der != csr.der:
+                raise CMPError(f"transaction {identifier} is for another CSR")
             if not _saved_responses(transaction)[1]:  # without them, openssl would begin a second transaction
                 raise CMPError(f"the saved responses in {transaction.path} are damaged: order the certificate again")
             _verify(csr, settings, transaction)
@@ -1474,8 +1552,8 @@ class CAhandler:
         finally:
             transaction.close(False, self.logger)
         _log_messages(self.logger, messages, "$")
-        what = f"serial={parsed.serial:x} issuer={_name_text(parsed.issuer)}"
-        if run.code == 0:
+        what = f"serial={_one_line(f'{parsed.serial:x}', 64)} issuer={_name_text(parsed.issuer)}"
+        if run.code == 0 and not _errors(messages):
             self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
             return (200, None, None)
         detail = _reason(run, messages, settings.server)
@@ -1486,14 +1564,14 @@ class CAhandler:
 
     def _issued(self, settings: Settings, transaction: Transaction, started: float) -> tuple[str, str]:
         """The bundle and the leaf in base64, and the one line in the log that says what was issued."""
-        leaf, *more = _certificates(transaction.file("cert.pem"), self.logger)
-        chain = _chain(leaf, [*more, *_pool(settings, transaction, self.logger)])
+        chain = _chain(_certificates(transaction.file("cert.pem"), self.logger)[0], settings, transaction, self.logger)
+        leaf = chain[0]
         if len(chain) == 1 and not leaf.self_signed():
             self.logger.warning("the CA did not send the issuer's certificate: name it in cmp_untrusted")
         self.logger.info(
-            "certificate issued: subject=%s serial=%x issuer=%s chain=%d seconds=%.2f",
+            "certificate issued: subject=%s serial=%s issuer=%s chain=%d seconds=%.2f",
             _name_text(leaf.subject),
-            leaf.serial,
+            _one_line(f"{leaf.serial:x}", 64),
             _name_text(leaf.issuer),
             len(chain),
             time.monotonic() - started,
@@ -1507,29 +1585,32 @@ class CAhandler:
     def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
         """The section, with what the profile of the order, of its account or of its HTTP header sets.
 
-        The host's functions do the choosing, where it has them, by `hasattr` and `setattr` on this object.
+        The host's functions do the choosing, where it has them. They set attributes by `hasattr` and `setattr`: on
+        an object that has those which a profile may set, and no others.
         """
-        section, check = self.section, getattr(self._helper, "eab_profile_header_info_check", None)
+        check = getattr(self._helper, "eab_profile_header_info_check", None)
         if check is None:
-            return section
-        load_eab = getattr(self._helper, "config_eab_profile_load", None)
-        if load_eab:
-            self.eab_profiling, self.eab_handler = load_eab(self.logger, self._config)
+            return self.section
+        chosen = types.SimpleNamespace(**{key: self.section.get(key) for key in self._profile_keys()})
+        chosen.cahandler_registry_name = self.cahandler_registry_name
+        chosen.eab_profiling, chosen.eab_handler = self._host("config_eab_profile_load", (False, None))
         if revocation:
             check_revocation = getattr(self._helper, "eab_profile_revocation_check", None)
-            if check_revocation and self.eab_profiling and self.eab_handler:
-                check_revocation(self.logger, self, argument)
+            if check_revocation and chosen.eab_profiling and chosen.eab_handler:
+                check_revocation(self.logger, chosen, argument)
         else:
-            load_header = getattr(self._helper, "config_headerinfo_load", None)
-            load_profiles = getattr(self._helper, "config_profile_load", None)
-            self.header_info_field = load_header(self.logger, self._config) if load_header else None
-            self.profiles = load_profiles(self.logger, self._config) if load_profiles else {}
-            error = check(self.logger, self, argument, self.profile_mapping_field)
+            chosen.header_info_field = self._host("config_headerinfo_load", None)
+            chosen.profiles = self._host("config_profile_load", {})
+            error = check(self.logger, chosen, argument, self.profile_mapping_field)
             if error:
                 raise CMPError(_one_line(str(error)))
-        self.section = section  # whatever attributes a profile has set
-        values = {key: getattr(self, key, None) for key in self._profile_keys()}
-        return {**section, **{key: value for key, value in values.items() if isinstance(value, str)}}
+        values = {key: getattr(chosen, key, None) for key in self._profile_keys()}
+        return {**self.section, **{key: value for key, value in values.items() if isinstance(value, str)}}
+
+    def _host(self, function: str, default: Any) -> Any:
+        """What one of the host's functions reads from the configuration; old hosts have not got them all."""
+        load = getattr(self._helper, function, None)
+        return load(self.logger, self._config) if load else default
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error there is."""
@@ -1659,7 +1740,9 @@ def _argument_file(path: str) -> str:
     """A CSR or certificate from a PEM or DER file, as the host would hand it over."""
     with open(path, "rb") as file:
         data = file.read(2 * MAX_DER)
-    return base64.b64encode(data).decode() if data[:1] == b"\x30" else data.decode("latin-1")
+    if data[:1] == b"\x30":
+        return base64.b64encode(data).decode()
+    return data[max(data.find(b"-----BEGIN"), 0) :].decode("latin-1")  # without what `openssl req -text` puts before it
 
 
 def _result(error: str | None, text: str | None, identifier: str | None, output: str | None) -> int:

@@ -643,8 +643,10 @@ class DemoCA:
         }
         if authentication == "secret":
             options.update(cmp_ref=self.ref, cmp_secret=self.secret)
+            options["cmp_expect_sender"] = options["cmp_recipient"]
         else:
             options.update(cmp_cert=f"{self.directory}/ra.pem", cmp_key=f"{self.directory}/ra.key")
+            options["cmp_expect_sender"] = "C=DE, O=Demo, CN=Demo CMP Signer"
         options["cmp_trusted"] = f"{self.directory}/trusted.pem"
         if self.tls:
             options.update(cmp_tls_used="True", cmp_tls_trusted=f"{self.directory}/trusted.pem")

@@ -154,7 +154,9 @@ def test_sources_of_a_secret(
 @pytest.mark.parametrize("section", ["cmp", "other"])
 def test_an_openssl_configuration_file_takes_over(section: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     options = {key[4:]: value for key, value in ca.options().items()}
-    options.update(secret=f"pass:{ca.secret}", recipient="/C=DE/O=Demo/CN=Demo Issuing CA")
+    name = "/C=DE/O=Demo/CN=Demo Issuing CA"  # openssl's own notation: nobody rewrites this file
+    options.update(secret=f"pass:{ca.secret}", recipient=name, expect_sender=name)
+    options["expect_sender"] = options["recipient"]
     lines = [f"{key} = {value}" for key, value in options.items()]
     (tmp_path / "cmp.cnf").write_text("\n".join([f"[{section}]", *lines, ""]))
     keys = {"cmp_config": str(tmp_path / "cmp.cnf"), "cmp_section": section}

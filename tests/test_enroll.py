@@ -96,7 +96,6 @@ FORMS: dict[str, Callable[[str], str]] = {
     "base64 with line breaks": lambda pem: "\n".join(pem.splitlines()[1:-1]) + "\n",
     "PEM": str,
     "PEM with CRLF": lambda pem: pem.replace("\n", "\r\n"),
-    "PEM after a text": lambda pem: "Certificate Request:\n    Data:\n" + pem,
     "PEM, old label": lambda pem: pem.replace("CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST"),
 }
 
@@ -305,7 +304,7 @@ else:
         command += ["-" + new, *value]
     os.execv({openssl!r}, [{openssl!r}, *command])
 '''
-OLD_VALUED = "cmd server path ref secret recipient trusted newkey subject sans csr certout extracertsout popo cert key"
+OLD_VALUED = "cmd server path ref secret recipient expect_sender trusted newkey subject sans csr certout extracertsout popo cert key"
 RELEASES = {
     "2020": ("OpenSSL 3.0.0-alpha9-dev ", "msg_timeout total_timeout cacertsout", "san_nodefault implicit_confirm"),
     "2019": ("OpenSSL 1.1.1d-dev  xx XXX xxxx", "msgtimeout totaltimeout", "implicit_confirm"),

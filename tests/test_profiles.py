@@ -165,15 +165,15 @@ def test_profile_sets_neither_program_nor_directory_nor_credentials(ca: DemoCA, 
         assert " -cmd ir " in command and " -ref 1234 " in command and " -total_timeout 30 " in command
         assert f" -reqout {own['cmp_reqout']} " in command
         assert "taken" not in command and str(program) not in command
-        assert not {"-cert", "-key", "-config", "-engine", "-unprotected_requests"} & set(command.split())
+        assert not {"-cert", "-key", "-engine", "-unprotected_requests"} & set(command.split())
+        assert str(program) not in command
         assert not (tmp_path / "taken").exists()
 
 
-def test_attributes_that_a_profile_can_reach(ca: DemoCA, handlers: Handlers) -> None:
-    """The host sets what `hasattr` finds. Even where something else is set by force, it has no effect."""
+def test_attributes_set_by_force_have_no_effect(ca: DemoCA, handlers: Handlers) -> None:
+    """The host's functions set attributes of an object of their own, so those of the handler are nobody's business."""
     handler = handlers(ca.options(), cert=str(ca.directory / "ra.pem"), key=str(ca.directory / "ra.key"))
-    reachable = {name for name in dir(handler) if name.startswith("cmp_")}
-    assert reachable == {"cmp_server", "cmp_path", "cmp_recipient", "cmp_trusted", "cmp_profile"}
+    assert not {name for name in dir(handler) if name.startswith("cmp_")}
     for name in ("cmp_openssl_bin", "cmp_tmp_dir", "cmp_secret", "cmp_ref", "cmp_cert", "cmp_key"):
         setattr(handler, name, "/nonexistent")
     error, bundle, _, _ = handler.enroll(as_host(csr_pem(["a.example"])))
