@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import fcntl
 import functools
 import importlib
@@ -89,19 +90,14 @@ MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
 # cmpossl before 2020 spelled the time-outs without the underscore.
 OLD_NAMES = {"msg_timeout": "msgtimeout", "total_timeout": "totaltimeout"}
 
-# RFC 5280, 5.3.1; the value 7 is not used.
-REASONS = {
-    "unspecified": 0,
-    "keyCompromise": 1,
-    "cACompromise": 2,
-    "affiliationChanged": 3,
-    "superseded": 4,
-    "cessationOfOperation": 5,
-    "certificateHold": 6,
-    "removeFromCRL": 8,
-    "privilegeWithdrawn": 9,
-    "aACompromise": 10,
-}
+# RFC 5280, 5.3.1, in the order of their numbers; 7 is not used.
+REASONS = dict(
+    zip(
+        "unspecified keyCompromise cACompromise affiliationChanged superseded cessationOfOperation certificateHold"
+        " removeFromCRL privilegeWithdrawn aACompromise".split(),
+        (0, 1, 2, 3, 4, 5, 6, 8, 9, 10),
+    )
+)
 
 # Attribute type -> (openssl's short name, the string tag that openssl encodes it with, longest value). A subject
 # made of these alone survives the way through `-subject` byte for byte; any other is left to `-csr`.
@@ -148,7 +144,7 @@ class NotACertificate(CMPError):
     """The argument of `revoke()` is not a certificate."""
 
 
-# What openssl says -> what to do about it. docs/troubleshooting.md has the same list; a test compares the two.
+# What openssl says (a regular expression) -> what to do. A test holds docs/troubleshooting.md to the same list.
 HINTS = (
     ("certificate verify failed", "cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name"),
     ("wrong pbm value", "the shared secret does not fit: check cmp_ref and cmp_secret"),
@@ -162,16 +158,12 @@ HINTS = (
     ("no suitable sender cert", "set cmp_trusted, and cmp_untrusted for intermediates, or cmp_srvcert"),
     ("connect timeout", "nothing answers there: check cmp_server, the firewall and that the CMP service runs"),
     ("transfer timeout", "no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server"),
-    ("code=404", "no CMP service under this path: check cmp_path"),
-    ("http code 404", "no CMP service under this path: check cmp_path"),
-    ("code=500", "the server failed: look into its log"),
-    ("http code 500", "the server failed: look into its log"),
-    ("unexpected content type", "that is no CMP service: check cmp_server and cmp_path"),
-    ("content type mismatch", "that is no CMP service: check cmp_server and cmp_path"),
+    ("code=404|http code 404", "no CMP service under this path: check cmp_path"),
+    ("code=500|http code 500", "the server failed: look into its log"),
+    ("unexpected content type|content type mismatch", "that is no CMP service: check cmp_server and cmp_path"),
     ("header parse error", "that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS"),
-    ("failed reading data", "the connection was closed: check cmp_tls_used, and the CA's log"),
     ("wrong version number", "the server does not speak TLS on this port: check cmp_server and cmp_tls_used"),
-    ("error sending", "the connection was closed: check cmp_tls_used, and the CA's log"),
+    ("failed reading data|error sending", "the connection was closed: check cmp_tls_used, and the CA's log"),
     ("redirection not enabled", "the server redirects: set cmp_server and cmp_path to the final address"),
     ("max resp len exceeded", "the answer is too large to be CMP: check cmp_server and cmp_path"),
     ("does not match our enrollment key", "the CA issued for another key: look into the CA's log"),
@@ -317,7 +309,7 @@ def _slash_form(name: Name, exact: bool) -> str | None:
             if a.type not in ATTRIBUTES or not a.text or not a.text.isprintable():
                 return None
             short, tag, longest = ATTRIBUTES[a.type]
-            if len(a.text) > longest or (exact and a.tag != tag):
+            if len(a.text) > longest or (exact and a.tag != tag) or (short == "C" and len(a.text) != longest):
                 return None
             text += ("+" if position else "/") + short + "=" + re.sub(r"([\\/+=])", r"\\\1", a.text)
     return text
@@ -485,9 +477,7 @@ def _run(argv: Sequence[str], limit: float, secrets: Mapping[str, str], keep: tu
     `secrets` are added to its environment. `keep` are file descriptors that it inherits.
     """
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        raise CMPError(
-            "this process ignores SIGCHLD, so that nobody can know how openssl ends: let the host set SIG_DFL"
-        )
+        raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: let the host set SIG_DFL")
     try:
         process = subprocess.Popen(
             argv,
@@ -569,7 +559,9 @@ def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected:
     levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
     for level, text in messages:
         lowest = level in ("debug", "trace") or re.match(expected, text)
-        logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
+        number = logging.DEBUG if lowest else levels.get(level, logging.ERROR)
+        if logger.isEnabledFor(number):
+            logger.log(number, "openssl cmp: %s", text)
 
 
 REJECTION = re.compile(
@@ -611,7 +603,7 @@ def _reason(run: Run, messages: Sequence[Message], server: str) -> str:
         searched = " ".join(re.sub("(reason=|actual=|Content-Type: ).*", "", text) for text in errors)
         if not sent:  # no server has written anything
             searched = " ".join(m.text for m in messages)
-    hint = next((hint for words, hint in HINTS if words.lower() in searched.lower()), "")
+    hint = next((hint for words, hint in HINTS if re.search(words, searched, re.I)), "")
     return _one_line(what) + (f" ({hint})" if hint else "")
 
 
@@ -648,9 +640,7 @@ def _binary(name: str) -> Binary:
         _binaries[key] = Binary(path, _one_line(version, 60), options)
     binary = _binaries[key]
     if not binary.options.keys() >= {"cmd", "server"}:
-        raise CMPError(
-            f"cmp_openssl_bin: {path} ({binary.version or 'no version'}) has no cmp command: install OpenSSL 3.0"
-        )
+        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) has no cmp command: install OpenSSL 3")
     return binary
 
 
@@ -671,7 +661,7 @@ class Settings(NamedTuple):
     @property
     def server(self) -> str:
         """Who answers, for messages."""
-        return _one_line(self.options.get("server") or "of the OpenSSL configuration file", 100)
+        return _one_line(self.options.get("server") or "the server in OpenSSL's configuration file", 100)
 
     def seconds(self, name: str) -> int:
         """One of the two time-outs."""
@@ -763,9 +753,7 @@ def _option_value(option: str, value: str, binary: Binary) -> str | None:
     if option == "popo" and value not in ("-1", "0"):
         raise CMPError("only 0 (raVerified) and -1 (none) are possible: the private key stays with the ACME client")
     if option in ("server", "proxy") and "@" in value:
-        raise CMPError(
-            "a user and password there are visible to every local user, and openssl ignores them: remove them"
-        )
+        raise CMPError("a user and password there are visible to every local user, and openssl ignores them: remove")
     return _slash_dn(value) if option in DN_KEYS else value
 
 
@@ -1150,11 +1138,7 @@ def _request(csr: CSR, settings: Settings, transaction: Transaction, logger: log
         names = list(_alternative_names(csr))
         lost = [kind for kind, name in names if not name] + [e for e in csr.extensions if e != SUBJECT_ALT_NAME]
         if lost:
-            logger.warning(
-                "%s cannot carry these parts of the CSR, OpenSSL 3.0 can: %s",
-                settings.binary.version,
-                ", ".join(lost),
-            )
+            logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
         if any(name for _, name in names):
             arguments += ["-sans", ",".join(name for _, name in names if name)]
     if subject is not None and settings.options.get("cmd") != "p10cr":
@@ -1208,7 +1192,7 @@ def _exchange(settings: Settings, transaction: Transaction, request: list[str], 
         arguments += ["-rspout", ",".join(names)]
     if replay:
         arguments += ["-rspin", ",".join(replay)]
-    _reserve(transaction)
+    _check_room(transaction)
     run, messages = _openssl_cmp(settings, arguments, transaction.lock)
     saved = sum(name.startswith(f"{number + 1:03d}-") for name in os.listdir(transaction.path))
     before, (_, log) = log, _saved_responses(transaction)
@@ -1239,11 +1223,11 @@ def _outcome(run: Run, messages: Sequence[Message], settings: Settings, log: Seq
     return Outcome(FAILED, reason)
 
 
-def _reserve(transaction: Transaction) -> None:
+def _check_room(transaction: Transaction) -> None:
     """Raise OSError, before anything is asked of the CA, where the disk has no room for its answers."""
-    with open(transaction.file("reserve"), "wb") as file:
-        file.write(bytes(MAX_DER))
-    os.remove(transaction.file("reserve"))
+    disk = os.statvfs(transaction.path)
+    if disk.f_bavail * disk.f_frsize < MAX_DER:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), transaction.path)
 
 
 def _prune(transaction: Transaction, log: list[str]) -> None:
@@ -1360,9 +1344,7 @@ def _chain(
             if candidate in known or _issued_by(last, candidate, settings, transaction):
                 chain.append(candidate)
                 break
-            logger.warning(
-                "passed over a certificate in extraCerts that is not what it says: %s", _name_text(last.issuer)
-            )
+            logger.warning("passed over a false certificate in extraCerts: %s", _name_text(last.issuer))
         else:
             break
     return chain
@@ -1487,10 +1469,7 @@ class CAhandler:
             os.rename(transaction.file("enrolling"), transaction.file("waiting"))  # possible on a full disk too
             keep = True
             self.logger.info(
-                "CMP enrolment %s waits for the CA %s%s",
-                transaction.identifier,
-                settings.server,
-                f": {outcome.reason}" if outcome.reason else "",
+                "CMP enrolment %s waits for the CA: %s", transaction.identifier, outcome.reason or "undecided"
             )
             return (None, None, None, transaction.identifier)
         finally:
@@ -1568,14 +1547,10 @@ class CAhandler:
         leaf = chain[0]
         if len(chain) == 1 and not leaf.self_signed():
             self.logger.warning("the CA did not send the issuer's certificate: name it in cmp_untrusted")
-        self.logger.info(
-            "certificate issued: subject=%s serial=%s issuer=%s chain=%d seconds=%.2f",
-            _name_text(leaf.subject),
-            _one_line(f"{leaf.serial:x}", 64),
-            _name_text(leaf.issuer),
-            len(chain),
-            time.monotonic() - started,
-        )
+        serial = _one_line(f"{leaf.serial:x}", 64)
+        names = f"subject={_name_text(leaf.subject)} serial={serial} issuer={_name_text(leaf.issuer)}"
+        seconds = time.monotonic() - started
+        self.logger.info("certificate issued: %s chain=%d seconds=%.2f", names, len(chain), seconds)
         return "".join(_pem(cert.der) for cert in chain), base64.b64encode(leaf.der).decode()
 
     def _profile_keys(self) -> list[str]:
@@ -1631,7 +1606,7 @@ class CAhandler:
             text = str(err)
         elif isinstance(err, OSError):
             text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
-            text += next((f" ({hint})" for words, hint in HINTS if words in text), "")
+            text += next((f" ({hint})" for words, hint in HINTS if re.search(words, text)), "")
         else:
             line = err.__traceback__.tb_lineno if err.__traceback__ else 0
             text = f"internal error: {type(err).__name__} {err} (line {line})"
@@ -1763,7 +1738,6 @@ def _result(error: str | None, text: str | None, identifier: str | None, output:
 
 def _check_command(handler: CAhandler, connect: bool) -> int:
     """Print what the configuration amounts to, and everything that is wrong with it."""
-    fault = handler.handler_check()
     settings = _settings(handler.section)
     print(f"openssl   {settings.binary.path or 'not usable'}  {settings.binary.version}".rstrip())
     if settings.binary.options:
@@ -1778,18 +1752,14 @@ def _check_command(handler: CAhandler, connect: bool) -> int:
         shown = "(hidden)" if key[4:] in SECRET_KEYS else value
         print(f"  {key + ':':<24} {_one_line(shown, 200)}")
     print()
-    faults = [fault for fault in [handler.config_error, *settings.errors, _directory_fault(settings)] if fault]
-    warnings = list(settings.warnings)
+    faults = [handler.config_error, *settings.errors, _directory_fault(settings)]
+    findings = [f"warning: {text}" for text in settings.warnings] + [f"error: {text}" for text in faults if text]
     if settings.binary.options and not settings.errors:
-        for kind, certificate, key in (("cmp_", "cert", "key"), ("cmp_tls_", "tls_cert", "tls_key")):
-            _check_pair(settings, kind, certificate, key, faults, warnings)
-        if connect:
-            faults += _check_server(settings)
-    for warning in warnings:
-        print(f"warning: {warning}")
-    for fault in faults:
-        print(f"error: {fault}")
-    if faults:
+        findings += [*_check_pair(settings, ""), *_check_pair(settings, "tls_")]
+        findings += _check_server(settings) if connect else []
+    for finding in findings:
+        print(finding)
+    if any(finding.startswith("error: ") for finding in findings):
         return 1
     import shlex
 
@@ -1800,32 +1770,31 @@ def _check_command(handler: CAhandler, connect: bool) -> int:
     return 0
 
 
-def _check_pair(
-    settings: Settings, kind: str, certificate: str, key: str, faults: list[str], warnings: list[str]
-) -> None:
-    """Look at a certificate and its key: do they belong together, and how long is it valid?"""
-    files = settings.options.get(certificate), settings.options.get(key)
-    if not files[0] or not files[1] or not os.path.isfile(files[1]):
+def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
+    """Look at cmp_cert and cmp_key, or cmp_tls_cert and cmp_tls_key: are they a pair, and how long valid?"""
+    certificate, key = settings.options.get(kind + "cert"), settings.options.get(kind + "key")
+    if not certificate or not key or not os.path.isfile(key):
         return  # none configured, or a key in a token, which only openssl can open
-    openssl, source = settings.binary.path, settings.options.get(key + "pass")
-    about = _run(
-        [openssl, "x509", "-in", files[0], "-noout", "-subject", "-enddate", "-ext", "extendedKeyUsage"], 10, {}
-    )
-    if about.code != 0:
-        faults.append(f"{kind}cert: {files[0]} holds no certificate in PEM")
+    x509 = [settings.binary.path, "x509", "-in", certificate, "-noout"]
+    about = _run([*x509, "-subject", "-enddate", "-ext", "extendedKeyUsage"], 10, {})
+    public = _run([*x509, "-pubkey"], 10, {})
+    if about.code != 0 or public.code != 0:
+        yield f"error: cmp_{kind}cert: {certificate} holds no certificate in PEM"
         return
-    print(f"{kind}cert  " + "; ".join(_one_line(line) for line in about.output.splitlines() if "No ext" not in line))
-    if _run([openssl, "x509", "-in", files[0], "-noout", "-checkend", "0"], 10, {}).code != 0:
-        faults.append(f"{kind}cert: {files[0]} has expired")
-    elif _run([openssl, "x509", "-in", files[0], "-noout", "-checkend", str(30 * 86400)], 10, {}).code != 0:
-        warnings.append(f"{kind}cert: {files[0]} expires within 30 days")
-    public = _run([openssl, "x509", "-in", files[0], "-noout", "-pubkey"], 10, {}).output
+    print(
+        f"cmp_{kind}cert  " + "; ".join(_one_line(line) for line in about.output.splitlines() if "No ext" not in line)
+    )
+    if _run([*x509, "-checkend", "0"], 10, {}).code != 0:
+        yield f"error: cmp_{kind}cert: {certificate} has expired"
+    elif _run([*x509, "-checkend", str(30 * 86400)], 10, {}).code != 0:
+        yield f"warning: cmp_{kind}cert: {certificate} expires within 30 days"
+    source = settings.options.get(kind + "keypass")
     password = ["-passin", source] if source else []
-    private = _run([openssl, "pkey", "-in", files[1], "-pubout", *password], 10, settings.secrets)
+    private = _run([settings.binary.path, "pkey", "-in", key, "-pubout", *password], 10, settings.secrets)
     if private.code != 0:
-        faults.append(f"{kind}key: {files[1]} cannot be opened: check the file and {kind}keypass")
-    elif private.output.split() != public.split():
-        faults.append(f"{kind}key: {files[1]} does not belong to {files[0]}")
+        yield f"error: cmp_{kind}key: {key} cannot be opened: check the file and cmp_{kind}keypass"
+    elif private.output.split() != public.output.split():
+        yield f"error: cmp_{kind}key: {key} does not belong to {certificate}"
 
 
 def _check_server(settings: Settings) -> list[str]:
@@ -1839,7 +1808,7 @@ def _check_server(settings: Settings) -> list[str]:
     try:
         socket.create_connection((address.hostname or "", port), settings.seconds("msg_timeout") or 5).close()
     except OSError as err:
-        return [f"cmp_server: {server} does not answer: {err.strerror or err}"]
+        return [f"error: cmp_server: {server} does not answer: {err.strerror or err}"]
     print(f"server    {address.hostname}:{port} accepts connections")
     return []
 
@@ -1887,11 +1856,9 @@ def _convert(words: list[str]) -> tuple[list[str], list[str]]:
     lines += [f"# set by the handler itself: {' '.join(ours)}"] if ours else []
     lines += [
         f"cmp_openssl_bin: {program}",
-        "# cmp_tmp_dir: a directory that lasts: enrolments may wait there for the CA",
+        "# cmp_tmp_dir: a directory that lasts, for enrolments that wait for the CA",
     ]
-    for option in [
-        name for name in ["server", "path", "cert", "key", "ref", "secret", "trusted"] if name in found
-    ] + list(found):
+    for option in [*(name for name in "server path cert key ref secret trusted".split() if name in found), *found]:
         value = found.pop(option, "")
         if not value:
             continue  # printed before

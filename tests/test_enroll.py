@@ -304,7 +304,10 @@ else:
         command += ["-" + new, *value]
     os.execv({openssl!r}, [{openssl!r}, *command])
 '''
-OLD_VALUED = "cmd server path ref secret recipient expect_sender trusted newkey subject sans csr certout extracertsout popo cert key"
+OLD_VALUED = (
+    "cmd server path ref secret recipient expect_sender trusted newkey subject sans csr certout extracertsout popo"
+    " cert key"
+)
 RELEASES = {
     "2020": ("OpenSSL 3.0.0-alpha9-dev ", "msg_timeout total_timeout cacertsout", "san_nodefault implicit_confirm"),
     "2019": ("OpenSSL 1.1.1d-dev  xx XXX xxxx", "msgtimeout totaltimeout", "implicit_confirm"),

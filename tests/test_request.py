@@ -200,6 +200,7 @@ SUBJECTS: dict[str, Subject] = {
     "UniversalString": [[(CN, UNIVERSAL, "Müller")]],
     "64 characters": [[(CN, UTF8, "x" * 64)]],
     "65 characters": [[(CN, UTF8, "x" * 65)]],
+    "one letter of a country": [[(C, PRINTABLE, "D")]],
     "three letters of a country": [[(C, PRINTABLE, "DEU")]],
     "empty value": [[(CN, UTF8, "")], [(O, UTF8, "a")]],
     "e-mail address": [[("1.2.840.113549.1.9.1", IA5, "a@b.example")]],
