@@ -21,17 +21,14 @@ import errno
 import fcntl
 import functools
 import importlib
-import json
 import logging
 import os
-import pathlib
 import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -797,9 +794,16 @@ def _settings(section: Mapping[str, str]) -> Settings:
     proxies = [name for name in ("http_proxy", "https_proxy") if os.environ.get(name)]
     if proxies and not options.keys() & {"proxy", "no_proxy"}:
         warnings.append(f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not")
+    directory = section.get("cmp_tmp_dir") or _own_directory()
     own = not section.get("cmp_tmp_dir")
-    directory = os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}") if own else section["cmp_tmp_dir"]
     return Settings(binary, directory, own, options, secrets, tuple(errors), tuple(warnings))
+
+
+def _own_directory() -> str:
+    """Where transactions live if nobody says where."""
+    import tempfile  # takes longer to import than this file does
+
+    return os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}")
 
 
 def _set_timeouts(options: dict[str, str | None], binary: Binary) -> list[str]:
@@ -871,13 +875,15 @@ def _directory_fault(settings: Settings) -> str:
     if not os.access(path, os.W_OK | os.X_OK):
         return f"cmp_tmp_dir {path} cannot be written by this process: change its owner or mode"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    for directory in (path, *map(str, pathlib.PurePath(path).parents)):
-        info = os.stat(directory)
+    while True:
+        info = os.stat(path)
         if info.st_uid not in (os.geteuid(), 0):
-            return f"cmp_tmp_dir: {directory} belongs to another user: give it to the user of acme2certifier"
+            return f"cmp_tmp_dir: {path} belongs to another user: give it to the user of acme2certifier"
         if info.st_mode & 0o002 and not info.st_mode & 0o1000:
-            return f"cmp_tmp_dir: {directory} can be written by every local user: chmod o-w"
-    return ""
+            return f"cmp_tmp_dir: {path} can be written by every local user: chmod o-w"
+        if path == os.path.dirname(path):
+            return ""
+        path = os.path.dirname(path)
 
 
 def _make_directory(path: str) -> None:
@@ -1458,6 +1464,8 @@ class CAhandler:
         try:
             transaction.write("enrolling", "")
             if changed:
+                import json  # only for an order with a profile
+
                 transaction.write("profile", json.dumps(changed))
             _verify(csr, settings, transaction)
             request = _request(csr, settings, transaction, self.logger)
@@ -1617,6 +1625,8 @@ class CAhandler:
 
 def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str, str]:
     """What the order's profile had set when the enrolment began."""
+    import json
+
     try:
         profile = json.loads(transaction.read("profile") or "{}")
         return {key: str(value) for key, value in profile.items() if key in allowed}

@@ -405,7 +405,7 @@ def circumstances(rounds: int) -> str:
     """What the figures depend on."""
     version = subprocess.run([OPENSSL, "version"], capture_output=True, text=True, check=True).stdout.split()[1]
     python = ".".join(map(str, sys.version_info[:3]))
-    return f"{rounds} rounds; OpenSSL {version}, Python {python}, {os.cpu_count()} CPUs, Linux {os.uname().release}"
+    return f"{rounds} rounds; OpenSSL {version}, Python {python}, {os.cpu_count()} CPUs"
 
 
 def plot(results: Results, path: Path) -> None:
