@@ -1207,7 +1207,12 @@ def _exchange(settings: Settings, transaction: Transaction, request: list[str], 
     if run.code == 0 and not _certificates(transaction.file("cert.pem"), logger):
         full = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
         outcome = Outcome(FAILED, full)
-    elif outcome.verdict == FAILED and not outcome.final and len(log) > 1 and saved >= max(1, len(replay)):
+    elif (
+        outcome.verdict == FAILED
+        and not outcome.final
+        and 1 < len(log) < MAX_RESPONSES
+        and saved >= max(1, len(replay))
+    ):
         os.remove(log[-1])  # openssl refused it: somebody else's, and no part of the transaction
         outcome = Outcome(WAITING, outcome.reason)
     expected = ["-server option|too few -rspin"] if replay else []
@@ -1223,6 +1228,10 @@ def _outcome(run: Run, messages: Sequence[Message], settings: Settings, log: Seq
     errors, reason = _errors(messages), _reason(run, messages, settings.server)
     if _said_no(errors) or any(error.startswith("certificate not accepted") for error in errors):
         return Outcome(FAILED, reason, final="PKIStatus: waiting" not in " ".join(errors))
+    if len(log) >= MAX_RESPONSES:  # openssl could not save the newest, without which nobody can go on
+        return Outcome(
+            FAILED, f"CMP server {settings.server} let itself be polled without a pause: its checkAfter is 0"
+        )
     broken_off = bool(run.killed()) or any(BROKEN_OFF.match(error) for error in errors)
     if broken_off and log:
         return Outcome(WAITING, "" if news and _body_type(log[-1]) == POLLREP else reason)

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
 from demo_ca import DemoCA
+from proxy import Proxy
 
 OPENSSL = shutil.which("openssl") or "openssl"
 # The system's openssl, and the newer ones that `python3 tests` fetched.
@@ -218,12 +219,10 @@ def pair(ca_directory: Path, tmp_path: Path) -> Pair:
 @pytest.fixture
 def tcp_server() -> Iterator[Callable[[Callable[[socket.socket], None]], int]]:
     """A server on loopback that hands every connection to a function: returns its port."""
-    stop = threading.Event()
     with contextlib.ExitStack() as stack:
 
         def start(serve: Callable[[socket.socket], None]) -> int:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            listener.settimeout(0.1)
 
             def handle(connection: socket.socket) -> None:
                 with connection, contextlib.suppress(OSError):  # the client may go away at any time
@@ -231,20 +230,21 @@ def tcp_server() -> Iterator[Callable[[Callable[[socket.socket], None]], int]]:
                     serve(connection)
 
             def loop() -> None:
-                while not stop.is_set():
-                    try:
+                with contextlib.suppress(OSError):  # shut down, below
+                    while True:
                         connection, _ = listener.accept()
-                    except TimeoutError:
-                        continue
-                    except OSError:
-                        return
-                    threading.Thread(target=handle, args=(connection,), daemon=True).start()
+                        threading.Thread(target=handle, args=(connection,), daemon=True).start()
 
             thread = threading.Thread(target=loop, daemon=True)
             thread.start()
             stack.callback(thread.join, 5)
-            stack.callback(stop.set)
+            stack.callback(listener.shutdown, socket.SHUT_RDWR)
             return int(listener.getsockname()[1])
 
         yield start
-        stop.set()
+
+
+@pytest.fixture
+def proxy(ca: DemoCA, tcp_server: Callable[[Callable[[socket.socket], None]], int]) -> Proxy:
+    """A man in the middle before `ca`."""
+    return Proxy(ca, tcp_server)

@@ -18,16 +18,11 @@ import pytest
 
 from conftest import Handlers, as_host, csr_pem, wait_until
 from demo_ca import DemoCA
-from test_poll import POLLER, SHORT, Proxy, TcpServer, begin, check_issued, hold, processes, python, requests
+from proxy import Proxy
+from test_poll import POLLER, SHORT, begin, check_issued, hold, processes, python, requests
 
 ENROLLER = POLLER.replace('poll("name", *', "enroll(*")
 WEEK = 7 * 24 * 3600
-
-
-@pytest.fixture
-def proxy(ca: DemoCA, tcp_server: TcpServer) -> Proxy:
-    """A proxy before `ca`."""
-    return Proxy(ca, tcp_server)
 
 
 class Step(NamedTuple):

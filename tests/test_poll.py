@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +33,7 @@ from conftest import (
     free_port,
 )
 from demo_ca import DemoCA
+from proxy import Proxy, TcpServer, spoilt
 
 ROOT = Path(__file__).parent.parent
 # Waiting that is long enough for an answer, and short for the tests.
@@ -45,7 +45,6 @@ cmp_ca_handler.HELPERS = ()
 with cmp_ca_handler.CAhandler() as handler:
     json.dump(handler.poll("name", *sys.argv[1:]), sys.stdout)
 """
-TcpServer = Callable[[Callable[[socket.socket], None]], int]
 
 
 def python(script: str, *arguments: str) -> subprocess.Popen[str]:
@@ -123,53 +122,6 @@ def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below a directory, with its time and content."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
-class Proxy:
-    """Stands between the handler and a demo CA, and spoils one exchange if told so.
-
-    `spoil(request, forward)` gets the name of each request ("ir", "pollReq", ..); it returns the answer, most often
-    `forward()`, the CA's, or None to close the connection without one.
-    """
-
-    def __init__(self, ca: DemoCA, tcp_server: TcpServer) -> None:
-        self.spoil: Callable[[str, Callable[[], bytes]], bytes | None] = lambda _, forward: forward()
-        self.url = f"http://{ca.server}/{ca.path}"
-        self.server = f"127.0.0.1:{tcp_server(self._serve)}"
-
-    def spoil_next(self, name: str, answer: Callable[[Callable[[], bytes]], bytes | None]) -> None:
-        """Spoil the next request of this name, and no other."""
-
-        def spoil(request: str, forward: Callable[[], bytes]) -> bytes | None:
-            if request != name:
-                return forward()
-            self.spoil = lambda _, forward: forward()
-            return answer(forward)
-
-        self.spoil = spoil
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection.makefile("rb") as stream:
-            while stream.readline().startswith(b"POST"):
-                header = dict(line.lower().split(b":", 1) for line in iter(stream.readline, b"\r\n"))
-                message = stream.read(int(header[b"content-length"]))
-
-                def forward(message: bytes = message) -> bytes:
-                    request = urllib.request.Request(self.url, message, {"Content-Type": "application/pkixcmp"})
-                    with urllib.request.urlopen(request, timeout=30) as response:
-                        return bytes(response.read())
-
-                answer = self.spoil(demo_ca.read_envelope(message).name, forward)
-                if answer is None:
-                    return
-                head = f"HTTP/1.1 200 OK\r\nContent-Type: application/pkixcmp\r\nContent-Length: {len(answer)}\r\n\r\n"
-                connection.sendall(head.encode() + answer)
-
-
-@pytest.fixture
-def proxy(ca: DemoCA, tcp_server: TcpServer) -> Proxy:
-    """A proxy before `ca`."""
-    return Proxy(ca, tcp_server)
 
 
 # --- Waiting, and the end of it
@@ -392,17 +344,6 @@ def test_answer_lost(request_name: str, ca: DemoCA, handlers: Handlers, proxy: P
     assert "rejected" in str(error)
     assert (bundle, certificate, rejected) == (None, None, True)
     assert handlers.left() == []
-
-
-def spoilt(how: str, answer: bytes) -> bytes:
-    """A pollRep that is not what the client waits for."""
-    parts = [part.whole for part in demo_ca.read_der(answer).parts()]
-    if how == "tampered":  # as one made with another secret: the protection does not fit
-        parts[2] = parts[2][:-1] + bytes([parts[2][-1] ^ 1])
-    if how == "unprotected":
-        parts = parts[:2]
-    whole = demo_ca.write_der(0x30, b"".join(parts))
-    return {"garbage": b"<html>garbage</html>", "empty": b"", "cut short": whole[:-20]}.get(how, whole)
 
 
 @pytest.mark.parametrize(
