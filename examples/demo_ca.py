@@ -1139,8 +1139,12 @@ def serve(arguments: argparse.Namespace) -> int:
     with ca:
         print(ca.section())
         other = ca.options("certificate")
-        print("# To authenticate by certificate, instead of cmp_ref and cmp_secret:")
-        print(f"# cmp_cert: {other['cmp_cert']}\n# cmp_key: {other['cmp_key']}\n", flush=True)
+        print("# To authenticate by certificate, instead of cmp_ref, cmp_secret and cmp_expect_sender:")
+        print(
+            "\n".join(f"# {key}: {other[key]}" for key in ("cmp_cert", "cmp_key", "cmp_expect_sender")),
+            "\n",
+            flush=True,
+        )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -24,7 +24,7 @@ import pytest
 
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
-from conftest import OPENSSL, Handlers, Mock, Pair, as_host, csr_pem, free_port, wait_until
+from conftest import OPENSSL, Handlers, Mock, Pair, as_host, csr_pem, free_port, needs_root, wait_until
 from demo_ca import DemoCA
 from test_enroll import children, script
 
@@ -363,15 +363,15 @@ def test_directory_that_cannot_be_written(
 
 
 # Pages that the tmpfs has, and where they run out: in our own files, in openssl's responses, in its certificate
+@needs_root
 @pytest.mark.parametrize("pages", [1, 2, 3, 4, 5, 6])
 def test_full_disk(pages: int, ca: DemoCA, handlers: Handlers, record_property: Callable[[str, object], None]) -> None:
     handlers(ca.options())
     handlers.work.mkdir()
     size = pages * os.sysconf("SC_PAGE_SIZE")
-    # In a mount namespace of its own: nothing of it is left afterwards. Users other than root need a user namespace.
-    space = ["unshare", "--mount"] + ([] if os.geteuid() == 0 else ["--user", "--map-root-user"])
+    # In a mount namespace of its own: nothing of it is left afterwards.
     mount = f'mount -t tmpfs -o size={size} none "$0" && exec "$@"'
-    error, rest, left = enroll_in([*space, "sh", "-c", mount, str(handlers.work)], handlers.work)
+    error, rest, left = enroll_in(["unshare", "--mount", "sh", "-c", mount, str(handlers.work)], handlers.work)
     record_property("error", error)
     assert "No space left on device" in error or "write" in error or "full" in error, error
     assert "cmp_tmp_dir" in error

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple
 
 import pytest
 
-from conftest import Handlers, as_host, csr_pem, wait_until
+from conftest import Handlers, as_host, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA
 from proxy import Proxy
 from test_poll import POLLER, SHORT, begin, check_issued, hold, processes, python, requests
@@ -163,6 +163,7 @@ def fill(directory: Path, spare: int) -> Path:
     return ballast
 
 
+@needs_root
 @pytest.mark.parametrize("spare", [0, 4096, 20480, 65536])
 @pytest.mark.parametrize("call", ["enroll", "poll"])
 def test_disk_full(call: str, spare: int, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
@@ -283,7 +284,9 @@ ACCIDENTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], bool]
 }
 
 
-@pytest.mark.parametrize("accident", ACCIDENTS)
+@pytest.mark.parametrize(
+    "accident", [pytest.param(name, marks=needs_root) if name == "another user's" else name for name in ACCIDENTS]
+)
 def test_directory_between_enroll_and_poll(accident: str, ca: DemoCA, handlers: Handlers) -> None:
     happen, put_right, works = ACCIDENTS[accident]
     csr = csr_pem(["pending.example"])
@@ -302,6 +305,7 @@ def test_directory_between_enroll_and_poll(accident: str, ca: DemoCA, handlers: 
     assert handlers.left() == []
 
 
+@needs_root
 def test_read_only(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     csr = csr_pem(["pending.example"])
     with tmpfs(tmp_path / "small", "4m") as small:
