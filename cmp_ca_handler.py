@@ -21,6 +21,7 @@ import errno
 import fcntl
 import functools
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -31,7 +32,8 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple, Optional
 
 __all__ = ["CAhandler"]
@@ -72,20 +74,16 @@ ENROLMENT_KEYS = _keys(
 )
 # A profile that belongs to an ACME client's account may set what the configuration uses, but none of these: the
 # program and what it loads, the files it writes, the credentials, and how long it may keep a worker busy.
-PROTECTED_KEYS = (
-    OUR_KEYS
-    | RUNTIME_KEYS
-    | FORBIDDEN_KEYS
-    | SECRET_KEYS
-    | _keys(
-        "ref cert key keyform cmd popo config section engine provider provider-path provparam propquery tls_cert"
-        " tls_key rand writerand reqout srvcertout crlout msg_timeout total_timeout unprotected_requests"
-        " unprotected_errors verbosity"
-    )
+PROTECTED_KEYS = OUR_KEYS | RUNTIME_KEYS | FORBIDDEN_KEYS | SECRET_KEYS
+PROTECTED_KEYS |= _keys(
+    "ref cert key keyform cmd popo config section engine provider provider-path provparam propquery tls_cert tls_key"
+    " rand writerand reqout srvcertout crlout msg_timeout total_timeout unprotected_requests unprotected_errors"
+    " verbosity"
 )
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
 # cmpossl before 2020 spelled the time-outs without the underscore.
 OLD_NAMES = {"msg_timeout": "msgtimeout", "total_timeout": "totaltimeout"}
+NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 
 # RFC 5280, 5.3.1, in the order of their numbers; 7 is not used.
 REASONS = dict(
@@ -137,10 +135,6 @@ class CMPError(Exception):
     """What went wrong, on one line, in words for the administrator."""
 
 
-class NotACertificate(CMPError):
-    """The argument of `revoke()` is not a certificate."""
-
-
 # What openssl says (a regular expression) -> what to do. A test holds docs/troubleshooting.md to the same list.
 HINTS = (
     ("certificate verify failed", "cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name"),
@@ -151,7 +145,7 @@ HINTS = (
     ("missing key usage digitalSignature", "set cmp_ignore_keyusage: True if the CA's signer is like that"),
     ("expected sender", "cmp_expect_sender does not fit the sender of the answer"),
     ("srvcert does not validate", "cmp_srvcert is not the certificate that signs the CA's answers"),
-    ("missing trust", "set cmp_trusted to the certificate that the CMP server's certificate chains to"),
+    ("missing trust", "the answer is signed: set cmp_trusted to its root, and cmp_expect_sender"),
     ("no suitable sender cert", "set cmp_trusted, and cmp_untrusted for intermediates, or cmp_srvcert"),
     ("connect timeout", "nothing answers there: check cmp_server, the firewall and that the CMP service runs"),
     ("transfer timeout", "no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server"),
@@ -178,20 +172,18 @@ HINTS = (
 
 
 def _one_line(text: str, limit: int = MAX_TEXT) -> str:
-    """`text` on one line: control, format and surrogate characters out, cut at `limit`.
-
-    What a CA or a client sends must not forge a log line or hide one from the reader of a terminal.
-    """
+    """`text` on one line, cut, without control characters: nobody's text may forge a log line, or hide one."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text[: limit * 8])
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def _did_you_mean(word: str, known: Iterable[str], prefix: str) -> str:
+    """The end of an error about an unknown `word`: the nearest known one, if any is near."""
     import difflib  # only needed for a typo
 
-    return next(iter(difflib.get_close_matches(word, known, 1, 0.5)), "")
+    return "".join(f"; did you mean {prefix}{near}?" for near in difflib.get_close_matches(word, sorted(known), 1, 0.5))
 
 
 # --- DER: a few lines that read tags, lengths and names; openssl verifies -----------------------------------
@@ -294,10 +286,7 @@ def _name_text(name: Name) -> str:
 
 
 def _slash_form(name: Name, exact: bool) -> str | None:
-    """`name` as `-subject` takes it, or None where that cannot carry it.
-
-    With `exact`, only a name that openssl will encode to the very same bytes.
-    """
+    """`name` for `-subject`, None where that cannot carry it, or, with `exact`, not to the very same bytes."""
     text = ""
     for rdn in name:
         if exact and len(rdn) > 1:  # openssl would sort its attributes
@@ -330,7 +319,7 @@ class Certificate(NamedTuple):
     """What the chain and the log need to know of a certificate."""
 
     der: bytes
-    serial: int
+    serial: str  # in hexadecimal, for the log
     issuer: Name
     subject: Name
     subject_key: bytes
@@ -349,17 +338,11 @@ def _certificate(der: bytes) -> Certificate:
         if fields[0].tag == 0xA0:  # version
             fields.pop(0)
         serial, _, issuer, _, subject = fields[:5]
-        extensions: dict[str, bytes] = {}
-        if fields[-1].tag == 0xA3:
-            extensions = _extensions(fields[-1].value)
-        subject_key = authority_key = b""
-        if SUBJECT_KEY_ID in extensions:
-            subject_key = next(_elements(extensions[SUBJECT_KEY_ID])).value
-        for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00")):
-            if field.tag == 0x80:
-                authority_key = field.value
-        number = int.from_bytes(serial.value, "big", signed=True)
-        return Certificate(der, number, _name(issuer.raw), _name(subject.raw), subject_key, authority_key)
+        extensions = _extensions(fields[-1].value) if fields[-1].tag == 0xA3 else {}
+        subject_key = next(_elements(extensions.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
+        authority = {field.tag: field.value for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
+        number = _one_line(f"{int.from_bytes(serial.value, 'big', signed=True):x}", 64)
+        return Certificate(der, number, _name(issuer.raw), _name(subject.raw), subject_key, authority.get(0x80, b""))
     except (IndexError, ValueError, StopIteration) as err:
         raise CMPError("not an X.509 certificate") from err
 
@@ -371,14 +354,11 @@ def _pem(der: bytes, label: str = "CERTIFICATE") -> str:
 
 
 def _decode(argument: object, label: str) -> bytes:
-    """The DER in what the host or a file gives: base64url or base64 with or without padding, or PEM.
-
-    Raises CMPError with the reason when there is none.
-    """
+    """The DER in base64url or base64, with or without padding, or in PEM. Raises CMPError where there is none."""
     text = argument.decode("ascii", "replace") if isinstance(argument, bytes) else argument
     if not isinstance(text, str) or not text.strip():
         raise CMPError("it is empty")
-    if len(text) > MAX_DER * 3 // 2:
+    if len(text) > MAX_DER * 4 // 3 + MAX_DER // 32:  # in base64, with line breaks
         raise CMPError(f"it is larger than {MAX_DER} bytes")
     if text.lstrip().startswith("-----BEGIN"):  # not anywhere: base64url may spell it, for the host to read otherwise
         match = re.search(rf"-----BEGIN {label}-----([^-]*)-----END", text)
@@ -413,16 +393,14 @@ def _host_helper() -> types.ModuleType | None:
 
 
 def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
-    """The host's configuration, a configparser object.
-
-    Always through the host's own `load_config` where there is a host: it reads YAML too, and overlays the
-    `[CAhandler:<name>]` section of a set-up with several CAs.
-    """
-    if helper is not None:
+    """The host's configuration, a configparser object."""
+    if (
+        helper is not None
+    ):  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
         return helper.load_config(logger, "CAhandler")
     import configparser  # only without a host
 
-    path = os.environ.get("ACME_SRV_CONFIGFILE", "")
+    path = os.environ.get("ACME_SRV_CONFIGFILE")
     if not path:
         raise CMPError("no configuration: ACME_SRV_CONFIGFILE names no file and acme2certifier is not installed")
     config = configparser.ConfigParser(interpolation=None)
@@ -439,6 +417,18 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
 
 
 LOST = 256  # no exit code
+MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$")
+# Where openssl prints the CA's words. An HTTP error's reason phrase is none: it is on one line, and unprotected.
+CA_WORDS = re.compile(r"(?:[\w ]+:|received from \S+ )PKIStatus: ")
+CA_NO = re.compile('(?:request rejected by server|received error):PKIStatus: |received "rejection" status')
+QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
+
+
+class Message(NamedTuple):
+    """One message of openssl, on one line."""
+
+    level: str
+    text: str
 
 
 class Run(NamedTuple):
@@ -446,6 +436,15 @@ class Run(NamedTuple):
 
     code: int | None
     output: str
+    messages: Sequence[Message] = ()  # openssl cmp's
+
+    def errors(self) -> list[str]:
+        """The texts of openssl's error messages, each once."""
+        return list(dict.fromkeys(m.text for m in self.messages if m.level in ("fatal", "alert", "critical", "error")))
+
+    def refused(self) -> bool:
+        """Whether the CA itself said no (a text of more than 1 kB makes OpenSSL 3.0 leave out the details)."""
+        return any(CA_NO.match(error) for error in self.errors())
 
     def killed(self) -> str:
         """How it was killed, or an empty string."""
@@ -467,11 +466,12 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
     return process.returncode
 
 
-def _run(argv: Sequence[str], limit: float, secrets: Mapping[str, str], keep: tuple[int, ...] = ()) -> Run:
-    """Run a program without a shell and without standard input; collect what it says.
+def _run(
+    argv: Sequence[str], limit: float = 10, secrets: Mapping[str, str] | None = None, keep: Sequence[int] = ()
+) -> Run:
+    """Run a program and collect what it says; kill it, with all that it started, after `limit` seconds.
 
-    It is killed, with all that it started, when `limit` seconds have passed or this call is interrupted.
-    `secrets` are added to its environment. `keep` are file descriptors that it inherits.
+    `secrets` are added to its environment, the file descriptors `keep` are inherited.
     """
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: let the host set SIG_DFL")
@@ -511,34 +511,17 @@ def _run(argv: Sequence[str], limit: float, secrets: Mapping[str, str], keep: tu
     return Run(code, output.decode("utf-8", "replace"))
 
 
-class Message(NamedTuple):
-    """One message of openssl, on one line."""
-
-    level: str
-    text: str
-
-
-MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$")
-# Where openssl prints the CA's words. An HTTP error's reason phrase is none: it is on one line, and unprotected.
-CA_WORDS = re.compile(r"(?:[\w ]+:|received from \S+ )PKIStatus: ")
-CA_NO = re.compile('(?:request rejected by server|received error):PKIStatus: |received "rejection" status')
-QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
-
-
-def _messages(output: str, secrets: Sequence[str] = ()) -> list[Message]:
-    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
-
-    From the CA's words on, all is one message: they may hold line breaks, and lines that look like openssl's own.
-    The CA knows the shared secret and could send it back, so it is masked wherever the text is not openssl's own.
-    """
+def _messages(output: str, secrets: Collection[str] = ()) -> list[Message]:
+    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug."""
     messages: list[Message] = []
     lines = output.split("\n")
     for number, line in enumerate(lines):
         match = MESSAGE.match(line)
         level, text = (match.group(1), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
         words = bool(match and CA_WORDS.match(text))
-        if words:
+        if words:  # all the rest is theirs: it may hold line breaks, and lines that look like openssl's own
             text = "\n".join([text, *lines[number + 1 :]])
+        # The CA knows the shared secret and could send it back, so it is masked where the text is not openssl's own.
         own, mark, other = text.partition("PKIStatus: " if words else ":") if match else ("", "", text)
         other = _one_line(other, 2 * MAX_TEXT)
         for secret in map(_one_line, secrets):
@@ -556,9 +539,7 @@ def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected:
     levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
     for level, text in messages:
         lowest = level in ("debug", "trace") or re.match(expected, text)
-        number = logging.DEBUG if lowest else levels.get(level, logging.ERROR)
-        if logger.isEnabledFor(number):
-            logger.log(number, "openssl cmp: %s", text)
+        logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
 
 
 REJECTION = re.compile(
@@ -568,21 +549,11 @@ REJECTION = re.compile(
 )
 
 
-def _errors(messages: Sequence[Message]) -> list[str]:
-    """The texts of openssl's error messages, each once."""
-    return list(dict.fromkeys(m.text for m in messages if m.level in ("fatal", "alert", "critical", "error")))
-
-
-def _said_no(errors: Sequence[str]) -> bool:
-    """Whether the CA itself said no (a text of more than 1 kB makes OpenSSL 3.0 leave out the details)."""
-    return any(CA_NO.match(error) for error in errors)
-
-
-def _reason(run: Run, messages: Sequence[Message], server: str) -> str:
+def _reason(run: Run, server: str) -> str:
     """Why openssl failed, on one line, with a hint where one is known."""
-    errors = _errors(messages)
-    found = next((REJECTION.search(error) for error in errors if CA_WORDS.match(error)), None)
-    if _said_no(errors):
+    errors = run.errors()
+    if run.refused():
+        found = next((REJECTION.search(error) for error in errors if CA_WORDS.match(error)), None)
         status, failure, text = found.groups() if found else ("rejection", None, None)
         status = status.strip()
         searched = failure or f"PKIStatus: {status}"  # the CA's own words must not choose the hint
@@ -591,21 +562,23 @@ def _reason(run: Run, messages: Sequence[Message], server: str) -> str:
     elif run.killed():
         searched = what = f"{run.killed()} (CMP server {server})"
     else:
-        sent = bool(errors) and not errors[0].startswith("cannot set up CMP context")
-        if not sent:  # the cause is no message of the log
-            telling = re.compile("(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match)", re.I)
-            errors = [m.text for m in messages if telling.match(m.text)]
-        what = f"CMP with {server} failed: {'; '.join(errors[:4]) or 'openssl gave no reason'}"
         # Not in what an HTTP server may write: the hint must not be its choice.
         searched = " ".join(re.sub("(reason=|actual=|Content-Type: ).*", "", text) for text in errors)
-        if not sent:  # no server has written anything
-            searched = " ".join(m.text for m in messages)
-    hint = next((hint for words, hint in HINTS if re.search(words, searched, re.I)), "")
-    return _one_line(what) + (f" ({hint})" if hint else "")
+        if not errors or errors[0].startswith("cannot set up CMP context"):  # no server has written anything
+            telling = re.compile("(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match)", re.I)
+            errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
+            searched = " ".join(m.text for m in run.messages)
+        what = f"CMP with {server} failed: {'; '.join(errors[:4]) or 'openssl gave no reason'}"
+    return _one_line(what) + _hint(searched)
+
+
+def _hint(searched: str) -> str:
+    """The first hint that fits, in brackets, or an empty string."""
+    return next((f" ({hint})" for words, hint in HINTS if re.search(words, searched, re.I)), "")
 
 
 class Binary(NamedTuple):
-    """What an openssl program can do: `options` maps each option of its `cmp` to whether it takes a value."""
+    """What an openssl program can do: `options` tells of each option of its `cmp` whether it takes a value."""
 
     path: str
     version: str
@@ -629,11 +602,12 @@ def _binary(name: str) -> Binary:
     info = os.stat(path)
     key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
     if key not in _binaries:
-        run = _run([path, "cmp", "-help"], 10, {})
+        run = _run([path, "cmp", "-help"])
         # " -name val   description": a value's type stands one blank behind the name, a description two or more.
         found = re.findall(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", run.output, re.M)
         options = {option: bool(value) for option, value in found}
-        version = _run([path, "version"], 10, {}).output.partition("(")[0]
+        options.update({NEW_NAMES[option]: True for option in NEW_NAMES if option in options})
+        version = _run([path, "version"]).output.partition("(")[0]
         _binaries[key] = Binary(path, _one_line(version, 60), options)
     binary = _binaries[key]
     if not binary.options.keys() >= {"cmd", "server"}:
@@ -652,8 +626,8 @@ class Settings(NamedTuple):
     own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
     options: dict[str, str | None]  # openssl's option -> value; None for a bare flag
     secrets: dict[str, str]  # environment variables for openssl
-    errors: tuple[str, ...]
-    warnings: tuple[str, ...]
+    errors: list[str]
+    warnings: list[str]
 
     @property
     def server(self) -> str:
@@ -662,7 +636,7 @@ class Settings(NamedTuple):
 
     def seconds(self, name: str) -> int:
         """One of the two time-outs."""
-        return int(self.options.get(name) or self.options.get(OLD_NAMES[name]) or 0)
+        return int(self.options[name] or 0)
 
 
 ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
@@ -686,15 +660,16 @@ def _file_list(option: str, value: str) -> list[str]:
     return [name for name in re.split(r"[,\s]+", value) if name] if option in FILE_LIST_KEYS else [value]
 
 
-def _unreadable(option: str, value: str) -> Iterator[str]:
-    """The files named by an option's value that cannot be read. A URI such as pkcs11: is openssl's to open."""
-    for name in _file_list(option, value):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
-            continue
-        if not os.path.isfile(name):
-            yield f"{_one_line(name, 100)} is not a file"
-        elif not os.access(name, os.R_OK):
-            yield f"{_one_line(name, 100)} cannot be read by this process"
+def _check_readable(names: Sequence[str]) -> None:
+    """Raise CMPError with the files that cannot be read. A URI such as pkcs11: is openssl's to open."""
+    faults = []
+    for name in names:
+        is_file = os.path.isfile(name)
+        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not (is_file and os.access(name, os.R_OK)):
+            what = "cannot be read by this process" if is_file else "is not a file"
+            faults.append(f"{_one_line(name, 100)} {what}")
+    if faults:
+        raise CMPError(", ".join(faults))
 
 
 def _credentials(section: Mapping[str, str], errors: list[str]) -> dict[str, str]:
@@ -702,33 +677,16 @@ def _credentials(section: Mapping[str, str], errors: list[str]) -> dict[str, str
     result = dict(section)
     for key in ("cmp_ref", "cmp_secret"):
         variable = result.pop(key + "_variable", None)
-        if variable is None or result.get(key):
-            continue  # a configured value takes precedence
-        value = os.environ.get(variable, "")
-        if value:
-            result[key] = value
-        else:
-            errors.append(f"{key}_variable: the environment variable {_one_line(variable)} is not set")
+        if variable is not None and not result.get(key):  # a configured value takes precedence
+            if os.environ.get(variable):
+                result[key] = os.environ[variable]
+            else:
+                errors.append(f"{key}_variable: the environment variable {_one_line(variable)} is not set")
     return result
 
 
-def _known_option(option: str, binary: Binary) -> str:
-    """The option as this openssl spells it. Raises CMPError where it has none, or none that enrols."""
-    if option in FORBIDDEN_KEYS:
-        raise CMPError(f"-{option} is not for enrolling at a CA: delete it")
-    if not binary.options or option in binary.options:
-        return option
-    if OLD_NAMES.get(option) in binary.options:
-        return OLD_NAMES[option]
-    if option == "profile":
-        raise CMPError(f"needs OpenSSL 3.3 or later, this is {binary.version}")
-    near = _nearest(option, sorted(set(binary.options) - FORBIDDEN_KEYS - RUNTIME_KEYS | OUR_KEYS))
-    raise CMPError(f"this openssl has no option -{_one_line(option)}" + (f"; did you mean cmp_{near}?" if near else ""))
-
-
-def _option_value(option: str, value: str, binary: Binary) -> str | None:
+def _option_value(option: str, value: str, takes_value: bool | None) -> str | None:
     """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
-    takes_value = binary.options.get(option)
     if value.lower() in ON and option != "profile":
         if takes_value:
             raise CMPError("needs a value, not True")
@@ -738,12 +696,10 @@ def _option_value(option: str, value: str, binary: Binary) -> str | None:
     if not value or "\0" in value:
         raise CMPError("has no value: give it one, or delete the line")
     if option in FILE_KEYS | FILE_LIST_KEYS:
-        faults = list(_unreadable(option, value))
-        if faults:
-            raise CMPError(", ".join(faults))
-    if option in (*OLD_NAMES, *OLD_NAMES.values()) and not re.fullmatch(r"\d{1,6}", value):
+        _check_readable(_file_list(option, value))
+    if option in OLD_NAMES and not re.fullmatch(r"\d{1,6}", value):
         raise CMPError("must be a number of seconds")
-    if option in ("total_timeout", "totaltimeout") and int(value) == 0:
+    if option == "total_timeout" and int(value) == 0:
         raise CMPError("0 would wait for ever: set a number of seconds")
     if option == "cmd" and value not in ("ir", "cr", "p10cr"):
         raise CMPError("only ir, cr and p10cr enrol a certificate")
@@ -757,88 +713,94 @@ def _option_value(option: str, value: str, binary: Binary) -> str | None:
 def _settings(section: Mapping[str, str]) -> Settings:
     """Turn the section into openssl's options, with every error and warning that it deserves."""
     errors: list[str] = []
-    warnings: list[str] = []
-    secrets: dict[str, str] = {}
     section = _credentials({key: str(value).strip() for key, value in section.items()}, errors)
-    name, binary = section.get("cmp_openssl_bin") or "openssl", NO_BINARY
-    if "cmp_openssl_bin" not in section:
-        warnings.append(f"cmp_openssl_bin is not set: using {shutil.which(name) or name}, the first one on the PATH")
+    name, directory, binary = section.get("cmp_openssl_bin") or "openssl", section.get("cmp_tmp_dir"), NO_BINARY
     try:
         binary = _binary(name)
     except (CMPError, OSError) as err:
         errors.append(str(err))
-    options: dict[str, str | None] = {"cmd": "ir", "popo": "0"}
-    for key, value in section.items():
-        option = key[4:]
-        if not key.startswith("cmp_") or option in OUR_KEYS:
-            continue
-        if option in RUNTIME_KEYS:
-            warnings.append(f"{key} is set by the handler itself and ignored here: delete it")
-            continue
-        try:
-            option = _known_option(option, binary)
-            options.pop(option, None)
-            if value.lower() not in OFF or option == "profile":
-                checked = _option_value(option, value, binary)
-                options[option] = _secret_source(option, checked, secrets) if option in SECRET_KEYS else checked
-        except CMPError as err:
-            errors.append(f"{_one_line(key)}: {err}")
-            options[option] = None  # it is there, if not usable
-    if not options.keys() & {"config", "section"}:  # else an OpenSSL configuration file may hold all of this
-        _check_essentials(options, errors, warnings)
-    errors += _set_timeouts(options, binary)
-    if not options.keys() & {"config", "section"} and "config" in binary.options:
-        options["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
-    if "keep_alive" in binary.options:
-        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
-    proxies = [name for name in ("http_proxy", "https_proxy") if os.environ.get(name)]
-    if proxies and not options.keys() & {"proxy", "no_proxy"}:
-        warnings.append(f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not")
-    directory = section.get("cmp_tmp_dir") or _own_directory()
+    if not directory:
+        import tempfile  # takes longer to import than this file does
+
+        directory = os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}")
     own = not section.get("cmp_tmp_dir")
-    return Settings(binary, directory, own, options, secrets, tuple(errors), tuple(warnings))
+    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [])
+    if "cmp_openssl_bin" not in section:
+        path = shutil.which(name) or name
+        settings.warnings.append(f"cmp_openssl_bin is not set: using {path}, the first one on the PATH")
+    for key, value in section.items():
+        if key.startswith("cmp_") and key[4:] not in OUR_KEYS:
+            try:
+                _set_option(settings, key[4:], value)
+            except CMPError as err:
+                errors.append(f"{_one_line(key)}: {err}")
+                settings.options[key[4:]] = None  # it is there, if not usable
+    _complete(settings)
+    return settings
 
 
-def _own_directory() -> str:
-    """Where transactions live if nobody says where."""
-    import tempfile  # takes longer to import than this file does
+def _set_option(settings: Settings, option: str, value: str) -> None:
+    """Take over one line of the section. Raises CMPError with what is wrong with it."""
+    known = settings.binary.options
+    if option in RUNTIME_KEYS:
+        settings.warnings.append(f"cmp_{option} is set by the handler itself and ignored here: delete it")
+        return
+    if option in FORBIDDEN_KEYS:
+        raise CMPError(f"-{option} is not for enrolling at a CA: delete it")
+    if known and option not in known:
+        if option == "profile":
+            raise CMPError(f"needs OpenSSL 3.3 or later, this is {settings.binary.version}")
+        near = _did_you_mean(option, known.keys() - FORBIDDEN_KEYS - RUNTIME_KEYS | OUR_KEYS, "cmp_")
+        raise CMPError(f"this openssl has no option -{_one_line(option)}{near}")
+    option = NEW_NAMES.get(option, option)
+    settings.options.pop(option, None)
+    if value.lower() not in OFF or option == "profile":
+        checked = _option_value(option, value, known.get(option))
+        if option in SECRET_KEYS:
+            checked = _secret_source(option, checked or "", settings.secrets)
+        settings.options[option] = checked
 
-    return os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}")
+
+def _complete(settings: Settings) -> None:
+    """Look for what is missing, and set what is not configured."""
+    options, known = settings.options, settings.binary.options
+    if not options.keys() & {"config", "section"}:  # else an OpenSSL configuration file may hold all of this
+        _check_essentials(settings)
+        if "config" in known:
+            options["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
+    message, total = options.get("msg_timeout"), options.get("total_timeout")
+    if message and total and int(message) > int(total):  # openssl wants it so
+        settings.errors.append("cmp_total_timeout must not be less than cmp_msg_timeout")
+    options["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
+    options["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
+    if "keep_alive" in known:
+        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
+    proxies = [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
+    if proxies and not options.keys() & {"proxy", "no_proxy"}:
+        settings.warnings.append(
+            f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not"
+        )
 
 
-def _set_timeouts(options: dict[str, str | None], binary: Binary) -> list[str]:
-    """Add the time-outs that are not configured. openssl wants the total to be no less than that of a message."""
-    message, total = (old if old in binary.options else name for name, old in OLD_NAMES.items())
-    given = options.get(message), options.get(total)
-    options[message] = given[0] or str(min(MSG_TIMEOUT, int(given[1] or MSG_TIMEOUT)))
-    options[total] = given[1] or str(max(TOTAL_TIMEOUT, int(given[0] or 0) + MSG_TIMEOUT))
-    if given[0] and given[1] and int(given[0]) > int(given[1]):
-        return ["cmp_total_timeout must not be less than cmp_msg_timeout"]
-    return []
-
-
-def _secret_source(option: str, value: str | None, secrets: dict[str, str]) -> str:
-    """The value for openssl's `-secret` and the like; the secret itself goes into the environment.
-
-    OpenSSL's source prefixes keep their meaning (openssl-passphrase-options(1)); without one it is the secret.
-    """
-    prefix, colon, rest = (value or "").partition(":")
+def _secret_source(option: str, value: str, secrets: dict[str, str]) -> str:
+    """The value for openssl's `-secret` and the like; the secret itself goes into the environment."""
+    prefix, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a prefix, the secret
     if colon and prefix == "env":
         if not os.environ.get(rest):
             raise CMPError(f"the environment variable {_one_line(rest)} is not set")
         secrets[rest] = os.environ[rest]
     elif colon and prefix == "file":
-        for fault in _unreadable("", rest):
-            raise CMPError(fault)
+        _check_readable([rest])
     elif not (colon and prefix == "fd") and value != "stdin":
         variable = "CMP_CA_HANDLER_" + option.upper()
-        secrets[variable] = rest if colon and prefix == "pass" else value or ""
+        secrets[variable] = rest if colon and prefix == "pass" else value
         return "env:" + variable
-    return value or ""
+    return value
 
 
-def _check_essentials(options: Mapping[str, str | None], errors: list[str], warnings: list[str]) -> None:
+def _check_essentials(settings: Settings) -> None:
     """What an enrolment cannot do without."""
+    options, errors, warnings = settings.options, settings.errors, settings.warnings
     if "server" not in options:
         errors.append("cmp_server is missing: set it to the address:port of the CMP server")
     if "secret" not in options and "unprotected_requests" not in options:
@@ -847,10 +809,9 @@ def _check_essentials(options: Mapping[str, str | None], errors: list[str], warn
         elif not options.keys() & {"trusted", "srvcert"}:
             warnings.append("cmp_trusted is not set: the CA's signed answers cannot be verified")
     if "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}:
-        warnings.append(
-            "cmp_trusted without cmp_expect_sender or cmp_srvcert: whoever has a certificate of that CA, and is on the"
-            " way to it, can answer in its name; set cmp_expect_sender to the sender of its answers"
-        )
+        who = "whoever has a certificate of that CA, and is on the way to it, can answer in its name"
+        what = f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}"
+        warnings.append(f"{what}; set cmp_expect_sender to the sender of its answers")
     if "tls_used" in options and "tls_trusted" not in options:
         warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
 
@@ -862,9 +823,8 @@ def _directory_fault(settings: Settings) -> str:
     """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
     configured = settings.directory
     if re.search(r"[\s,\\]", configured):
-        return (
-            f"cmp_tmp_dir {_one_line(configured, 100)}: openssl cannot use a name with a blank, a comma or a backslash"
-        )
+        name = _one_line(configured, 100)
+        return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
     if settings.own_directory and os.path.islink(configured):
         return f"cmp_tmp_dir {configured} is a symbolic link: set cmp_tmp_dir to a directory of your own"
     path = os.path.realpath(configured)
@@ -894,18 +854,19 @@ def _make_directory(path: str) -> None:
 
 
 class Transaction:
-    """`<cmp_tmp_dir>/<id>/`, locked while it is in use.
+    """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs. close() deletes it, or keeps it.
 
     csr.pem, pubkey.pem, subject, profile   the request
     NNN-MMM.der                             response MMM of the CA, as saved by run NNN of openssl
     enrolling                               renamed to `waiting` when the CA's answer is still out
-    lock                                    held by the process that works on it, and by its openssl
+    lock                                    held by the process that works on it, however that ends, and its openssl
     """
 
-    def __init__(self, base: str, identifier: str, lock: int) -> None:
-        self.identifier = identifier
-        self.path = os.path.join(base, identifier)
-        self.lock = lock
+    def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
+        self.settings, self.identifier, self.lock, self.logger = settings, identifier, lock, logger
+        self.path = os.path.join(settings.directory, identifier)
+        self.keep = False
+        self.started = time.monotonic()
 
     def file(self, name: str) -> str:
         """The path of one of its files."""
@@ -923,20 +884,17 @@ class Transaction:
         with open(self.file(name), encoding="utf-8", errors="replace") as file:
             return file.read()
 
-    def close(self, keep: bool, logger: logging.Logger) -> None:
-        """Let go of the directory, and delete it unless it is to `keep`.
-
-        The lock file goes first, so that nobody can take the transaction up again.
-        """
+    def close(self) -> None:
+        """Let go of the directory, and delete it unless it is to keep."""
         try:
-            if not keep:
-                os.remove(self.file("lock"))
+            if not self.keep:
+                os.remove(self.file("lock"))  # first, so that nobody can take the transaction up again
             fcntl.flock(self.lock, fcntl.LOCK_UN)  # for all who inherited it when the host forked
             os.close(self.lock)
-            if not keep:
+            if not self.keep:
                 _delete(self.path)
         except OSError as err:
-            logger.error("cannot delete %s: %s", self.path, err.strerror)
+            self.logger.error("cannot delete %s: %s", self.path, err.strerror)
 
 
 def _delete(path: str) -> None:
@@ -958,7 +916,7 @@ def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
         if os.path.isdir(settings.directory):
             break
         _make_directory(settings.directory)
-    _sweep(settings.directory, logger)
+    _sweep(settings, logger)
     identifier = os.urandom(16).hex()
     path = os.path.join(settings.directory, identifier)
     os.mkdir(path, 0o700)
@@ -968,20 +926,17 @@ def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
         os.rmdir(path)
         raise
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return Transaction(settings.directory, identifier, lock)
+    return Transaction(settings, identifier, lock, logger)
 
 
-def _resume(base: str, identifier: object) -> Transaction:
-    """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it.
-
-    The lock goes with the process that holds it, however that ends. openssl inherits it, so that nobody
-    interferes while an openssl runs whose handler was killed.
-    """
+def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> Transaction:
+    """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it."""
     if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
         raise CMPError("not a transaction identifier")
+    base, path = settings.directory, os.path.join(settings.directory, identifier, "lock")
     unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
     try:
-        lock = os.open(os.path.join(base, identifier, "lock"), os.O_RDWR | os.O_NOFOLLOW)
+        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise unknown from err
     try:
@@ -989,34 +944,33 @@ def _resume(base: str, identifier: object) -> Transaction:
     except BlockingIOError as err:
         os.close(lock)
         raise CMPError(f"transaction {identifier} is in progress: somebody else polls it now") from err
-    if not os.path.exists(os.path.join(base, identifier, "lock")):  # finished between our open and our lock
+    if not os.path.exists(path):  # finished between our open and our lock
         os.close(lock)
         raise unknown
-    return Transaction(base, identifier, lock)
+    return Transaction(settings, identifier, lock, logger)
 
 
 _swept: dict[str, float] = {}
 
 
-def _sweep(base: str, logger: logging.Logger) -> None:
+def _sweep(settings: Settings, logger: logging.Logger) -> None:
     """Delete what killed enrolments left: an hour old, not waiting for the CA, and nobody holds the lock."""
-    now = time.time()
+    base, now = settings.directory, time.time()
     if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
         return
     _swept[base] = now
     for name in os.listdir(base):
         path = os.path.join(base, name)
-        if not re.fullmatch("[0-9a-f]{32}", name):
-            continue
         try:
-            if now - os.lstat(path).st_mtime > ABANDONED:
-                if not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
-                    _delete(path)
-                elif os.path.exists(os.path.join(path, "waiting")):
-                    continue
-                else:
-                    _resume(base, name).close(False, logger)
-                logger.warning("deleted %s, left by an enrolment that was killed", path)
+            if not re.fullmatch("[0-9a-f]{32}", name) or now - os.lstat(path).st_mtime <= ABANDONED:
+                continue
+            if not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
+                _delete(path)
+            elif os.path.exists(os.path.join(path, "waiting")):
+                continue
+            else:
+                _resume(settings, name, logger).close()
+            logger.warning("deleted %s, left by an enrolment that was killed", path)
         except (CMPError, OSError) as err:
             logger.debug("not swept: %s", _one_line(str(err)))
 
@@ -1031,33 +985,22 @@ def _body_type(path: str) -> int | None:
 
 
 def _replay(log: list[str]) -> list[str]:
-    """What of the saved responses openssl has to see again.
-
-    The newest one holds the nonce that the CA expects next. An older pollRep has no more to say, and openssl
-    would sleep for its checkAfter.
-    """
+    """What of the saved responses openssl has to see again: the newest holds the nonce that the CA expects next."""
+    # An older pollRep has no more to say, and openssl would sleep for its checkAfter.
     return [path for path in log[:-1] if _body_type(path) != POLLREP] + log[-1:]
 
 
 def _saved_responses(transaction: Transaction) -> tuple[int, list[str]]:
-    """The last run's number and the valid responses, in order.
-
-    Each run writes all responses anew, those replayed first. One that was killed while it replayed knows less
-    than the run before.
-    """
+    """The last run's number and the valid responses, in order."""
     runs: dict[int, list[str]] = {}
     for name in sorted(os.listdir(transaction.path)):
         match = re.fullmatch(r"(\d{3,})-\d{3,}\.der", name)
         if match:
             runs.setdefault(int(match.group(1)), []).append(transaction.file(name))
     log: list[str] = []
-    for number in sorted(runs):
-        whole = []
-        for path in runs[number]:
-            if _body_type(path) is None:
-                break
-            whole.append(path)
-        if len(whole) > len(_replay(log)):
+    for number in sorted(runs):  # each run writes all responses anew, those replayed first
+        whole = list(itertools.takewhile(lambda path: _body_type(path) is not None, runs[number]))
+        if len(whole) > len(_replay(log)):  # else it was killed while it replayed, and knows less than the run before
             log = whole
     return max(runs, default=0), log
 
@@ -1115,9 +1058,8 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
     if csr.subject:
         text = _slash_form(csr.subject, exact=converts)
         if text is None and not converts:
-            raise CMPError(
-                f"{settings.binary.version} cannot carry the subject {_name_text(csr.subject)}, OpenSSL 3.0 can"
-            )
+            version, subject = settings.binary.version, _name_text(csr.subject)
+            raise CMPError(f"{version} cannot carry the subject {subject}, OpenSSL 3.0 can")
         return text
     if "subject" in settings.options:
         return settings.options["subject"]
@@ -1128,8 +1070,9 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
     return None
 
 
-def _request(csr: CSR, settings: Settings, transaction: Transaction, logger: logging.Logger) -> list[str]:
+def _request(csr: CSR, transaction: Transaction) -> list[str]:
     """The options that describe one enrolment."""
+    settings = transaction.settings
     known = settings.binary.options
     arguments = ["-newkey", transaction.file("pubkey.pem"), "-certout", transaction.file("cert.pem")]
     arguments += ["-extracertsout", transaction.file("extracerts.pem")]
@@ -1144,7 +1087,7 @@ def _request(csr: CSR, settings: Settings, transaction: Transaction, logger: log
         names = list(_alternative_names(csr))
         lost = [kind for kind, name in names if not name] + [e for e in csr.extensions if e != SUBJECT_ALT_NAME]
         if lost:
-            logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
+            transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
         if any(name for _, name in names):
             arguments += ["-sans", ",".join(name for _, name in names if name)]
     if subject is not None and settings.options.get("cmd") != "p10cr":
@@ -1153,15 +1096,12 @@ def _request(csr: CSR, settings: Settings, transaction: Transaction, logger: log
     return arguments
 
 
-def _verify(csr: CSR, settings: Settings, transaction: Transaction) -> None:
-    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit.
-
-    `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, section 4), and neither
-    the host nor `openssl cmp` does.
-    """
+def _verify(csr: CSR, transaction: Transaction) -> None:
+    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit."""
+    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
     transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
-    argv = [settings.binary.path, "req", "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
-    run = _run(argv, 10 + GRACE, {})
+    program = transaction.settings.binary.path
+    run = _run([program, "req", "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"], 10 + GRACE)
     # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
     verified = re.search(r"^(Certificate request self-signature )?verify OK$", run.output, re.M)
     key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
@@ -1175,81 +1115,64 @@ def _verify(csr: CSR, settings: Settings, transaction: Transaction) -> None:
 
 # --- The exchange with the CA, and its three verdicts -------------------------------------------------------
 
-ISSUED, WAITING, FAILED = "issued", "waiting", "failed"
 BROKEN_OFF = re.compile("transfer error|transfer timeout|total timeout|connect timeout|error transferring")
 
 
 class Outcome(NamedTuple):
-    """How an exchange ended; `final` is a no that the CA will not take back."""
+    """How an exchange ended: with the `leaf`, or waiting, or it failed; `final` is a no that the CA won't take back."""
 
-    verdict: str
+    leaf: Certificate | None = None
+    waiting: bool = False
     reason: str = ""
     final: bool = False
 
 
-def _exchange(settings: Settings, transaction: Transaction, request: list[str], logger: logging.Logger) -> Outcome:
+def _exchange(request: list[str], transaction: Transaction) -> Outcome:
     """Run openssl for an enrolment: from the start, or on from the responses that are saved in `transaction`."""
-    number, log = _saved_responses(transaction)
-    replay = _replay(log)
-    arguments = list(request)
-    _log_command(settings, arguments, logger)
+    settings, path = transaction.settings, transaction.path
+    number, before = _saved_responses(transaction)
+    replay, prefix = _replay(before), f"{number + 1:03d}-"
+    responses = ["-rspin", ",".join(replay)] if replay else []
     if "rspout" in settings.binary.options:
-        names = [f"{transaction.path}/{number + 1:03d}-{i:03d}.der" for i in range(MAX_RESPONSES)]
-        arguments += ["-rspout", ",".join(names)]
-    if replay:
-        arguments += ["-rspin", ",".join(replay)]
-    _check_room(transaction)
-    run, messages = _openssl_cmp(settings, arguments, transaction.lock)
-    saved = sum(name.startswith(f"{number + 1:03d}-") for name in os.listdir(transaction.path))
-    before, (_, log) = log, _saved_responses(transaction)
-    _prune(transaction, log)
-    outcome = _outcome(run, messages, settings, log, log != before)
-    if run.code == 0 and not _certificates(transaction.file("cert.pem"), logger):
-        full = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
-        outcome = Outcome(FAILED, full)
-    elif (
-        outcome.verdict == FAILED
-        and not outcome.final
-        and 1 < len(log) < MAX_RESPONSES
-        and saved >= max(1, len(replay))
-    ):
+        responses = ["-rspout", ",".join(f"{path}/{prefix}{i:03d}.der" for i in range(MAX_RESPONSES)), *responses]
+    disk = os.statvfs(path)
+    if disk.f_bavail * disk.f_frsize < MAX_DER:  # no room for the CA's answers: do not ask it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    run = _openssl_cmp(transaction, request, responses)
+    saved = sum(name.startswith(prefix) for name in os.listdir(path))
+    log = _saved_responses(transaction)[1]
+    for name in os.listdir(path):
+        if name.endswith(".der") and transaction.file(name) not in log:  # superseded by those of another run
+            os.remove(transaction.file(name))
+    outcome = _outcome(run, transaction, log, log != before)
+    unclear = run.code != 0 and not outcome.waiting and not outcome.final
+    if unclear and 1 < len(log) < MAX_RESPONSES and saved >= max(1, len(replay)):
         os.remove(log[-1])  # openssl refused it: somebody else's, and no part of the transaction
-        outcome = Outcome(WAITING, outcome.reason)
+        outcome = outcome._replace(waiting=True)
     expected = ["-server option|too few -rspin"] if replay else []
-    expected += ["total timeout|polling failed"] if outcome == Outcome(WAITING) else []
-    _log_messages(logger, messages, "|".join(expected) or "$")
+    expected += ["total timeout|polling failed"] if outcome.waiting and not outcome.reason else []
+    _log_messages(transaction.logger, run.messages, "|".join(expected) or "$")
     return outcome
 
 
-def _outcome(run: Run, messages: Sequence[Message], settings: Settings, log: Sequence[str], news: bool) -> Outcome:
+def _outcome(run: Run, transaction: Transaction, log: Sequence[str], news: bool) -> Outcome:
     """The verdict on a run that has left the responses `log`; `news` says whether it got any itself."""
     if run.code == 0:
-        return Outcome(ISSUED)
-    errors, reason = _errors(messages), _reason(run, messages, settings.server)
-    if _said_no(errors) or any(error.startswith("certificate not accepted") for error in errors):
-        return Outcome(FAILED, reason, final="PKIStatus: waiting" not in " ".join(errors))
+        leaf = next(iter(_certificates(transaction.file("cert.pem"), transaction.logger)), None)
+        directory = transaction.settings.directory
+        full = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {directory} full?"
+        return Outcome(leaf, reason="" if leaf else full)
+    errors, reason = run.errors(), _reason(run, transaction.settings.server)
+    if run.refused() or any(error.startswith("certificate not accepted") for error in errors):
+        return Outcome(reason=reason, final="PKIStatus: waiting" not in " ".join(errors))
     if len(log) >= MAX_RESPONSES:  # openssl could not save the newest, without which nobody can go on
-        return Outcome(
-            FAILED, f"CMP server {settings.server} let itself be polled without a pause: its checkAfter is 0"
-        )
+        server = transaction.settings.server
+        return Outcome(reason=f"CMP server {server} let itself be polled without a pause: its checkAfter is 0")
     broken_off = bool(run.killed()) or any(BROKEN_OFF.match(error) for error in errors)
     if broken_off and log:
-        return Outcome(WAITING, "" if news and _body_type(log[-1]) == POLLREP else reason)
-    return Outcome(FAILED, reason)
-
-
-def _check_room(transaction: Transaction) -> None:
-    """Raise OSError, before anything is asked of the CA, where the disk has no room for its answers."""
-    disk = os.statvfs(transaction.path)
-    if disk.f_bavail * disk.f_frsize < MAX_DER:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), transaction.path)
-
-
-def _prune(transaction: Transaction, log: list[str]) -> None:
-    """Delete the saved responses that another run has superseded."""
-    for name in os.listdir(transaction.path):
-        if name.endswith(".der") and transaction.file(name) not in log:
-            os.remove(transaction.file(name))
+        undecided = news and _body_type(log[-1]) == POLLREP
+        return Outcome(waiting=True, reason="" if undecided else reason)
+    return Outcome(reason=reason)
 
 
 def _command(settings: Settings, arguments: Sequence[str]) -> list[str]:
@@ -1258,21 +1181,19 @@ def _command(settings: Settings, arguments: Sequence[str]) -> list[str]:
     for option, value in settings.options.items():
         if option == "subject" or (option == "popo" and settings.options.get("cmd") == "p10cr"):
             continue  # decided for each request; no part of a p10cr
-        argv += ["-" + option] if value is None else ["-" + option, value]
-    return argv + list(arguments)
+        name = OLD_NAMES[option] if OLD_NAMES.get(option) in settings.binary.options else option
+        argv += [f"-{name}"] if value is None else [f"-{name}", value]
+    return [*argv, *arguments]
 
 
-def _log_command(settings: Settings, arguments: Sequence[str], logger: logging.Logger) -> None:
-    """The command line for the log. It holds no secret: those are in the environment."""
-    if logger.isEnabledFor(logging.DEBUG):
-        logger.debug("running %s", " ".join(map(_one_line, _command(settings, arguments))))
-
-
-def _openssl_cmp(settings: Settings, arguments: Sequence[str], lock: int) -> tuple[Run, list[Message]]:
-    """One run of `openssl cmp`."""
+def _openssl_cmp(transaction: Transaction, request: Sequence[str], responses: Sequence[str] = ()) -> Run:
+    """One run of `openssl cmp`, logged without the many names of files for responses."""
+    settings, command = transaction.settings, _command(transaction.settings, request)
+    if transaction.logger.isEnabledFor(logging.DEBUG):  # it holds no secret: those are in the environment
+        transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
     limit = settings.seconds("total_timeout") + GRACE
-    run = _run(_command(settings, arguments), limit, settings.secrets, (lock,))
-    return run, _messages(run.output, list(settings.secrets.values()))
+    run = _run([*command, *responses], limit, settings.secrets, (transaction.lock,))
+    return run._replace(messages=_messages(run.output, settings.secrets.values()))
 
 
 # --- The chain ----------------------------------------------------------------------------------------------
@@ -1295,18 +1216,16 @@ def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
     return found
 
 
-def _pool(settings: Settings, transaction: Transaction, logger: logging.Logger) -> tuple[list[Certificate], ...]:
-    """Where issuers may be found: what the configuration names, caPubs, and, apart from these, extraCerts.
-
-    caPubs is part of the protected answer. extraCerts is not (RFC 4210, 5.1): anybody on the way can change it.
-    """
-    configured = [name for o in ("untrusted", "trusted") for name in _file_list(o, settings.options.get(o) or "")]
-    known, sent = [], _certificates(transaction.file("extracerts.pem"), logger)
-    for path in [*configured, transaction.file("capubs.pem")]:
-        known += _certificates(path, logger)
+def _pool(transaction: Transaction) -> tuple[list[Certificate], list[Certificate]]:
+    """Where issuers are found: the configuration and caPubs; extraCerts, which nothing protects (RFC 4210, 5.1)."""
+    options, logger = transaction.settings.options, transaction.logger
+    configured = [name for o in ("untrusted", "trusted") for name in _file_list(o, options.get(o) or "")]
+    files = [*configured, transaction.file("capubs.pem")]
+    known = [certificate for path in files for certificate in _certificates(path, logger)]
+    sent = _certificates(transaction.file("extracerts.pem"), logger)
     if not sent:  # openssl forgets them when the CA delays its answer to the confirmation
-        for path in _saved_responses(transaction)[1]:
-            sent += _message_certificates(path, logger)
+        responses = _saved_responses(transaction)[1]
+        sent = [certificate for path in responses for certificate in _message_certificates(path, logger)]
     return known, sent
 
 
@@ -1328,27 +1247,22 @@ def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate
 _genuine: set[bytes] = set()  # certificates from extraCerts that were seen to have issued an authentic one
 
 
-def _issued_by(certificate: Certificate, issuer: Certificate, settings: Settings, transaction: Transaction) -> bool:
+def _issued_by(certificate: Certificate, issuer: Certificate, transaction: Transaction) -> bool:
     """Ask openssl whether `issuer`, which nothing protects, has signed `certificate`: once per process and issuer."""
     if issuer.der not in _genuine:
         transaction.write("issuer.pem", _pem(issuer.der))
         transaction.write("subject.pem", _pem(certificate.der))
-        argv = [settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical", "-trusted"]
-        if _run([*argv, transaction.file("issuer.pem"), transaction.file("subject.pem")], 10, {}).code != 0:
+        argv = [transaction.settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
+        argv += ["-trusted", transaction.file("issuer.pem"), transaction.file("subject.pem")]
+        if _run(argv).code != 0:
             return False
         _genuine.add(issuer.der)
     return True
 
 
-def _chain(
-    leaf: Certificate, settings: Settings, transaction: Transaction, logger: logging.Logger
-) -> list[Certificate]:
-    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
-
-    extraCerts begins with the CMP server's own certificate and may hold anything; clients take the second
-    certificate for the issuer.
-    """
-    known, sent = _pool(settings, transaction, logger)
+def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
+    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1)."""
+    known, sent = _pool(transaction)
     chain = [leaf]
     while not chain[-1].self_signed() and len(chain) < MAX_CHAIN:
         last = chain[-1]
@@ -1356,10 +1270,10 @@ def _chain(
             keys_fit = not (candidate.subject_key and last.authority_key) or candidate.subject_key == last.authority_key
             if _name_key(candidate.subject) != _name_key(last.issuer) or not keys_fit or candidate in chain:
                 continue
-            if candidate in known or _issued_by(last, candidate, settings, transaction):
+            if candidate in known or _issued_by(last, candidate, transaction):
                 chain.append(candidate)
                 break
-            logger.warning("passed over a false certificate in extraCerts: %s", _name_text(last.issuer))
+            transaction.logger.warning("passed over a false certificate in extraCerts: %s", _name_text(last.issuer))
         else:
             break
     return chain
@@ -1371,7 +1285,7 @@ Enrolled = tuple[Optional[str], Optional[str], Optional[str], Optional[str]]
 Polled = tuple[Optional[str], Optional[str], Optional[str], Optional[str], bool]
 Revoked = tuple[int, Optional[str], Optional[str]]
 ACME_ERROR = "urn:ietf:params:acme:error:"
-_warned: dict[str, bool] = {}
+_warned: set[str] = set()
 
 
 class CAhandler:
@@ -1420,7 +1334,26 @@ class CAhandler:
         not decided yet gives (None, None, None, identifier).
         """
         try:
-            return self._enroll(csr)
+            section = self._profiled_section(csr)
+            settings = self._checked(section)
+            request = _csr(csr)
+            with closing(_begin(settings, self.logger)) as transaction:
+                transaction.write("enrolling", "")
+                changed = {key: value for key, value in section.items() if self.section.get(key) != value}
+                if changed:
+                    import json  # only for an order with a profile
+
+                    transaction.write("profile", json.dumps(changed))
+                outcome, bundle, certificate = self._go_on(request, transaction)
+                if bundle:
+                    return (None, bundle, certificate, None)
+                if not outcome.waiting:
+                    raise CMPError(outcome.reason)
+                os.rename(transaction.file("enrolling"), transaction.file("waiting"))  # possible on a full disk too
+                transaction.keep = True
+                identifier, why = transaction.identifier, outcome.reason or "undecided"
+                self.logger.info("CMP enrolment %s waits for the CA: %s", identifier, why)
+                return (None, None, None, identifier)
         except Exception as err:
             return (self._failure("enrolment", err), None, None, None)
 
@@ -1431,7 +1364,29 @@ class CAhandler:
         cannot be reached is an error, and the next poll tries again.
         """
         try:
-            return self._poll(poll_identifier, csr)
+            if self.config_error:
+                raise CMPError(self.config_error)
+            settings = _settings(self.section)
+            with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
+                transaction.keep = True
+                fault = _directory_fault(settings)
+                if fault:
+                    raise CMPError(fault)
+                saved = _saved_profile(transaction, self._profile_keys())
+                transaction.settings = settings = self._checked({**self.section, **saved})
+                # Short, whatever checkAfter the CA asks for, but long enough for one answer.
+                settings.options["total_timeout"] = str(max(RESUMED_TIMEOUT, settings.seconds("msg_timeout") + 1))
+                request = _csr(transaction.read("csr.pem"))
+                if csr and _csr(csr).der != request.der:
+                    raise CMPError(f"transaction {poll_identifier} is for another CSR")
+                if not _saved_responses(transaction)[1]:  # without them, openssl would begin a second transaction
+                    what = f"the saved responses in {transaction.path} are"
+                    raise CMPError(f"{what} damaged: order the certificate again")
+                outcome, bundle, certificate = self._go_on(request, transaction)
+                if outcome.reason:
+                    self.logger.error("CMP poll of %s: %s", poll_identifier, outcome.reason)
+                transaction.keep = not bundle and not outcome.final
+                return (outcome.reason or None, bundle, certificate, poll_identifier, outcome.final)
         except Exception as err:
             return (self._failure("poll", err), None, None, poll_identifier, False)
 
@@ -1441,9 +1396,35 @@ class CAhandler:
         Returns (200, None, None) or (HTTP status, ACME error type, detail). CMP dates a revocation itself.
         """
         try:
-            return self._revoke(cert, rev_reason)
-        except NotACertificate as err:
-            return (400, ACME_ERROR + "malformed", self._failure("revocation", err))
+            code = str(rev_reason).strip() if rev_reason is not None else "unspecified"
+            number = {**REASONS, **{str(number): number for number in REASONS.values()}}.get(code)
+            if number is None:
+                detail = self._failure("revocation", CMPError(f"unknown revocation reason {_one_line(code, 40)}"))
+                return (400, ACME_ERROR + "badRevocationReason", detail)
+            try:
+                parsed = _certificate(_decode(cert, "CERTIFICATE"))
+            except CMPError as err:
+                detail = self._failure("revocation", CMPError(f"not a certificate: {err}"))
+                return (400, ACME_ERROR + "malformed", detail)
+            settings = self._checked(self._profiled_section(cert, revocation=True))
+            for option in ENROLMENT_KEYS:
+                settings.options.pop(option, None)
+            settings.options["cmd"] = "rr"
+            with closing(_begin(settings, self.logger)) as transaction:
+                transaction.write("cert.pem", _pem(parsed.der))
+                arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
+                run = _openssl_cmp(transaction, arguments)
+            _log_messages(self.logger, run.messages, "$")
+            what = f"serial={parsed.serial} issuer={_name_text(parsed.issuer)}"
+            errors = run.errors()
+            if run.code == 0 and not errors:
+                self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
+                return (200, None, None)
+            detail = _reason(run, settings.server)
+            self.logger.error("CMP revocation failed: %s: %s", what, detail)
+            if any("PKIFailureInfo: certRevoked" in error for error in errors):
+                return (400, ACME_ERROR + "alreadyRevoked", detail)
+            return (500, ACME_ERROR + "serverInternal", detail)
         except Exception as err:
             return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
 
@@ -1460,129 +1441,30 @@ class CAhandler:
         except Exception as err:
             return self._failure("check", err)
 
-    # What the methods above do, as long as nothing goes wrong.
-
-    def _enroll(self, csr_argument: str) -> Enrolled:
-        started = time.monotonic()
-        section = self._profiled_section(csr_argument)
-        settings = self._checked(section)
-        csr = _csr(csr_argument)
-        changed = {key: value for key, value in section.items() if self.section.get(key) != value}
-        transaction = _begin(settings, self.logger)
-        keep = False
-        try:
-            transaction.write("enrolling", "")
-            if changed:
-                import json  # only for an order with a profile
-
-                transaction.write("profile", json.dumps(changed))
-            _verify(csr, settings, transaction)
-            request = _request(csr, settings, transaction, self.logger)
-            outcome = _exchange(settings, transaction, request, self.logger)
-            if outcome.verdict == ISSUED:
-                return (None, *self._issued(settings, transaction, started), None)
-            if outcome.verdict == FAILED:
-                raise CMPError(outcome.reason)
-            os.rename(transaction.file("enrolling"), transaction.file("waiting"))  # possible on a full disk too
-            keep = True
-            self.logger.info(
-                "CMP enrolment %s waits for the CA: %s", transaction.identifier, outcome.reason or "undecided"
-            )
-            return (None, None, None, transaction.identifier)
-        finally:
-            transaction.close(keep, self.logger)
-
-    def _poll(self, identifier: str, csr_argument: str) -> Polled:
-        started = time.monotonic()
-        if self.config_error:
-            raise CMPError(self.config_error)
-        settings = _settings(self.section)
-        transaction = _resume(settings.directory, identifier)
-        keep = True
-        try:
-            if _directory_fault(settings):
-                raise CMPError(_directory_fault(settings))
-            allowed = _saved_profile(transaction, self._profile_keys())
-            settings = self._checked({**self.section, **allowed})
-            settings = settings._replace(options={**settings.options, **_resumed_timeouts(settings)})
-            csr = _csr(transaction.read("csr.pem"))
-            if csr_argument and _csr(csr_argument).der != csr.der:
-                raise CMPError(f"transaction {identifier} is for another CSR")
-            if not _saved_responses(transaction)[1]:  # without them, openssl would begin a second transaction
-                raise CMPError(f"the saved responses in {transaction.path} are damaged: order the certificate again")
-            _verify(csr, settings, transaction)
-            request = _request(csr, settings, transaction, self.logger)
-            outcome = _exchange(settings, transaction, request, self.logger)
-            if outcome.verdict == ISSUED:
-                bundle, certificate = self._issued(settings, transaction, started)
-                keep = False
-                return (None, bundle, certificate, identifier, False)
-            if outcome.reason:
-                self.logger.error("CMP poll of %s: %s", identifier, outcome.reason)
-            keep = not outcome.final
-            return (outcome.reason or None, None, None, identifier, outcome.final)
-        finally:
-            transaction.close(keep, self.logger)
-
-    def _revoke(self, certificate: str, reason: str | None) -> Revoked:
-        code = str(reason).strip() if reason is not None else "unspecified"
-        number = {**REASONS, **{str(number): number for number in REASONS.values()}}.get(code)
-        if number is None:
-            detail = f"unknown revocation reason {_one_line(code, 40)}"
-            self.logger.error("CMP revocation failed: %s", detail)
-            return (400, ACME_ERROR + "badRevocationReason", detail)
-        try:
-            der = _decode(certificate, "CERTIFICATE")
-            parsed = _certificate(der)
-        except CMPError as err:
-            raise NotACertificate(f"not a certificate: {err}") from err
-        settings = self._checked(self._profiled_section(certificate, revocation=True))
-        options = {key: value for key, value in settings.options.items() if key not in ENROLMENT_KEYS}
-        settings = settings._replace(options={**options, "cmd": "rr"})
-        transaction = _begin(settings, self.logger)
-        try:
-            transaction.write("cert.pem", _pem(der))
-            arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
-            _log_command(settings, arguments, self.logger)
-            run, messages = _openssl_cmp(settings, arguments, transaction.lock)
-        finally:
-            transaction.close(False, self.logger)
-        _log_messages(self.logger, messages, "$")
-        what = f"serial={_one_line(f'{parsed.serial:x}', 64)} issuer={_name_text(parsed.issuer)}"
-        if run.code == 0 and not _errors(messages):
-            self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
-            return (200, None, None)
-        detail = _reason(run, messages, settings.server)
-        self.logger.error("CMP revocation failed: %s: %s", what, detail)
-        if any("PKIFailureInfo: certRevoked" in error for error in _errors(messages)):
-            return (400, ACME_ERROR + "alreadyRevoked", detail)
-        return (500, ACME_ERROR + "serverInternal", detail)
-
-    def _issued(self, settings: Settings, transaction: Transaction, started: float) -> tuple[str, str]:
-        """The bundle and the leaf in base64, and the one line in the log that says what was issued."""
-        chain = _chain(_certificates(transaction.file("cert.pem"), self.logger)[0], settings, transaction, self.logger)
-        leaf = chain[0]
+    def _go_on(self, csr: CSR, transaction: Transaction) -> tuple[Outcome, str | None, str | None]:
+        """Begin or resume the exchange; where that gets a certificate: bundle and leaf, and the log line about them."""
+        _verify(csr, transaction)
+        outcome = _exchange(_request(csr, transaction), transaction)
+        if outcome.leaf is None:
+            return outcome, None, None
+        leaf, chain = outcome.leaf, _chain(outcome.leaf, transaction)
         if len(chain) == 1 and not leaf.self_signed():
             self.logger.warning("the CA did not send the issuer's certificate: name it in cmp_untrusted")
-        serial = _one_line(f"{leaf.serial:x}", 64)
-        names = f"subject={_name_text(leaf.subject)} serial={serial} issuer={_name_text(leaf.issuer)}"
-        seconds = time.monotonic() - started
+        names = f"subject={_name_text(leaf.subject)} serial={leaf.serial} issuer={_name_text(leaf.issuer)}"
+        seconds = time.monotonic() - transaction.started
         self.logger.info("certificate issued: %s chain=%d seconds=%.2f", names, len(chain), seconds)
-        return "".join(_pem(cert.der) for cert in chain), base64.b64encode(leaf.der).decode()
+        return outcome, "".join(_pem(cert.der) for cert in chain), base64.b64encode(leaf.der).decode()
 
     def _profile_keys(self) -> list[str]:
         """The keys that a profile may set: those that the configuration uses, without the protected ones."""
         return [key for key in dict.fromkeys([*self.section, "cmp_profile"]) if key[4:] not in PROTECTED_KEYS]
 
     def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
-        """The section, with what the profile of the order, of its account or of its HTTP header sets.
-
-        The host's functions do the choosing, where it has them. They set attributes by `hasattr` and `setattr`: on
-        an object that has those which a profile may set, and no others.
-        """
+        """The section, with what the profile of the order, of its account or of its HTTP header sets."""
         check = getattr(self._helper, "eab_profile_header_info_check", None)
         if check is None:
             return self.section
+        # The host's functions set attributes by `hasattr` and `setattr`: let them find only what a profile may set.
         chosen = types.SimpleNamespace(**{key: self.section.get(key) for key in self._profile_keys()})
         chosen.cahandler_registry_name = self.cahandler_registry_name
         chosen.eab_profiling, chosen.eab_handler = self._host("config_eab_profile_load", (False, None))
@@ -1611,7 +1493,7 @@ class CAhandler:
         settings = _settings(section)
         for warning in settings.warnings:
             if warning not in _warned:  # once per process is enough
-                _warned[warning] = True
+                _warned.add(warning)
                 self.logger.warning("configuration: %s", warning)
         if settings.errors:
             raise CMPError("configuration error: " + "; ".join(settings.errors))
@@ -1623,7 +1505,7 @@ class CAhandler:
             text = str(err)
         elif isinstance(err, OSError):
             text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
-            text += next((f" ({hint})" for words, hint in HINTS if re.search(words, text)), "")
+            text += _hint(text)
         else:
             line = err.__traceback__.tb_lineno if err.__traceback__ else 0
             text = f"internal error: {type(err).__name__} {err} (line {line})"
@@ -1641,12 +1523,6 @@ def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str
         return {key: str(value) for key, value in profile.items() if key in allowed}
     except (ValueError, AttributeError, RecursionError) as err:
         raise CMPError(f"the file {transaction.file('profile')} is damaged: order the certificate again") from err
-
-
-def _resumed_timeouts(settings: Settings) -> dict[str, str | None]:
-    """A resumed run is short, whatever checkAfter the CA asks for, but long enough for one answer."""
-    name = next((n for n in ("total_timeout", OLD_NAMES["total_timeout"]) if n in settings.options), "total_timeout")
-    return {name: str(max(RESUMED_TIMEOUT, settings.seconds("msg_timeout") + 1))}
 
 
 # --- The command line: the same code paths as in the host ---------------------------------------------------
@@ -1668,10 +1544,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. Results go to standard output, all else to standard error."""
     import argparse  # here, so that loading the handler in the host stays fast
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="cmp_ca_handler.py", description="Try and check a [CAhandler] section.", epilog=USAGE, formatter_class=raw
-    )
+    parser = argparse.ArgumentParser("cmp_ca_handler.py", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description, parser.epilog = "Try and check a [CAhandler] section.", USAGE
     parser.add_argument("--config", metavar="FILE", help="acme_srv.cfg; default: $ACME_SRV_CONFIGFILE, then the host's")
     parser.add_argument("--section", metavar="NAME", default="CAhandler", help="such as CAhandler:internal")
     parser.add_argument("-v", "--verbose", action="store_true", help="show openssl's messages")
@@ -1693,7 +1567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "convert":
-            return _convert_command(args.words)
+            return _convert(args.words or _typed_words())
         return _handler_command(args)
     except (CMPError, OSError) as err:
         print(f"error: {_one_line(str(err), 4 * MAX_TEXT)}", file=sys.stderr)
@@ -1744,28 +1618,29 @@ def _result(error: str | None, text: str | None, identifier: str | None, output:
     if error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if text and output:
-        with open(output, "w", encoding="ascii") as file:
-            file.write(text)
-    elif text:
-        sys.stdout.write(text)
-    else:
+    if not text:
         print(identifier)
         print(f"the CA has not decided yet; go on with: poll {identifier}", file=sys.stderr)
-    return 0 if text else 3
+        return 3
+    if output:
+        with open(output, "w", encoding="ascii") as file:
+            file.write(text)
+    else:
+        sys.stdout.write(text)
+    return 0
 
 
 def _check_command(handler: CAhandler, connect: bool) -> int:
     """Print what the configuration amounts to, and everything that is wrong with it."""
+    import shlex
+
     settings = _settings(handler.section)
+    known = settings.binary.options
     print(f"openssl   {settings.binary.path or 'not usable'}  {settings.binary.version}".rstrip())
-    if settings.binary.options:
-        able = [
-            ("all extensions of a CSR", settings.binary.converts_csr()),
-            ("waiting enrolments", "rspin" in settings.binary.options),
-            ("profiles", "profile" in settings.binary.options),
-        ]
-        print("          " + ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able))
+    if known:
+        able = {"all extensions of a CSR": settings.binary.converts_csr()}
+        able.update({"waiting enrolments": "rspin" in known, "profiles": "profile" in known})
+        print("          " + ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()))
     print(f"tmp_dir   {settings.directory}\n")
     for key, value in handler.section.items():
         shown = "(hidden)" if key[4:] in SECRET_KEYS else value
@@ -1773,15 +1648,13 @@ def _check_command(handler: CAhandler, connect: bool) -> int:
     print()
     faults = [handler.config_error, *settings.errors, _directory_fault(settings)]
     findings = [f"warning: {text}" for text in settings.warnings] + [f"error: {text}" for text in faults if text]
-    if settings.binary.options and not settings.errors:
+    if known and not settings.errors:
         findings += [*_check_pair(settings, ""), *_check_pair(settings, "tls_")]
         findings += _check_server(settings) if connect else []
     for finding in findings:
         print(finding)
     if any(finding.startswith("error: ") for finding in findings):
         return 1
-    import shlex
-
     print("an enrolment runs, beside the files of its transaction:")
     words = [shlex.quote(_one_line(word)) for word in _command(settings, [])]
     print("  " + re.sub(r" (?=-)", " \\\\\n      ", " ".join(words)))
@@ -1795,21 +1668,20 @@ def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
     if not certificate or not key or not os.path.isfile(key):
         return  # none configured, or a key in a token, which only openssl can open
     x509 = [settings.binary.path, "x509", "-in", certificate, "-noout"]
-    about = _run([*x509, "-subject", "-enddate", "-ext", "extendedKeyUsage"], 10, {})
-    public = _run([*x509, "-pubkey"], 10, {})
+    about = _run([*x509, "-subject", "-enddate", "-ext", "extendedKeyUsage"])
+    public = _run([*x509, "-pubkey"])
     if about.code != 0 or public.code != 0:
         yield f"error: cmp_{kind}cert: {certificate} holds no certificate in PEM"
         return
-    print(
-        f"cmp_{kind}cert  " + "; ".join(_one_line(line) for line in about.output.splitlines() if "No ext" not in line)
-    )
-    if _run([*x509, "-checkend", "0"], 10, {}).code != 0:
+    lines = [_one_line(line) for line in about.output.splitlines() if "No ext" not in line]
+    print(f"cmp_{kind}cert  {'; '.join(lines)}")
+    if _run([*x509, "-checkend", "0"]).code != 0:
         yield f"error: cmp_{kind}cert: {certificate} has expired"
-    elif _run([*x509, "-checkend", str(30 * 86400)], 10, {}).code != 0:
+    elif _run([*x509, "-checkend", str(30 * 86400)]).code != 0:
         yield f"warning: cmp_{kind}cert: {certificate} expires within 30 days"
     source = settings.options.get(kind + "keypass")
     password = ["-passin", source] if source else []
-    private = _run([settings.binary.path, "pkey", "-in", key, "-pubout", *password], 10, settings.secrets)
+    private = _run([settings.binary.path, "pkey", "-in", key, "-pubout", *password], secrets=settings.secrets)
     if private.code != 0:
         yield f"error: cmp_{kind}key: {key} cannot be opened: check the file and cmp_{kind}keypass"
     elif private.output.split() != public.output.split():
@@ -1832,60 +1704,52 @@ def _check_server(settings: Settings) -> list[str]:
     return []
 
 
-def _convert_command(words: list[str]) -> int:
-    """Print the section for a command line given as arguments or on standard input."""
+def _typed_words() -> list[str]:
+    """The words of a command line on standard input."""
     import shlex
 
-    if not words:
-        text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
-        try:
-            words = shlex.split(text.lstrip("$# \t"))
-        except ValueError as err:
-            raise CMPError(f"not a command line: {err}") from err
-    lines, errors = _convert(words)
-    print("\n".join(lines))
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return 1 if errors else 0
+    text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
+    try:
+        return shlex.split(text.lstrip("$# \t"))
+    except ValueError as err:
+        raise CMPError(f"not a command line: {err}") from err
 
 
-def _convert(words: list[str]) -> tuple[list[str], list[str]]:
-    """The lines of the `[CAhandler]` section for an `openssl cmp` command line, and what is wrong with that."""
+def _convert(words: list[str]) -> int:
+    """Print the `[CAhandler]` section for an `openssl cmp` command line, and what is wrong with that."""
     if "cmp" not in words:
         raise CMPError("that is no `openssl cmp` command line")
     position = words.index("cmp")
     program, rest = words[position - 1] if position else "openssl", words[position + 1 :]
-    options, errors = _known_options(program), []
-    found: dict[str, str] = {}
-    ours: list[str] = []
+    options = _known_options(program)
+    found, ours, errors = {}, [], []
     while rest:
         option, equals, value = rest.pop(0).lstrip("-").partition("=")
         if not equals and (options.get(option, bool(rest) and rest[0][:1] != "-")):
             value = rest.pop(0) if rest else ""
         if options and option not in options:
-            near = _nearest(option, sorted(options))
-            errors.append(f"openssl has no option -{option}" + (f"; did you mean -{near}?" if near else ""))
+            errors.append(f"openssl has no option -{option}{_did_you_mean(option, options, '-')}")
         elif option in FORBIDDEN_KEYS:
             errors.append(f"-{option} is not for enrolling at a CA")
         elif option in RUNTIME_KEYS or option == "subject" or (option, value) in (("cmd", "ir"), ("popo", "0")):
             ours.append(f"-{option}")
         else:
             found[option] = _comma_dn(value) if option in DN_KEYS else value or "True"
-    lines = ["[CAhandler]", "# handler_module: /path/to/cmp_ca_handler.py"]
-    lines += [f"# set by the handler itself: {' '.join(ours)}"] if ours else []
-    lines += [
-        f"cmp_openssl_bin: {program}",
-        "# cmp_tmp_dir: a directory that lasts, for enrolments that wait for the CA",
-    ]
-    for option in [*(name for name in "server path cert key ref secret trusted".split() if name in found), *found]:
-        value = found.pop(option, "")
-        if not value:
-            continue  # printed before
+    print("[CAhandler]\n# handler_module: /path/to/cmp_ca_handler.py")
+    if ours:
+        print(f"# set by the handler itself: {' '.join(ours)}")
+    print(f"cmp_openssl_bin: {program}")
+    print("# cmp_tmp_dir: a directory that lasts, for enrolments that wait for the CA")
+    order = dict.fromkeys([*"server path cert key ref secret trusted".split(), *found])
+    for option in filter(found.get, order):
+        value = found[option]
         if option in SECRET_KEYS and value.partition(":")[0] not in ("env", "file", "fd"):
             better = "cmp_secret_variable: NAME" if option == "secret" else f"cmp_{option}: env:NAME"
-            lines.append(f"# the secret stands in this file; better {better}, with the secret in that variable")
-        lines.append(f"cmp_{option}: {value}")
-    return lines, errors
+            print(f"# the secret stands in this file; better {better}, with the secret in that variable")
+        print(f"cmp_{option}: {value}")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def _known_options(program: str) -> dict[str, bool]:
