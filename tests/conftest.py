@@ -85,6 +85,13 @@ def ca(make_ca: Callable[..., DemoCA]) -> DemoCA:
     return make_ca()
 
 
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the handler remembers for a process's life, it is to forget for each test: their order must not matter."""
+    for name in ("_warned", "_genuine"):
+        monkeypatch.setattr(cmp_ca_handler, name, set())
+
+
 class Handlers:
     """Makes handlers, configured by a file as without a host."""
 

@@ -290,6 +290,8 @@ elif arguments[0] == "req":
     sys.stdout.write(run.stdout)
     sys.stderr.write(run.stderr.replace("Certificate request self-signature verify OK", "verify OK"))
     sys.exit(run.returncode)
+elif arguments[0] == "verify":
+    os.execv({openssl!r}, [{openssl!r}, *arguments])
 else:
     command, rest = ["cmp"], arguments[1:]
     while rest:

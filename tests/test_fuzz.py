@@ -562,7 +562,7 @@ def usable(changes: dict[str, str | None]) -> dict[str, str | None]:
             result.pop(key, None)
             continue
         value = str(result[key]).replace("/", "_").replace("..", "__")
-        result[key] = f"no-such-{value}" if key == "openssl_bin" else f"../work/{value}"
+        result[key] = f"no-such-{value}" if key == "openssl_bin" else os.path.join("..", "work", value)
     return result
 
 

@@ -561,7 +561,11 @@ def test_damaged_files(ca: DemoCA, handlers: Handlers) -> None:
         for (name, how), (identifier, _) in zip(cases, waiting):
             DAMAGE[how](handlers.work / identifier / name)
         ca.approve("all")
-        outside = {path: state for path, state in tree(handlers.directory).items() if "/work/" not in path + "/"}
+        outside = {
+            path: state
+            for path, state in tree(handlers.directory).items()
+            if handlers.work.name not in path.split(os.sep)
+        }
         results = list(pool.map(lambda item: handler.poll("name", item[0], ""), waiting))
     for (name, how), (identifier, csr), result in zip(cases, waiting, results):
         if result[1] is not None:
@@ -575,7 +579,9 @@ def test_damaged_files(ca: DemoCA, handlers: Handlers) -> None:
     for (identifier, csr), result in list(zip(waiting, results))[len(cases) :]:
         check_issued(result, csr)  # the undamaged ones among them
         assert identifier not in handlers.left()
-    after = {path: state for path, state in tree(handlers.directory).items() if "/work/" not in path + "/"}
+    after = {
+        path: state for path, state in tree(handlers.directory).items() if handlers.work.name not in path.split(os.sep)
+    }
     own = {path for path in {*outside, *after} if outside.get(path) != after.get(path) and "/ca-0/" not in path}
     assert own == set()
 
