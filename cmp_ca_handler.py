@@ -822,7 +822,7 @@ def _check_essentials(settings: Settings) -> None:
 def _directory_fault(settings: Settings) -> str:
     """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
     configured = settings.directory
-    if re.search(r"[\s,\\]", configured):
+    if re.search(r"[\s,\\\0]", configured):
         name = _one_line(configured, 100)
         return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
     if settings.own_directory and os.path.islink(configured):

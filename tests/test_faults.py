@@ -318,7 +318,7 @@ def test_directory_that_is_a_file(below: str, ca: DemoCA, handlers: Handlers, fa
     assert ca.messages == []
 
 
-@pytest.mark.parametrize("name", ["a b", "a,b", "a\tb", "a\\b"])
+@pytest.mark.parametrize("name", ["a b", "a,b", "a\tb", "a\\b", "a\0b"])
 def test_directory_that_openssl_cannot_name(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
     fault(handlers(ca.options(), tmp_dir=str(handlers.directory / name)), CSR, "cmp_tmp_dir", "blank", "comma")
     assert ca.messages == []
