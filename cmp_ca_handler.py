@@ -1367,11 +1367,11 @@ class CAhandler:
             if self.config_error:
                 raise CMPError(self.config_error)
             settings = _settings(self.section)
+            fault = _directory_fault(settings)
+            if fault:
+                raise CMPError(fault)
             with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
                 transaction.keep = True
-                fault = _directory_fault(settings)
-                if fault:
-                    raise CMPError(fault)
                 saved = _saved_profile(transaction, self._profile_keys())
                 transaction.settings = settings = self._checked({**self.section, **saved})
                 # Short, whatever checkAfter the CA asks for, but long enough for one answer.
