@@ -829,10 +829,10 @@ def damage(directory: Path, damages: list[Any]) -> None:
         elif how in ("copy", "rename"):
             if not (directory / name).is_dir() and path.name != name:
                 (shutil.copyfile if how == "copy" else os.replace)(path, directory / name)
-        elif how == "new":
+        elif how == "new" and not (directory / name).is_dir():
             (directory / "new").write_bytes(content)
             (directory / "new").rename(directory / name)
-        else:
+        elif how != "new":
             path.write_bytes(changed(path.read_bytes(), changes) if how == "change" else content)
 
 
