@@ -98,12 +98,10 @@ def base64url(data: bytes) -> str:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `pip install .` has put the handler. From a copy, for setuptools builds in the tree."""
-    copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("installed")
-    for name in ("cmp_ca_handler.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+    """Where `pip install .` has put the handler."""
+    target = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--target", str(target), "."]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return target
 
