@@ -20,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 from openssl_versions import CACHE, Missing, locked, newer_openssl, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> int:
             make_venv()
             return lint()
         check_openssl()
+        check_programs()
         make_venv()
         name_newer_openssl()
     except Missing as missing:
@@ -100,6 +102,14 @@ def check_openssl() -> None:
         run(["openssl", "cmp", "-help"])
     except Missing as error:
         raise Missing(f"openssl with its `cmp` command, version 3.0 or later, is needed: {error}") from error
+
+
+def check_programs() -> None:
+    """What only some tests need costs those tests, which say so; in continuous integration, the run."""
+    missing = programs.missing()
+    if missing and os.environ.get("CI") == "true":
+        packages = " ".join(dict.fromkeys(missing.values()))
+        raise Missing(f"missing: {', '.join(missing)} (on Debian: apt-get install {packages})")
 
 
 def name_newer_openssl() -> None:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
+import programs
 from cmp_ca_handler import CAhandler
 from demo_ca import DemoCA
 from proxy import Proxy
@@ -31,6 +32,21 @@ BINARIES = [OPENSSL, *filter(None, os.environ.get("CMP_TEST_OPENSSL", "").split(
 # Only root may mount file systems and give files away. CI runs as root.
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems and give files away")
 binaries = pytest.mark.parametrize("openssl", BINARIES, ids=[Path(path).name for path in BINARIES])
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skip a test, or with `pytestmark = needs("nginx")` a module, where an optional program is missing.
+
+    Each name is the first word of a line in tests/packages.txt: add yours there. `programs.find("nginx")` is the
+    path. With CI=true nothing is skipped: `python3 tests` ends before the first test, and says what to install.
+    """
+    packages = programs.packages()
+    unknown = [name for name in names if name not in packages]
+    assert not unknown, f"not in tests/packages.txt: {', '.join(unknown)}"
+    lacking = [name for name in names if not programs.find(name)]
+    how = "apt-get install " + " ".join(dict.fromkeys(packages[name] for name in lacking))
+    skip = bool(lacking) and os.environ.get("CI") != "true"
+    return pytest.mark.skipif(skip, reason=f"{', '.join(lacking)} not found (on Debian: {how})")
 
 
 def csr_pem(names: list[str], subject: str = "", **more: Any) -> str:

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509 import ocsp
 
-from conftest import OPENSSL, Handlers, as_host, bundle_certificates, csr_pem, wait_until
+from conftest import OPENSSL, Handlers, as_host, bundle_certificates, csr_pem, needs, wait_until
 from demo_ca import DemoCA
 from host import HANDLER, ROOT, Host, write_configuration
 
@@ -70,6 +70,7 @@ def test_certbot_orders_renews_and_revokes(ca: DemoCA, tmp_path: Path) -> None:
     assert os.listdir(host.work) == []
 
 
+@needs("lego")
 def test_lego_and_renewal_information(ca: DemoCA, tmp_path: Path) -> None:
     """The host takes the second certificate of the bundle for the issuer, and finds ours again by it."""
     ca.junk = True  # extraCerts that begin with anything but the issuer
@@ -106,6 +107,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@needs("lego")
 @pytest.mark.parametrize("way", ["handler_file", "installed", "ca_handler.py"])
 def test_loaded_in_each_way(way: str, ca: DemoCA, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """By path as `handler_module` is what the tests above do."""
@@ -128,6 +130,7 @@ def test_loaded_in_each_way(way: str, ca: DemoCA, tmp_path: Path, request: pytes
         check_chain(host.lego_chain("a.example.com"), ca)
 
 
+@needs("lego")
 def test_pending_order_is_finished_by_the_hosts_poller(ca: DemoCA, tmp_path: Path) -> None:
     """lego waits for its order, while a2c-cert-poll asks the CA."""
     ca.hold = True
@@ -155,6 +158,7 @@ def test_pending_order_is_finished_by_the_hosts_poller(ca: DemoCA, tmp_path: Pat
     assert os.listdir(host.work) == []
 
 
+@needs("lego")
 def test_pending_order_that_the_ca_refuses(ca: DemoCA, tmp_path: Path) -> None:
     ca.hold = True
     ca.check_after = 3600
@@ -170,6 +174,7 @@ def test_pending_order_that_the_ca_refuses(ca: DemoCA, tmp_path: Path) -> None:
     assert os.listdir(host.work) == []
 
 
+@needs("lego")
 def test_rejected_order(ca: DemoCA, tmp_path: Path) -> None:
     ca.reject, ca.status_text = "badCertTemplate", "names under example.com only"
     with Host(tmp_path, {**BY_PATH, **ca.options()}) as host:

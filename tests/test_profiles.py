@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cmp_ca_handler import CAhandler
-from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem
+from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem, needs
 from demo_ca import DemoCA
 from host import HANDLER, Host
 
@@ -53,7 +53,9 @@ def test_names_the_field_that_an_acme_profile_sets() -> None:
 
 
 @binaries
-@pytest.mark.parametrize("source", ["order", "account", "header"])
+@pytest.mark.parametrize(
+    "source", ["order", *(pytest.param(name, marks=needs("lego")) for name in ("account", "header"))]
+)
 def test_profile_reaches_the_ca(source: str, openssl: str, ca: DemoCA, tmp_path: Path) -> None:
     """By OpenSSL 3.3 and later; with an older one the order fails, and the log says why."""
     sections: dict[str, dict[str, str]] = {
@@ -78,6 +80,7 @@ def test_profile_reaches_the_ca(source: str, openssl: str, ca: DemoCA, tmp_path:
             assert ca.messages == []
 
 
+@needs("lego")
 def test_header_that_is_not_allowed_changes_nothing(ca: DemoCA, tmp_path: Path) -> None:
     order = {"header_info_list": '["HTTP_USER_AGENT"]', "allowed_header_values": '["gold"]'}
     request = tmp_path / "request.der"
@@ -87,6 +90,7 @@ def test_header_that_is_not_allowed_changes_nothing(ca: DemoCA, tmp_path: Path) 
     assert requested_profile(request) == ""
 
 
+@needs("lego")
 def test_path_of_an_account(ca: DemoCA, tmp_path: Path) -> None:
     """Each account's requests go to its own path at the CMP server; so do its revocations."""
     profiles: dict[str, dict[str, object]] = {
@@ -113,6 +117,7 @@ def test_path_of_an_account(ca: DemoCA, tmp_path: Path) -> None:
         assert contacted()[2:] == ["/north/pkix/", "/north/pkix/"]
 
 
+@needs("lego")
 def test_path_of_an_account_whose_order_waits(ca: DemoCA, tmp_path: Path) -> None:
     """The poller finishes a transaction at the address where it began."""
     ca.hold = True
@@ -127,6 +132,7 @@ def test_path_of_an_account_whose_order_waits(ca: DemoCA, tmp_path: Path) -> Non
     assert "certificate issued: subject=CN=north.example.com" in polled
 
 
+@needs("lego")
 def test_profile_sets_neither_program_nor_directory_nor_credentials(ca: DemoCA, tmp_path: Path) -> None:
     """Whoever may write an account's profile must not run programs, nor choose files, nor another identity."""
     program = tmp_path / "program"
