@@ -81,9 +81,17 @@ PROTECTED_KEYS |= _keys(
     " verbosity"
 )
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
-# cmpossl before 2020 spelled the time-outs without the underscore.
-OLD_NAMES = {"msg_timeout": "msgtimeout", "total_timeout": "totaltimeout"}
-NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
+# cmpossl before 2020 spells many options without the underscore: inside this file each has OpenSSL 3's name.
+OPTION_NAMES = PROTECTED_KEYS | ENROLMENT_KEYS | SECRET_KEYS | DN_KEYS | FILE_KEYS | FILE_LIST_KEYS
+OPTION_NAMES |= _keys("tls_used tls_host no_proxy keep_alive ignore_keyusage")
+_underscored = {name.replace("_", ""): name for name in OPTION_NAMES}
+
+
+def _option_name(option: str, known: Iterable[str] = ()) -> str:
+    """`option` under the name that this file, or else the openssl that has the options `known`, has for it."""
+    plain = option.replace("_", "")
+    return _underscored.get(plain) or next((name for name in known if name.replace("_", "") == plain), option)
+
 
 # RFC 5280, 5.3.1, in the order of their numbers; 7 is not used.
 REASONS = dict(
@@ -417,7 +425,8 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
 
 
 LOST = 256  # no exit code
-MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$")
+# cmpossl of 2019 has its levels in capitals.
+MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
 # Where openssl prints the CA's words. An HTTP error's reason phrase is none: it is on one line, and unprotected.
 CA_WORDS = re.compile(r"(?:[\w ]+:|received from \S+ )PKIStatus: ")
 CA_NO = re.compile('(?:request rejected by server|received error):PKIStatus: |received "rejection" status')
@@ -508,7 +517,7 @@ def _run(
             if code is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return Run(code, output.decode("utf-8", "replace"))
+    return Run(code, output.decode("utf-8", "replace").replace("\r\n", "\n"))  # as a program made for Windows ends them
 
 
 def _messages(output: str, secrets: Collection[str] = ()) -> list[Message]:
@@ -517,7 +526,7 @@ def _messages(output: str, secrets: Collection[str] = ()) -> list[Message]:
     lines = output.split("\n")
     for number, line in enumerate(lines):
         match = MESSAGE.match(line)
-        level, text = (match.group(1), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
+        level, text = (match.group(1).lower(), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
         words = bool(match and CA_WORDS.match(text))
         if words:  # all the rest is theirs: it may hold line breaks, and lines that look like openssl's own
             text = "\n".join([text, *lines[number + 1 :]])
@@ -583,6 +592,8 @@ class Binary(NamedTuple):
     path: str
     version: str
     options: dict[str, bool]
+    spelled: dict[str, str]  # option -> how this program writes it
+    fault: str = ""  # why it cannot serve an RA
 
     def converts_csr(self) -> bool:
         """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
@@ -590,7 +601,7 @@ class Binary(NamedTuple):
         return number is not None and int(number.group(1)) >= 3 and not number.group(2)
 
 
-NO_BINARY = Binary("", "", {})
+NO_BINARY = Binary("", "", {}, {})
 _binaries: dict[tuple[str, int, int], Binary] = {}  # asked once per process, and again when the file changes
 
 
@@ -605,11 +616,15 @@ def _binary(name: str) -> Binary:
         run = _run([path, "cmp", "-help"])
         # " -name val   description": a value's type stands one blank behind the name, a description two or more.
         found = re.findall(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", run.output, re.M)
-        options = {option: bool(value) for option, value in found}
-        options.update({NEW_NAMES[option]: True for option in NEW_NAMES if option in options})
+        spelled = {_option_name(option): option for option, _ in found}
+        options = {_option_name(option): bool(value) for option, value in found}
         version = _run([path, "version"]).output.partition("(")[0]
-        _binaries[key] = Binary(path, _one_line(version, 60), options)
+        private = re.search(r"^ -newkey \S+ +Private key", run.output, re.M)
+        fault = "takes only a private key for -newkey, and the ACME client's stays with the client" if private else ""
+        _binaries[key] = Binary(path, _one_line(version, 60), options, spelled, fault)
     binary = _binaries[key]
+    if binary.fault:
+        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version}) {binary.fault}: install OpenSSL 3")
     if not binary.options.keys() >= {"cmd", "server"}:
         raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) has no cmp command: install OpenSSL 3")
     return binary
@@ -697,7 +712,7 @@ def _option_value(option: str, value: str, takes_value: bool | None) -> str | No
         raise CMPError("has no value: give it one, or delete the line")
     if option in FILE_KEYS | FILE_LIST_KEYS:
         _check_readable(_file_list(option, value))
-    if option in OLD_NAMES and not re.fullmatch(r"\d{1,6}", value):
+    if option in ("msg_timeout", "total_timeout") and not re.fullmatch(r"\d{1,6}", value):
         raise CMPError("must be a number of seconds")
     if option == "total_timeout" and int(value) == 0:
         raise CMPError("0 would wait for ever: set a number of seconds")
@@ -734,7 +749,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
                 _set_option(settings, key[4:], value)
             except CMPError as err:
                 errors.append(f"{_one_line(key)}: {err}")
-                settings.options[key[4:]] = None  # it is there, if not usable
+                settings.options[_option_name(key[4:])] = None  # it is there, if not usable
     _complete(settings)
     return settings
 
@@ -742,6 +757,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
 def _set_option(settings: Settings, option: str, value: str) -> None:
     """Take over one line of the section. Raises CMPError with what is wrong with it."""
     known = settings.binary.options
+    option = _option_name(option, known)
     if option in RUNTIME_KEYS:
         settings.warnings.append(f"cmp_{option} is set by the handler itself and ignored here: delete it")
         return
@@ -752,7 +768,6 @@ def _set_option(settings: Settings, option: str, value: str) -> None:
             raise CMPError(f"needs OpenSSL 3.3 or later, this is {settings.binary.version}")
         near = _did_you_mean(option, known.keys() - FORBIDDEN_KEYS - RUNTIME_KEYS | OUR_KEYS, "cmp_")
         raise CMPError(f"this openssl has no option -{_one_line(option)}{near}")
-    option = NEW_NAMES.get(option, option)
     settings.options.pop(option, None)
     if value.lower() not in OFF or option == "profile":
         checked = _option_value(option, value, known.get(option))
@@ -1079,7 +1094,7 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
     if "cacertsout" in known:
         arguments += ["-cacertsout", transaction.file("capubs.pem")]
     # Without -san_nodefault the names of the RA's own certificate go into the request.
-    arguments += [switch for switch in ("-san_nodefault", "-batch") if switch[1:] in known]
+    arguments += [f"-{settings.binary.spelled[switch]}" for switch in ("san_nodefault", "batch") if switch in known]
     subject = _subject(csr, settings)
     if settings.binary.converts_csr() or settings.options.get("cmd") == "p10cr":
         arguments += ["-csr", transaction.file("csr.pem")]
@@ -1181,7 +1196,7 @@ def _command(settings: Settings, arguments: Sequence[str]) -> list[str]:
     for option, value in settings.options.items():
         if option == "subject" or (option == "popo" and settings.options.get("cmd") == "p10cr"):
             continue  # decided for each request; no part of a p10cr
-        name = OLD_NAMES[option] if OLD_NAMES.get(option) in settings.binary.options else option
+        name = settings.binary.spelled.get(option, option)
         argv += [f"-{name}"] if value is None else [f"-{name}", value]
     return [*argv, *arguments]
 
@@ -1457,7 +1472,8 @@ class CAhandler:
 
     def _profile_keys(self) -> list[str]:
         """The keys that a profile may set: those that the configuration uses, without the protected ones."""
-        return [key for key in dict.fromkeys([*self.section, "cmp_profile"]) if key[4:] not in PROTECTED_KEYS]
+        keys = dict.fromkeys([*self.section, "cmp_profile"])
+        return [key for key in keys if _option_name(key[4:]) not in PROTECTED_KEYS]
 
     def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
         """The section, with what the profile of the order, of its account or of its HTTP header sets."""
@@ -1643,7 +1659,7 @@ def _check_command(handler: CAhandler, connect: bool) -> int:
         print("          " + ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()))
     print(f"tmp_dir   {settings.directory}\n")
     for key, value in handler.section.items():
-        shown = "(hidden)" if key[4:] in SECRET_KEYS else value
+        shown = "(hidden)" if _option_name(key[4:]) in SECRET_KEYS else value
         print(f"  {key + ':':<24} {_one_line(shown, 200)}")
     print()
     faults = [handler.config_error, *settings.errors, _directory_fault(settings)]
@@ -1725,8 +1741,9 @@ def _convert(words: list[str]) -> int:
     found, ours, errors = {}, [], []
     while rest:
         option, equals, value = rest.pop(0).lstrip("-").partition("=")
-        if not equals and (options.get(option, bool(rest) and rest[0][:1] != "-")):
+        if not equals and (options.get(_option_name(option, options), bool(rest) and rest[0][:1] != "-")):
             value = rest.pop(0) if rest else ""
+        option = _option_name(option, options)
         if options and option not in options:
             errors.append(f"openssl has no option -{option}{_did_you_mean(option, options, '-')}")
         elif option in FORBIDDEN_KEYS:
