@@ -21,6 +21,7 @@ import errno
 import fcntl
 import functools
 import importlib
+import io
 import itertools
 import logging
 import os
@@ -33,8 +34,8 @@ import sys
 import time
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from typing import Any, NamedTuple, Optional
+from contextlib import closing, contextmanager
+from typing import IO, Any, NamedTuple, Optional
 
 __all__ = ["CAhandler"]
 __version__ = "1.0.0"
@@ -125,7 +126,7 @@ STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A:
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 
 # PKIBody, RFC 4210 section 5.1.2: the tags that matter here.
-IP, CP, POLLREP = 1, 3, 26
+IP, CP, ERROR, POLLREP = 1, 3, 23, 26
 
 MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
 MAX_OUTPUT = 1 << 18  # of openssl's messages
@@ -159,6 +160,10 @@ HINTS = (
     ("transfer timeout", "no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server"),
     ("code=404|http code 404", "no CMP service under this path: check cmp_path"),
     ("code=500|http code 500", "the server failed: look into its log"),
+    (
+        "code=405|code=501|http code 405|http code 501",
+        "a web server that takes no CMP requests: check cmp_server and cmp_path",
+    ),
     ("unexpected content type|content type mismatch", "that is no CMP service: check cmp_server and cmp_path"),
     ("header parse error", "that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS"),
     ("wrong version number", "the server does not speak TLS on this port: check cmp_server and cmp_tls_used"),
@@ -401,23 +406,39 @@ def _host_helper() -> types.ModuleType | None:
 
 
 def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
-    """The host's configuration, a configparser object."""
-    if (
-        helper is not None
-    ):  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
+    """The host's configuration, a configparser object. Raises CMPError with what is wrong with the file."""
+    path = os.environ.get("ACME_SRV_CONFIGFILE")
+    if helper is None:
+        if not path:
+            raise CMPError("no configuration: ACME_SRV_CONFIGFILE names no file and acme2certifier is not installed")
+        return _read_ini(path)
+    try:  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
         return helper.load_config(logger, "CAhandler")
+    except Exception as err:
+        if path and _is_ini(path):
+            _read_ini(path)  # says what is wrong: the helper says that it is no YAML either
+        raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(str(err))}") from err
+
+
+def _is_ini(path: str) -> bool:
+    """Whether the first line that says something begins a section, as acme2certifier tells INI and YAML apart."""
+    with open(path, encoding="latin-1") as file:
+        first = next((line for line in map(str.strip, file) if line and line[0] not in "#;"), "")
+    return first.lstrip("\xef\xbb\xbf").startswith("[")
+
+
+def _read_ini(path: str) -> Any:
+    """The INI file as a configparser object. Raises CMPError with what is wrong with it."""
     import configparser  # only without a host
 
-    path = os.environ.get("ACME_SRV_CONFIGFILE")
-    if not path:
-        raise CMPError("no configuration: ACME_SRV_CONFIGFILE names no file and acme2certifier is not installed")
     config = configparser.ConfigParser(interpolation=None)
     config.optionxform = str  # type: ignore[assignment,method-assign]  # keep the case
     try:
         with open(path, encoding="utf-8-sig") as file:
             config.read_file(file)
     except (OSError, ValueError, configparser.Error) as err:
-        raise CMPError(f"cannot read {path}: {_one_line(str(err))}") from err
+        what = "; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else ""
+        raise CMPError(f"cannot read {path}: {_one_line(str(err))}{what}") from err
     return config
 
 
@@ -1564,31 +1585,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.description, parser.epilog = "Try and check a [CAhandler] section.", USAGE
     parser.add_argument("--config", metavar="FILE", help="acme_srv.cfg; default: $ACME_SRV_CONFIGFILE, then the host's")
     parser.add_argument("--section", metavar="NAME", default="CAhandler", help="such as CAhandler:internal")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show openssl's messages")
+    common = argparse.ArgumentParser(add_help=False)  # `-v` may stand before the command and behind it
+    for target, default in ((parser, False), (common, argparse.SUPPRESS)):
+        target.add_argument("-v", "--verbose", action="store_true", default=default, help="show openssl's messages")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="report every error in the configuration, and what would be run")
-    check.add_argument("--connect", action="store_true", help="also ask whether the CMP server answers")
-    enroll = commands.add_parser("enroll", help="get a certificate for a CSR file, PEM or DER")
+    add = functools.partial(commands.add_parser, parents=[common])
+    check = add("check", help="report every error in the configuration, and what would be run")
+    check.add_argument("--connect", action="store_true", help="also ask the CMP server, and see whether to believe it")
+    enroll = add("enroll", help="get a certificate for a CSR file, PEM or DER")
     enroll.add_argument("csr", metavar="CSR")
-    poll = commands.add_parser("poll", help="go on with an enrolment that waits for the CA")
+    poll = add("poll", help="go on with an enrolment that waits for the CA")
     poll.add_argument("identifier", metavar="ID")
     for command in (enroll, poll):
         command.add_argument("-o", "--output", metavar="FILE", help="write the bundle there, not to standard output")
-    revoke = commands.add_parser("revoke", help="revoke a certificate, PEM or DER")
+    revoke = add("revoke", help="revoke a certificate, PEM or DER")
     revoke.add_argument("certificate", metavar="CERT")
     revoke.add_argument("--reason", default="unspecified", help="one of " + ", ".join(REASONS))
     convert = commands.add_parser("convert", help="turn an openssl cmp command line into a [CAhandler] section")
     convert.add_argument("words", nargs="*", metavar="-- openssl cmp ...")
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know less than a file may hold
     try:
-        if args.command == "convert":
-            return _convert(args.words or _typed_words())
-        return _handler_command(args)
-    except (CMPError, OSError) as err:
-        print(f"error: {_one_line(str(err), 4 * MAX_TEXT)}", file=sys.stderr)
+        code = _convert(args.words or _typed_words()) if args.command == "convert" else _handler_command(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough: nothing is left to say, and Python is not to try at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
+    except Exception as err:
+        what = "" if isinstance(err, (CMPError, OSError)) else f"internal error: {type(err).__name__} "
+        print(f"error: {what}{_one_line(str(err), 4 * MAX_TEXT)}", file=sys.stderr)
     return 1
 
 
@@ -1601,23 +1631,57 @@ def _handler_command(args: Any) -> int:
     here = os.path.dirname(os.path.abspath(__file__))
     if os.path.basename(here) == "acme_srv":  # copied into an old host: its helper lies beside this file
         sys.path.append(os.path.dirname(here))
-    for path in (os.path.join(here, "acme_srv.cfg"), "acme_srv.cfg", os.path.join("acme_srv", "acme_srv.cfg")):
-        if os.path.exists(path):
-            os.environ.setdefault("ACME_SRV_CONFIGFILE", path)
-    if args.config:
-        os.environ["ACME_SRV_CONFIGFILE"] = args.config
+    path = _find_configuration(args.config, here)
     with CAhandler(False, logger) as handler:
-        handler.use_section(args.section)
+        if not handler.config_error:
+            handler.use_section(args.section)
         if args.command == "check":
-            return _check_command(handler, args.connect)
+            return _check_command(handler, path or ", ".join(_opened), args)
         if args.command == "revoke":
             code, message, detail = handler.revoke(_argument_file(args.certificate), args.reason)
             return _result(None if code == 200 else f"{message}: {detail}", "revoked\n", None, None)
-        if args.command == "enroll":
-            error, bundle, _, identifier = handler.enroll(_argument_file(args.csr))
-        else:
-            error, bundle, _, identifier, _ = handler.poll("", args.identifier, "")
-        return _result(error, bundle, identifier, args.output)
+        argument = _argument_file(args.csr) if args.command == "enroll" else ""
+        with _output_file(args.output) as output:  # before the CA is asked: what it has issued must not get lost
+            if args.command == "enroll":
+                error, bundle, _, identifier = handler.enroll(argument)
+            else:
+                error, bundle, _, identifier, _ = handler.poll("", args.identifier, "")
+            return _result(error, bundle, identifier, output)
+
+
+_opened: list[str] = []  # what acme2certifier's helper has taken for the configuration
+
+
+def _find_configuration(named: str | None, here: str) -> str:
+    """Say which file is the configuration, the nearest one. Empty where acme2certifier is to look for its own."""
+    places = ("acme_srv.cfg", os.path.join("acme_srv", "acme_srv.cfg"), os.path.join(here, "acme_srv.cfg"))
+    found = named or os.environ.get("ACME_SRV_CONFIGFILE") or next(filter(os.path.exists, places), "")
+    if found:
+        with open(found, "rb"):  # or else its helper takes it for an empty one
+            os.environ["ACME_SRV_CONFIGFILE"] = found
+        return os.path.abspath(found)
+
+    def note(event: str, details: tuple[Any, ...]) -> None:
+        if event == "open" and re.search(r"acme_srv\.(cfg|ya?ml)$", str(details[0])) and os.path.exists(details[0]):
+            _opened[:] = [os.path.abspath(details[0])]
+
+    sys.addaudithook(note)  # each of its releases looks in other places
+    return ""
+
+
+@contextmanager
+def _output_file(path: str | None) -> Iterator[IO[bytes] | None]:
+    """The file for a bundle, opened without touching what it holds; one that stays empty is not left behind."""
+    if not path:
+        yield None
+        return
+    new = not os.path.lexists(path)
+    with open(path, "ab", buffering=0) as file:
+        try:
+            yield file
+        finally:
+            if new and os.path.isfile(path) and not os.path.getsize(path):
+                os.remove(path)
 
 
 def _argument_file(path: str) -> str:
@@ -1629,7 +1693,7 @@ def _argument_file(path: str) -> str:
     return data[max(data.find(b"-----BEGIN"), 0) :].decode("latin-1")  # without what `openssl req -text` puts before it
 
 
-def _result(error: str | None, text: str | None, identifier: str | None, output: str | None) -> int:
+def _result(error: str | None, text: str | None, identifier: str | None, output: IO[bytes] | None) -> int:
     """Print how it ended and give the exit code."""
     if error:
         print(f"error: {error}", file=sys.stderr)
@@ -1639,17 +1703,31 @@ def _result(error: str | None, text: str | None, identifier: str | None, output:
         print(f"the CA has not decided yet; go on with: poll {identifier}", file=sys.stderr)
         return 3
     if output:
-        with open(output, "w", encoding="ascii") as file:
-            file.write(text)
-    else:
-        sys.stdout.write(text)
+        try:
+            regular = os.path.isfile(output.name)
+            if regular:
+                output.truncate(0)
+            if output.write(text.encode()) == len(text):
+                return 0
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as err:  # the CA has issued: it must not get lost
+            print(f"error: {output.name}: {err.strerror}; the bundle is on standard output", file=sys.stderr)
+            if regular:
+                output.truncate(0)
+            sys.stdout.write(text)
+            return 1
+    sys.stdout.write(text)
     return 0
 
 
-def _check_command(handler: CAhandler, connect: bool) -> int:
+def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     """Print what the configuration amounts to, and everything that is wrong with it."""
     import shlex
 
+    print(f"file      {_one_line(path, 200) or 'none'}")
+    if handler.config_error:  # then there is no section, and all that could be said of it would be untrue
+        print(f"error: {handler.config_error}")
+        return 1
     settings = _settings(handler.section)
     known = settings.binary.options
     print(f"openssl   {settings.binary.path or 'not usable'}  {settings.binary.version}".rstrip())
@@ -1657,67 +1735,246 @@ def _check_command(handler: CAhandler, connect: bool) -> int:
         able = {"all extensions of a CSR": settings.binary.converts_csr()}
         able.update({"waiting enrolments": "rspin" in known, "profiles": "profile" in known})
         print("          " + ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()))
-    print(f"tmp_dir   {settings.directory}\n")
+    print(f"tmp_dir   {_one_line(settings.directory, 200)}\n")
     for key, value in handler.section.items():
-        shown = "(hidden)" if _option_name(key[4:]) in SECRET_KEYS else value
-        print(f"  {key + ':':<24} {_one_line(shown, 200)}")
+        print(f"  {_one_line(key) + ':':<24} {_shown(key, value, settings)}")
     print()
-    faults = [handler.config_error, *settings.errors, _directory_fault(settings)]
-    findings = [f"warning: {text}" for text in settings.warnings] + [f"error: {text}" for text in faults if text]
+    findings = [
+        f"warning: {text}" for text in [*settings.warnings, *_check_file(handler, settings, path, args.section)]
+    ]
+    findings += [f"error: {text}" for text in (*settings.errors, _directory_fault(settings)) if text]
     if known and not settings.errors:
         findings += [*_check_pair(settings, ""), *_check_pair(settings, "tls_")]
-        findings += _check_server(settings) if connect else []
+        findings += _check_server(settings) if args.connect else []
     for finding in findings:
-        print(finding)
+        print(_masked(finding, settings))
     if any(finding.startswith("error: ") for finding in findings):
         return 1
     print("an enrolment runs, beside the files of its transaction:")
-    words = [shlex.quote(_one_line(word)) for word in _command(settings, [])]
+    words = [shlex.quote(_masked(_one_line(word), settings)) for word in _command(settings, [])]
     print("  " + re.sub(r" (?=-)", " \\\\\n      ", " ".join(words)))
     print("no errors found")
     return 0
 
 
+HIDDEN = "(hidden)"
+
+
+def _masked(text: str, settings: Settings) -> str:
+    """`text` without what is, or looks like, a secret: the PIN of a token, the password of a proxy."""
+    for secret in settings.secrets.values():
+        if len(secret) > 3:
+            text = text.replace(_one_line(secret), HIDDEN)
+    text = re.sub(
+        r"(?i)\b((?:pin-value|(?:user)?[-_]?pin|pass(?:word|phrase)?|secret)=)[^;&?\s'\"]+", rf"\1{HIDDEN}", text
+    )
+    return re.sub(r"(//)[^/@\s'\"]+@", rf"\1{HIDDEN}@", text)
+
+
+def _shown(key: str, value: str, settings: Settings) -> str:
+    """The value of a key, unless it is a secret: a misspelt key of one has a secret for its value, too."""
+    option, known = key[4:], settings.binary.options
+    known_key = option in known.keys() | OUR_KEYS if known else not re.search("sec|pas|pin|pwd", option, re.I)
+    secret = _option_name(option) in SECRET_KEYS or "pass" in option or not known_key
+    if option.endswith("_variable"):  # of its name, unless it is the secret itself, by mistake
+        secret = value not in os.environ
+    if secret and value:
+        return HIDDEN
+    if option in ("server", "proxy") and "@" in value:
+        value = f"{HIDDEN}@{value.rpartition('@')[2]}"
+    return _masked(_one_line(value, 200), settings)
+
+
+def _check_file(handler: CAhandler, settings: Settings, path: str, section: str) -> Iterator[str]:
+    """Warn of what acme2certifier itself is configured to do, beside our section."""
+
+    def find(key: str, *sections: str) -> str:
+        return next(
+            (
+                handler._config[name][key]
+                for name in sections
+                if name in handler._config and key in handler._config[name]
+            ),
+            "",
+        )
+
+    total = settings.seconds("total_timeout") or 30
+    limit = find("enrollment_timeout", "Certificate")
+    if not limit or (limit.strip().isdigit() and int(limit) <= total):
+        what = f"enrollment_timeout is {limit}" if limit else "enrollment_timeout is not set, which means 5"
+        yield f"[Certificate] {what}: acme2certifier stops waiting too early; set it to {total + 5}"
+    if find("challenge_validation_disable", "Challenge").lower() in ("true", "yes", "on", "1"):
+        yield "[Challenge] challenge_validation_disable is on: every ACME client gets every name"
+    for key in ("handler_module", "handler_file"):
+        module = find(key, section, "CAhandler")
+        if module and not _is_this_file(module):
+            yield f"{key}: {_one_line(module, 100)} is not this file, which is {os.path.realpath(__file__)}"
+    yield from _yaml_numbers(handler, path, section)
+
+
+def _is_this_file(module: str) -> bool:
+    """Whether acme2certifier, told to load `module`, loads this file, or one that is the same."""
+    if "/" not in module and not module.endswith(".py"):  # a name to import
+        return module.rpartition(".")[2] == os.path.basename(__file__).partition(".")[0]
+    try:
+        with open(module, "rb") as theirs, open(__file__, "rb") as ours:
+            return theirs.read(1 << 20) == ours.read(1 << 20)
+    except OSError:
+        return False
+
+
+def _yaml_numbers(handler: CAhandler, path: str, section: str) -> Iterator[str]:
+    """In YAML 0123 is 83, 12:34 is 754, and neither is what the CA has given out."""
+    if not os.path.isfile(path) or _is_ini(path):
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read(MAX_OUTPUT)
+    for key, value in re.findall(r"^\s+(cmp_\w+)\s*:\s+([\w:.+-]+)\s*(?:#.*)?$", lines, re.M):
+        taken = handler.section.get(key, value)
+        if taken != value and taken not in ("True", "False"):
+            yield f"{key}: YAML takes {value} for the number {taken}; write it in quotes"
+
+
 def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
-    """Look at cmp_cert and cmp_key, or cmp_tls_cert and cmp_tls_key: are they a pair, and how long valid?"""
+    """Look at cmp_cert and cmp_key, or cmp_tls_cert and cmp_tls_key: are they a pair, how long valid, what for?"""
     certificate, key = settings.options.get(kind + "cert"), settings.options.get(kind + "key")
-    if not certificate or not key or not os.path.isfile(key):
-        return  # none configured, or a key in a token, which only openssl can open
-    x509 = [settings.binary.path, "x509", "-in", certificate, "-noout"]
-    about = _run([*x509, "-subject", "-enddate", "-ext", "extendedKeyUsage"])
-    public = _run([*x509, "-pubkey"])
+    if not certificate or not os.path.isfile(certificate):
+        return  # none configured, or one in a token, which only openssl can open
+    source = settings.options.get(kind + "keypass")
+    password = ["-passin", source] if source else []  # of a PKCS #12 file
+    x509 = [settings.binary.path, "x509", "-in", certificate, "-noout", *password]
+    about = _run([*x509, "-subject", "-enddate", "-ext", "keyUsage,extendedKeyUsage"], secrets=settings.secrets)
+    public = _run([*x509, "-pubkey"], secrets=settings.secrets)
     if about.code != 0 or public.code != 0:
-        yield f"error: cmp_{kind}cert: {certificate} holds no certificate in PEM"
+        yield f"error: cmp_{kind}cert: {certificate} holds no certificate, or cmp_{kind}keypass does not open it"
         return
     lines = [_one_line(line) for line in about.output.splitlines() if "No ext" not in line]
     print(f"cmp_{kind}cert  {'; '.join(lines)}")
-    if _run([*x509, "-checkend", "0"]).code != 0:
+    if _run([*x509, "-checkend", "0"], secrets=settings.secrets).code != 0:
         yield f"error: cmp_{kind}cert: {certificate} has expired"
-    elif _run([*x509, "-checkend", str(30 * 86400)]).code != 0:
+    elif _run([*x509, "-checkend", str(30 * 86400)], secrets=settings.secrets).code != 0:
         yield f"warning: cmp_{kind}cert: {certificate} expires within 30 days"
-    source = settings.options.get(kind + "keypass")
-    password = ["-passin", source] if source else []
+    yield from _check_usage(f"cmp_{kind}cert: {certificate}", about.output, "secret" in settings.options and not kind)
+    if not key or not os.path.isfile(key):
+        return
     private = _run([settings.binary.path, "pkey", "-in", key, "-pubout", *password], secrets=settings.secrets)
     if private.code != 0:
         yield f"error: cmp_{kind}key: {key} cannot be opened: check the file and cmp_{kind}keypass"
-    elif private.output.split() != public.output.split():
+    elif _public_key(private.output) != _public_key(public.output):
         yield f"error: cmp_{kind}key: {key} does not belong to {certificate}"
 
 
-def _check_server(settings: Settings) -> list[str]:
-    """Whether somebody listens at cmp_server."""
+def _public_key(output: str) -> str:
+    """The public key that openssl has printed, maybe among warnings."""
+    return "".join(re.findall("-----BEGIN PUBLIC KEY-----.*?-----END", output, re.S)[:1])
+
+
+def _check_usage(name: str, about: str, idle: bool) -> Iterator[str]:
+    """Judge what a certificate of ours may be used for; it is `idle` where a secret protects the messages."""
+    usage = re.search(r"X509v3 Key Usage:.*\n(.*)", about)
+    if usage and "Digital Signature" not in usage.group(1) and not idle:
+        yield f"error: {name} lacks the key usage digitalSignature, so nothing can be signed with its key"
+    extended = re.search(r"X509v3 Extended Key Usage:.*\n(.*)", about)
+    if extended and name.startswith("cmp_tls_") and not re.search("Client Auth|Any Ext", extended.group(1)):
+        yield f"warning: {name} is for {extended.group(1).strip()}, not for clients: the TLS server may refuse it"
+
+
+# What openssl says of an error message that it has accepted, and nothing else (measured with 3.0, 3.5 and 3.6).
+GENM_REFUSED = re.compile("received error|unexpected pkistatus|Did not receive response on genm")
+# Of PKIFailureInfo (RFC 4210, 5.2.3), what says that the CA does not take us for who we are.
+CREDENTIALS_REFUSED = {1, 12, 20}  # badMessageCheck, wrongIntegrity, signerNotTrusted
+MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
+
+
+class Answer(NamedTuple):
+    """A CMP message: whether it is protected at all, whether by a MAC, and the bits of its failInfo."""
+
+    protected: bool
+    mac: bool
+    failures: frozenset[int]
+
+
+def _answer(path: str) -> Answer | None:
+    """Read a saved answer (RFC 4210, 5.1 and 5.3.21), whoever has sent it. None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            header, body, *rest = _sequence(file.read(MAX_DER))
+        algorithm = next((f.value for f in _sequence(header.raw) if f.tag == 0xA1), b"\x30\x02\x06\x00")
+        mac = _oid(_sequence(algorithm)[0].value) in MAC_ALGORITHMS
+        status = _sequence(_sequence(body.value)[0].raw) if body.tag & 0x1F == ERROR else []
+        bits = next((field.value[1:] for field in status if field.tag == 0x03), b"")
+        failures = frozenset(i for i in range(len(bits) * 8) if bits[i // 8] & 0x80 >> i % 8)
+        return Answer(any(field.tag == 0xA0 for field in rest), mac, failures)
+    except (CMPError, OSError, ValueError, IndexError):
+        return None
+
+
+def _accepted(run: Run) -> bool:
+    """Whether openssl has accepted the error message: every one of its error lines says so. None may be left out."""
+    found = [MESSAGE.match(line) for line in run.output.splitlines()]
+    errors = [m.group(2) for m in found if m and m.group(1) in ("fatal", "alert", "critical", "error")]
+    return "received error" in "".join(errors) and all(map(GENM_REFUSED.match, errors)) and not run.killed()
+
+
+def _unreachable(settings: Settings) -> str:
+    """Why nobody takes a connection where openssl connects to, at once. Empty where that is for openssl to say."""
     import socket
     from urllib.parse import urlsplit
 
-    server = settings.options.get("server") or ""
-    address = urlsplit(server if "://" in server else "http://" + server)
-    port = address.port or (443 if address.scheme == "https" or "tls_used" in settings.options else 80)
+    options = settings.options
+    server, proxy = options.get("server") or "", options.get("proxy") or ""
+    excepted = options.get("no_proxy") or os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    from_environment = any(map(os.environ.get, ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")))
+    if not server or (proxy and excepted) or (from_environment and not proxy):
+        return ""
+    key, target = ("cmp_proxy", proxy) if proxy else ("cmp_server", server)
     try:
-        socket.create_connection((address.hostname or "", port), settings.seconds("msg_timeout") or 5).close()
-    except OSError as err:
-        return [f"error: cmp_server: {server} does not answer: {err.strerror or err}"]
-    print(f"server    {address.hostname}:{port} accepts connections")
-    return []
+        address = urlsplit(target if "://" in target else "http://" + target)
+        tls = not proxy and (address.scheme == "https" or "tls_used" in options)
+        where = (address.hostname or "", address.port or (443 if tls else 80))
+        socket.create_connection(where, settings.seconds("msg_timeout") or 5).close()
+    except (OSError, ValueError) as err:
+        return f"{key}: {_one_line(target, 100)} does not answer: {getattr(err, 'strerror', None) or err}"
+    return ""
+
+
+def _check_server(settings: Settings) -> list[str]:
+    """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment.
+
+    What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
+    """
+    import tempfile
+
+    fault = _unreachable(settings)
+    if fault:
+        return [f"error: {fault}"]
+    options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
+    command = _command(settings._replace(options={**options, "cmd": "genm"}), [])
+    with tempfile.TemporaryDirectory() as directory:
+        for option, values in (("batch", []), ("rspout", [f"{directory}/answer.der"])):
+            command += [f"-{option}", *values] if option in settings.binary.options else []
+        run = _run(command, (settings.seconds("total_timeout") or 30) + GRACE, settings.secrets)
+        answer = _answer(f"{directory}/answer.der")
+    messages = _messages(run.output, settings.secrets.values())
+    run = run._replace(messages=[m for m in messages if not m.text.startswith("Did not receive response")])
+    contact = next((m.text[13:] for m in messages if m.text.startswith("will contact ")), settings.server)
+    print(_masked(f"connect   {_one_line(contact, 200)}", settings))
+    authentic = run.code == 0 or (answer is not None and answer.protected and _accepted(run))
+    proven = {"address": bool(answer) or not any("connect timeout" in text for text in run.errors())}
+    proven.update({"TLS": bool(answer), "path": bool(answer), "trust": authentic})
+    # A CA may sign its no for anybody. Only those who have the secret can make a MAC with it.
+    proven["credentials"] = authentic and (run.code == 0 or bool(answer and answer.mac))
+    if "tls_used" not in options:
+        del proven["TLS"]
+    print("          proven: " + ", ".join(f"{what}: {'yes' if yes else 'no'}" for what, yes in proven.items()))
+    if run.code == 0:
+        return []
+    text = _reason(run, settings.server)
+    if not authentic:
+        return [f"error: {text}"]
+    if answer and answer.failures & CREDENTIALS_REFUSED:
+        return [f"error: the CA does not accept the credentials: {text}"]
+    return [f"warning: the CA answers, authentically, that it wants no general message; an enrolment may do: {text}"]
 
 
 def _typed_words() -> list[str]:

@@ -1,0 +1,499 @@
+"""`check`: it says which file it has read and what is wrong with it; `check --connect` asks the CMP server."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, free_port
+from demo_ca import DemoCA
+from proxy import Proxy, TcpServer, spoilt
+from test_cli import HANDLER, Desk, run
+
+EVERYTHING = "address: yes, path: yes, trust: yes, credentials: yes"
+MakeCA = Callable[..., DemoCA]
+StartMock = Callable[..., Mock]
+
+
+def run_openssl(*arguments: str | Path) -> None:
+    """Make a file with openssl."""
+    subprocess.run([OPENSSL, *arguments], check=True, capture_output=True)
+
+
+class Checked:
+    """The end of one run of check."""
+
+    def __init__(self, result: subprocess.CompletedProcess[str]) -> None:
+        self.code, self.output = result.returncode, result.stdout
+        assert result.stderr == ""
+        lines = result.stdout.splitlines()
+        self.proven = next((line.partition("proven: ")[2] for line in lines if "proven: " in line), "")
+        self.errors = [line for line in lines if line.startswith("error: ")]
+        self.warnings = [line for line in lines if line.startswith("warning: ")]
+        assert self.code == bool(self.errors)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    """An administrator's directory."""
+    return Desk(tmp_path)
+
+
+@pytest.fixture
+def connect(desk: Desk) -> Callable[..., Checked]:
+    """`connect(ca.options(), path="nowhere")` is what `check --connect` says."""
+
+    def check(section: Mapping[str, str], openssl: str = OPENSSL, **changes: str | None) -> Checked:
+        desk.configure(dict(section), openssl_bin=openssl, **changes)
+        return Checked(desk("check", "--connect"))
+
+    return check
+
+
+# --- check --connect --------------------------------------------------------------------------------------------------
+
+
+@binaries
+@pytest.mark.parametrize("authentication", ["secret", "certificate"])
+def test_all_is_well(authentication: str, openssl: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
+    checked = connect(ca.options(authentication), openssl)
+    assert (checked.code, checked.proven) == (0, EVERYTHING), checked.output
+    assert f"connect   http://{ca.server}/pkix/" in checked.output
+    assert [message.request for message in ca.messages] == ["genm"] and ca.issued() == []
+
+
+@binaries
+def test_all_is_well_with_tls(openssl: str, make_ca: MakeCA, connect: Callable[..., Checked]) -> None:
+    checked = connect(make_ca(tls=True).options(), openssl)
+    assert checked.proven == "address: yes, TLS: yes, path: yes, trust: yes, credentials: yes", checked.output
+
+
+@pytest.fixture
+def web_server(tmp_path: Path) -> Iterator[str]:
+    """A web server with files: it has no POST."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+FAULTS: dict[str, tuple[str, dict[str, str | None], str, str]] = {
+    "path": ("secret", {"path": "nowhere"}, "address: yes, path: no", "check cmp_path"),
+    "web server": ("secret", {"server": "{web}"}, "address: yes, path: no", "check cmp_server and cmp_path"),
+    "secret": (
+        "secret",
+        {"secret": "another"},
+        "path: yes, trust: no, credentials: no",
+        "check cmp_ref and cmp_secret",
+    ),
+    "reference": ("secret", {"ref": "4321"}, "path: yes, trust: no, credentials: no", "check cmp_ref and cmp_secret"),
+    "signer": ("certificate", {"trusted": "{other}"}, "path: yes, trust: no", "cmp_trusted must hold"),
+    "sender": ("certificate", {"expect_sender": "CN=x"}, "path: yes, trust: no", "cmp_expect_sender does not fit"),
+    "TLS name": ("TLS", {"tls_host": "cmp.example"}, "address: yes, TLS: no, path: no", "cmp_tls_host its name"),
+    "TLS trust": ("TLS", {"tls_trusted": "{other}"}, "address: yes, TLS: no, path: no", "cmp_tls_trusted must hold"),
+    "no TLS": ("TLS", {"tls_used": None, "tls_trusted": None}, "address: yes, path: no", "check cmp_tls_used"),
+}
+
+
+@binaries
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong(
+    fault: str, openssl: str, make_ca: MakeCA, web_server: str, tmp_path: Path, connect: Callable[..., Checked]
+) -> None:
+    """Path, TLS, trust and credentials are told apart, by one error."""
+    authentication, changes, proven, expected = FAULTS[fault]
+    ca = make_ca(tls=authentication == "TLS")
+    other = tmp_path / "other.pem"
+    run_openssl(
+        "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "/dev/null", "-subj", "/CN=o", "-out", other
+    )
+    filled = {key: value and value.format(web=web_server, other=other) for key, value in changes.items()}
+    section = ca.options("certificate" if authentication == "certificate" else "secret")
+    checked = connect(section, openssl, **filled)
+    assert proven in checked.proven, checked.output
+    assert len(checked.errors) == 1 and expected in checked.errors[0], checked.output
+
+
+@pytest.mark.parametrize("who", ["server", "proxy"])
+def test_nobody_is_there(who: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
+    """Said at once: openssl would try again until its time is up, and not say why."""
+    checked = connect(ca.options(), **{who: f"127.0.0.1:{free_port()}"})
+    assert len(checked.errors) == 1 and f"cmp_{who}: 127.0.0.1:" in checked.errors[0]
+    assert "does not answer: Connection refused" in checked.errors[0]
+
+
+@binaries
+def test_an_authentic_refusal_of_the_general_message(
+    openssl: str, mock: StartMock, pair: Pair, connect: Callable[..., Checked]
+) -> None:
+    """Not all CAs know general messages: an answer is an answer."""
+    checked = connect(mock(pair.certificate, "-send_error").options(), openssl)
+    assert (checked.code, checked.proven) == (0, EVERYTHING), checked.output
+    assert any("authentically" in warning and "badRequest" in warning for warning in checked.warnings)
+
+
+@binaries
+@pytest.mark.parametrize("unprotected", ["-send_unprotected", "-send_error -send_unprot_err"])
+@pytest.mark.parametrize("believed", [None, "True"])
+def test_what_nobody_has_protected_proves_nothing(
+    believed: str | None, unprotected: str, openssl: str, mock: StartMock, pair: Pair, connect: Callable[..., Checked]
+) -> None:
+    """Not with cmp_unprotected_errors either, which lets openssl take it."""
+    section = mock(pair.certificate, *unprotected.split()).options()
+    checked = connect(section, openssl, unprotected_errors=believed)
+    assert (checked.code, checked.proven) == (1, "address: yes, path: yes, trust: no, credentials: no"), checked.output
+
+
+@binaries
+def test_a_wrong_mac_proves_nothing(openssl: str, mock: StartMock, pair: Pair, connect: Callable[..., Checked]) -> None:
+    section = mock(pair.certificate, "-send_error").options()
+    checked = connect(section, openssl, secret="another", unprotected_errors="True")
+    assert (checked.code, checked.proven) == (1, "address: yes, path: yes, trust: no, credentials: no"), checked.output
+
+
+@binaries
+def test_a_signed_refusal_does_not_prove_the_credentials(
+    openssl: str, mock: StartMock, pair: Pair, tmp_path: Path, connect: Callable[..., Checked]
+) -> None:
+    """A CA signs its no for strangers, too: here for one whose certificate it does not know."""
+    started = mock(pair.certificate)
+    subject: list[str | Path] = ["-subj", "/CN=stranger", "-keyout", tmp_path / "x.key", "-out", tmp_path / "x.pem"]
+    run_openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-addext", "keyUsage=digitalSignature", *subject)
+    credentials = {"ref": None, "secret": None, "cert": str(tmp_path / "x.pem"), "key": str(tmp_path / "x.key")}
+    checked = connect(started.options(), openssl, **credentials)
+    assert checked.proven == "address: yes, path: yes, trust: yes, credentials: no", checked.output
+
+
+@binaries
+@pytest.mark.parametrize("how", ["tampered", "unprotected", "garbage", "empty", "cut short"])
+def test_an_answer_that_somebody_has_changed(
+    how: str, openssl: str, ca: DemoCA, tcp_server: TcpServer, connect: Callable[..., Checked]
+) -> None:
+    proxy = Proxy(ca, tcp_server)
+    proxy.spoil_next("genm", lambda forward: spoilt(how, forward()))
+    checked = connect({**ca.options(), "cmp_server": proxy.server}, openssl)
+    assert checked.code == 1 and "trust: no, credentials: no" in checked.proven, checked.output
+
+
+# --- Which file -------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_file_is_read(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """The one in the current directory comes before the one beside the script; both are said to be read."""
+    beside = tmp_path / "acme_srv"
+    beside.mkdir()
+    script = Path(shutil.copy(HANDLER, beside / "ca_handler.py"))
+    environment = {key: value for key, value in os.environ.items() if key != "ACME_SRV_CONFIGFILE"}
+    call = functools.partial(subprocess.run, capture_output=True, text=True, env=environment, timeout=60)
+    desk.configure(ca.options())
+    shutil.copy(tmp_path / "acme_srv.cfg", beside)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for directory, expected in ((tmp_path, tmp_path / "acme_srv.cfg"), (elsewhere, beside / "acme_srv.cfg")):
+        result = call([sys.executable, "-S", str(script), "check"], cwd=directory)
+        assert result.stdout.startswith(f"file      {expected}\n"), result.stdout + result.stderr
+
+
+def test_the_file_that_acme2certifier_finds_is_named(tmp_path: Path, ca: DemoCA, desk: Desk) -> None:
+    """Its helper, here the one of an old release in a tree, looks for itself."""
+    tree = tmp_path / "host" / "acme_srv"
+    tree.mkdir(parents=True)
+    helper = "import configparser, os\ndef load_config(logger, section):\n    config = configparser.ConfigParser()\n"
+    helper += "    config.read(os.path.join(os.path.dirname(__file__), 'conf', 'acme_srv.cfg'))\n    return config\n"
+    (tree / "__init__.py").touch()
+    (tree / "helper.py").write_text(helper)
+    (tree / "conf").mkdir()
+    desk.configure(ca.options())
+    shutil.move(tmp_path / "acme_srv.cfg", tree / "conf")
+    (tmp_path / "empty").mkdir()
+    result = run("check", cwd=tmp_path / "empty", PYTHONPATH=str(tree.parent))
+    assert result.stdout.startswith(f"file      {tree}/conf/acme_srv.cfg\n"), result.stdout + result.stderr
+    assert result.returncode == 0
+
+
+def test_a_file_that_is_not_there(desk: Desk) -> None:
+    result = desk("check")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: [Errno 2] No such file or directory: 'acme_srv.cfg'\n"
+
+
+FILES = {
+    "twice": ("[CAhandler]\ncmp_ref: 1\ncmp_ref: 2\n", "option 'cmp_ref' in section 'CAhandler' already exists"),
+    "Latin-1": ("[CAhandler]\ncmp_recipient: CN=M\xfcller\n", "save it in UTF-8"),
+    "no section": ("cmp_ref: 1\n", "no section"),
+    "another section": ("[Certificate]\nenrollment_timeout: 30\n", "no [CAhandler] section"),
+    "empty": ("", "no [CAhandler] section"),
+    "prose": ("Dear colleague,\n\nthe CA is at 10.0.0.1.\n", "acme_srv.cfg"),
+}
+
+
+@pytest.mark.parametrize("helper", [False, True], ids=["alone", "acme2certifier"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_cannot_be_read_is_the_only_fault(file: str, helper: bool, desk: Desk, tmp_path: Path) -> None:
+    text, expected = FILES[file]
+    (tmp_path / "acme_srv.cfg").write_text(text, encoding="latin-1")
+    checked = Checked(checked_with_helper(tmp_path) if helper else desk("check"))
+    assert len(checked.errors) == 1 and "internal" not in checked.output, checked.output
+    if not (helper and file == "no section"):  # YAML, for acme2certifier
+        assert expected in checked.errors[0], checked.output
+
+
+def checked_with_helper(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`check` with the released acme2certifier at hand, which the tests install."""
+    command = [sys.executable, str(HANDLER), "--config", "acme_srv.cfg", *arguments, "check"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
+
+
+def test_yaml(ca: DemoCA, tmp_path: Path) -> None:
+    """acme2certifier reads YAML, in which some of what a CA gives out is a number."""
+    options = {"cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": "work", **ca.options()}
+    lines = [f'  {key}: "{value}"\n' for key, value in options.items() if key != "cmp_ref"]
+    for reference, taken in (("0123", "83"), ("12:34", "754"), ('"0123"', ""), ("1234", "")):
+        text = "CAhandler:\n" + "".join(lines) + f"  cmp_ref: {reference}\n"
+        (tmp_path / "acme_srv.cfg").write_text(text)
+        checked = Checked(checked_with_helper(tmp_path))
+        told = [warning for warning in checked.warnings if "quotes" in warning]
+        assert told == (
+            [f"warning: cmp_ref: YAML takes {reference} for the number {taken}; write it in quotes"] * bool(taken)
+        )
+
+
+# --- What acme2certifier is configured to do --------------------------------------------------------------------------
+
+SECTIONS: dict[str, tuple[str, str]] = {
+    "no time": ("[Certificate]\nenrollment_timeout: 10", "enrollment_timeout is 10: "),
+    "default time": ("", "enrollment_timeout is not set, which means 5: "),
+    "enough time": ("[Certificate]\nenrollment_timeout: 30", ""),
+    "no validation": ("[Challenge]\nchallenge_validation_disable: True", "every ACME client gets every name"),
+    "validation": ("[Challenge]\nchallenge_validation_disable: False", ""),
+}
+
+
+@pytest.mark.parametrize("case", SECTIONS)
+def test_other_sections(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    text, expected = SECTIONS[case]
+    desk.configure(ca.options())
+    sections = text if "time" in case else f"{text}\n[Certificate]\nenrollment_timeout: 30"
+    with (tmp_path / "acme_srv.cfg").open("a") as file:
+        file.write(sections + "\n")
+    checked = Checked(desk("check"))
+    found = [warning for warning in checked.warnings if "[Certificate]" in warning or "[Challenge]" in warning]
+    assert len(found) == bool(expected) and expected in "".join(found), checked.output
+
+
+@pytest.mark.parametrize("key", ["handler_module", "handler_file"])
+@pytest.mark.parametrize(
+    "module, warned",
+    [
+        (str(HANDLER), False),
+        ("copy.py", False),
+        ("acme2certifier.cahandlers.cmp_ca_handler", False),
+        ("other.py", True),
+        ("nowhere/cmp_ca_handler.py", True),
+        ("acme2certifier.cahandlers.openssl_ca_handler", True),
+    ],
+)
+def test_another_handler(key: str, module: str, warned: bool, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    shutil.copy(HANDLER, tmp_path / "copy.py")
+    (tmp_path / "other.py").write_text("class CAhandler: pass\n")
+    desk.configure({key: module, **ca.options()})
+    warnings = [
+        warning for warning in Checked(desk("check")).warnings if f"{key}: {module} is not this file" in warning
+    ]
+    assert len(warnings) == warned
+
+
+# --- Secrets ----------------------------------------------------------------------------------------------------------
+
+HIDDEN = {
+    "cmp_secert": "hush-hush",
+    "cmp_SECRET": "hush-hush",
+    "cmp_keypas": "hush-hush",
+    "cmp_newkeypass": "hush-hush",
+    "cmp_pin": "hush-hush",
+    "cmp_secret_variable": "hush-hush",
+    "cmp_secret": "hush-hush",
+    "cmp_key": "pkcs11:token=ra;object=ra?pin-value=hush-hush",
+    "cmp_provparam": "pkcs11:pin=hush-hush",
+    "cmp_proxy": "http://user:hush-hush@127.0.0.1:1",
+    "cmp_server": "user:hush-hush@127.0.0.1:1",
+}
+
+
+@pytest.mark.parametrize("key", HIDDEN)
+def test_secrets_stay_hidden(key: str, ca: DemoCA, desk: Desk) -> None:
+    desk.configure({**ca.options(), key: HIDDEN[key]}, msg_timeout="1")
+    result = desk("check", "--connect", http_proxy="http://user:hush-hush@127.0.0.1:1")
+    assert "hush" not in result.stdout + result.stderr
+
+
+def test_what_is_no_secret_is_shown(ca: DemoCA, desk: Desk) -> None:
+    desk.configure(ca.options(), secret=None, secret_variable="RA_SECRET", tls_keypass="file:/dev/null")
+    result = desk("check", RA_SECRET="demo-secret")
+    assert "cmp_secret_variable:     RA_SECRET" in result.stdout and "demo-secret" not in result.stdout
+    assert f"cmp_server:              {ca.server}" in result.stdout
+
+
+# --- The RA's certificate ---------------------------------------------------------------------------------------------
+
+
+def issue(directory: Path, ca: DemoCA, name: str, *extensions: str) -> dict[str, str | None]:
+    """A certificate and a key by themselves, with these extensions."""
+    added = [word for extension in extensions for word in ("-addext", extension)]
+    files: list[str | Path] = ["-keyout", directory / f"{name}.key", "-out", directory / f"{name}.pem"]
+    run_openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "90", "-subj", f"/CN={name}", *added, *files)
+    return {"cert": f"{name}.pem", "key": f"{name}.key"}
+
+
+def test_key_usage_of_the_ra(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """openssl would sign nothing with it."""
+    desk.configure(ca.options("certificate"), **issue(tmp_path, ca, "ra", "keyUsage=keyEncipherment"))
+    checked = Checked(desk("check"))
+    assert len(checked.errors) == 1 and "lacks the key usage digitalSignature" in checked.errors[0], checked.output
+
+
+def test_extended_key_usage_is_named(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    usage = ["keyUsage=digitalSignature", "extendedKeyUsage=serverAuth"]
+    desk.configure(ca.options("certificate"), **issue(tmp_path, ca, "ra", *usage))
+    assert "TLS Web Server Authentication" in Checked(desk("check")).output
+    tls = {f"tls_{key}": value for key, value in issue(tmp_path, ca, "tls", *usage).items()}
+    desk.configure(ca.options(), tls_used="True", tls_trusted="tls.pem", **tls)
+    assert any("not for clients" in warning for warning in Checked(desk("check")).warnings)
+
+
+@pytest.mark.parametrize("openssl", BINARIES[:2])
+def test_pkcs12(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """A PKCS #12 file holds the certificate and the key: one pass phrase opens both."""
+    certificate, key = (ca.options("certificate")[name] for name in ("cmp_cert", "cmp_key"))
+    command = ["pkcs12", "-export", "-in", certificate, "-inkey", key, "-passout", "pass:hush-hush"]
+    run_openssl(*command, "-out", tmp_path / "ra.p12")
+    desk.configure(ca.options("certificate"), openssl_bin=openssl, cert="ra.p12", key="ra.p12", keypass="hush-hush")
+    checked = Checked(desk("check", "--connect"))
+    assert (checked.code, checked.proven) == (0, EVERYTHING), checked.output
+    assert "hush" not in checked.output
+    desk.configure(ca.options("certificate"), cert="ra.p12", key="ra.p12", keypass="wrong")
+    assert "cmp_keypass does not open it" in Checked(desk("check")).errors[0]
+
+
+# --- Output -----------------------------------------------------------------------------------------------------------
+
+
+def test_verbose_before_and_after(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "www.csr").write_text(pair.csr)
+    desk.configure(ca.options())
+    for words in (["-v", "enroll", "www.csr"], ["enroll", "-v", "www.csr"], ["enroll", "www.csr", "--verbose"]):
+        result = desk(*words)
+        assert result.returncode == 0 and "openssl cmp: received IP" in result.stderr, result.stderr
+    assert "openssl cmp:" not in desk("enroll", "www.csr").stderr
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_ca_is_asked(
+    ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path
+) -> None:
+    (tmp_path / "www.csr").write_text(pair.csr)
+    desk.configure(ca.options())
+    result = desk("enroll", "www.csr", "-o", "nowhere/www.pem")
+    assert result.returncode == 1 and "nowhere/www.pem" in result.stderr
+    assert ca.messages == []
+
+
+def test_what_cannot_be_written_goes_to_standard_output(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "www.csr").write_text(pair.csr)
+    desk.configure(ca.options())
+    result = desk("enroll", "www.csr", "-o", "/dev/full")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: /dev/full: No space left on device; the bundle is on standard output\n",
+    )
+    assert result.stdout.count("-----BEGIN CERTIFICATE-----") == 3
+
+
+def test_a_failure_leaves_the_file_as_it_was(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "www.csr").write_text(pair.csr)
+    (tmp_path / "old.pem").write_text("the old one\n")
+    desk.configure(ca.options(), secret="wrong")
+    for name in ("old.pem", "new.pem"):
+        assert desk("enroll", "www.csr", "-o", name).returncode == 1
+    assert (tmp_path / "old.pem").read_text() == "the old one\n" and not (tmp_path / "new.pem").exists()
+    desk.configure(ca.options())
+    assert desk("enroll", "www.csr", "-o", "old.pem").returncode == 0
+    assert (tmp_path / "old.pem").read_text().startswith("-----BEGIN CERTIFICATE-----")
+
+
+# --- No configuration ends in a traceback -----------------------------------------------------------------------------
+
+VALUES: tuple[str, ...] = (
+    "",
+    " ",
+    '"127.0.0.1:8080"',
+    "127.0.0.1:8080  # the CA",
+    "host:99999",
+    "::1:8080",
+    "[::1",
+    "http://[x",
+    "host:-1",
+)
+VALUES += (
+    "a:b:c",
+    "\u0130\u00fc\U0001f512",
+    "%s%n%(x)s",
+    "x" * 5000,
+    "-help",
+    "$(id)",
+    "/",
+    "\\",
+    "True",
+    "=",
+    ",",
+    "\ufeff",
+)
+VALUES += ("pass:", "env:", "file:", "stdin")
+KEYS = "server path proxy recipient secret ref cert key keypass trusted tls_trusted tmp_dir openssl_bin msg_timeout"
+
+
+@pytest.mark.parametrize("key", [*KEYS.split(), "secret_variable", "config", "\u00fc", "x y", "server2"])
+def test_no_value_ends_in_a_traceback(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, for there are many; the file is really read."""
+    import cmp_ca_handler
+
+    monkeypatch.setattr(cmp_ca_handler, "HELPERS", ())
+    monkeypatch.chdir(tmp_path)
+    for value in VALUES:
+        section = {"openssl_bin": OPENSSL, "server": "127.0.0.1:1", "ref": "1", "secret": "hush", "msg_timeout": "1"}
+        section[key] = value
+        text = "".join(f"cmp_{name}: {line}\n" for name, line in section.items())
+        Path("acme_srv.cfg").write_text(f"[CAhandler]\n{text}[Certificate]\nenrollment_timeout: {value}\n", "utf-8")
+        code = cmp_ca_handler.main(["--config", "acme_srv.cfg", "check", "--connect"])
+        output = capsys.readouterr()
+        assert code == 1 and "error: " in output.out + output.err, (value, output)
+        assert "internal error" not in output.out + output.err and "Traceback" not in output.err, (value, output)
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_that_knows_no_umlauts(environment: dict[str, str], ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    desk.configure(ca.options(), recipient="CN=Müller")
+    result = desk("check", **environment)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_reader_that_goes_away(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    desk.configure(ca.options())
+    reader, writer = os.pipe()
+    os.close(reader)
+    command: list[Any] = [sys.executable, "-S", HANDLER, "--config", "acme_srv.cfg", "check"]
+    with open(writer, "wb") as pipe:
+        result = subprocess.run(command, cwd=tmp_path, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "")
