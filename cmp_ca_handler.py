@@ -135,6 +135,8 @@ MAX_RESPONSES = 200  # that one run of openssl can save
 GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
 RESUMED_TIMEOUT = 6  # -total_timeout of a resumed run: a poller that waits longer holds up all others
 MAX_CHAIN = 10
+MAX_LINKS = 24  # processes for the links of one chain
+FALSE_LINK = 4  # that many of them it costs when a certificate from extraCerts, which anybody may put there, is false
 ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
 
 # --- Errors -------------------------------------------------------------------------------------------------
@@ -329,35 +331,69 @@ EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS
 
 
 class Certificate(NamedTuple):
-    """What the chain and the log need to know of a certificate."""
+    """What the chain, the comparison with the CSR and the log need to know of a certificate."""
 
     der: bytes
-    serial: str  # in hexadecimal, for the log
+    serial: str  # in hexadecimal
+    algorithm: bytes  # that it is signed with
     issuer: Name
+    not_before: str  # such as 2026-11-25T17:21:19Z: these compare like times
+    not_after: str
     subject: Name
-    subject_key: bytes
-    authority_key: bytes
+    key: bytes  # the subjectPublicKeyInfo
+    extensions: dict[str, bytes]
+    subject_key: bytes  # identifier of its key
+    authority_key: bytes  # of the key that has signed it
+    authority_serial: str  # of the certificate of that key, and its issuer: hardly anybody sets these two
+    authority_issuer: Name | None
 
-    def self_signed(self) -> bool:
-        """Whether it names itself as its issuer: the end of a chain."""
-        return _name_key(self.subject) == _name_key(self.issuer)
+    def valid(self) -> bool:
+        """Whether it is valid now."""
+        return self.not_before <= time.strftime(ISO_TIME, time.gmtime()) <= self.not_after
 
 
-@functools.lru_cache(maxsize=64)  # the same few authorities come with every certificate
+ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def _time(element: Element) -> str:
+    """UTCTime or GeneralizedTime (RFC 5280, 4.1.2.5) as ISO 8601 has it."""
+    text = element.value.decode("ascii", "replace")
+    if element.tag == 0x17:  # two digits of the year: 50 is 1950
+        text = ("19" if text[:2] >= "50" else "20") + text
+    return _one_line(re.sub(r"^(....)(..)(..)(..)(..)(..)", r"\1-\2-\3T\4:\5:\6", text), 40)
+
+
+def _serial(value: bytes) -> str:
+    return _one_line(f"{int.from_bytes(value, 'big', signed=True):x}", 64)
+
+
+@functools.lru_cache(maxsize=512)  # the same few authorities come with every certificate
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
     try:
         fields = _sequence(_sequence(der)[0].raw)
         if fields[0].tag == 0xA0:  # version
             fields.pop(0)
-        serial, _, issuer, _, subject = fields[:5]
-        extensions = _extensions(fields[-1].value) if fields[-1].tag == 0xA3 else {}
-        subject_key = next(_elements(extensions.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
-        authority = {field.tag: field.value for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
-        number = _one_line(f"{int.from_bytes(serial.value, 'big', signed=True):x}", 64)
-        return Certificate(der, number, _name(issuer.raw), _name(subject.raw), subject_key, authority.get(0x80, b""))
-    except (IndexError, ValueError, StopIteration) as err:
+        serial, algorithm, issuer, validity, subject, key = fields[:6]
+        start, end = map(_time, _sequence(validity.raw))
+        about = (_serial(serial.value), algorithm.raw, _name(issuer.raw), start, end, _name(subject.raw), key.raw)
+        try:
+            extensions = _extensions(fields[-1].value) if fields[-1].tag == 0xA3 else {}
+            identifiers = _key_identifiers(extensions)
+        except (CMPError, IndexError, ValueError, StopIteration):  # openssl has accepted it, so it is served
+            extensions, identifiers = {}, (b"", b"", "", None)
+        return Certificate(der, *about, extensions, *identifiers)
+    except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
+
+
+def _key_identifiers(extensions: Mapping[str, bytes]) -> tuple[bytes, bytes, str, Name | None]:
+    """subjectKeyIdentifier, and keyIdentifier, serial and issuer of authorityKeyIdentifier (RFC 5280, 4.2.1.1)."""
+    subject_key = next(_elements(extensions.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
+    fields = {field.tag: field.value for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
+    names = [_name(name.value) for name in _elements(fields.get(0xA1, b"")) if name.tag == 0xA4]
+    serial = _serial(fields[0x82]) if 0x82 in fields else ""
+    return subject_key, fields.get(0x80, b""), serial, names[0] if names else None
 
 
 def _pem(der: bytes, label: str = "CERTIFICATE") -> str:
@@ -1241,28 +1277,60 @@ def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
         return []
     with open(path, "rb") as file:
         data = file.read()
-    pem = r"-----BEGIN (?:X509 )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
-    blocks = [data] if data[:1] == b"\x30" else re.findall(pem.encode(), data)
+    pem = r"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
+    blocks = re.findall(pem.encode(), data) or [data]
     found = []
     for block in blocks:
         try:
-            found.append(_certificate(block if block is data else binascii.a2b_base64(block)))
-        except (CMPError, binascii.Error) as err:
+            der = block if block is data else binascii.a2b_base64(block)
+            found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
+        except (CMPError, binascii.Error, StopIteration) as err:
             logger.debug("%s: %s", path, err)
     return found
 
 
-def _pool(transaction: Transaction) -> tuple[list[Certificate], list[Certificate]]:
-    """Where issuers are found: the configuration and caPubs; extraCerts, which nothing protects (RFC 4210, 5.1)."""
+_stored: dict[tuple[str, int, int], list[Certificate]] = {}
+
+
+def _configured_certificates(path: str, transaction: Transaction) -> list[Certificate]:
+    """The certificates in a file that the configuration names. PKCS #12 is openssl's to open."""
+    found = _certificates(path, transaction.logger)
+    if found or not os.path.isfile(path):
+        return found
+    info, settings = os.stat(path), transaction.settings
+    mark = (path, info.st_mtime_ns, info.st_size)
+    if mark not in _stored:
+        source = settings.options.get("otherpass")
+        argv = [settings.binary.path, "storeutl", "-certs", *(["-passin", source] if source else []), path]
+        output = _run(argv, secrets=settings.secrets).output
+        transaction.write("stored.pem", output)
+        _stored[mark] = _certificates(transaction.file("stored.pem"), transaction.logger)
+        if not _stored[mark]:
+            what = _one_line(path, 100)
+            transaction.logger.warning("%s holds no certificate that can be read: make it PEM", what)
+    return _stored[mark]
+
+
+class Pool(NamedTuple):
+    """Where issuers are found."""
+
+    anchors: list[Certificate]  # what the configuration trusts
+    known: list[Certificate]  # what it names at all, and caPubs
+    sent: list[Certificate]  # extraCerts, which nothing protects (RFC 4210, 5.1)
+
+
+def _pool(transaction: Transaction) -> Pool:
+    """Read the certificates that the configuration names, and those of the answer."""
     options, logger = transaction.settings.options, transaction.logger
-    configured = [name for o in ("untrusted", "trusted") for name in _file_list(o, options.get(o) or "")]
-    files = [*configured, transaction.file("capubs.pem")]
-    known = [certificate for path in files for certificate in _certificates(path, logger)]
+    files = {o: _file_list(o, options.get(o) or "") for o in ("untrusted", "trusted", "out_trusted")}
+    found = {o: [c for name in files[o] for c in _configured_certificates(name, transaction)] for o in files}
+    anchors = found["trusted"] + found["out_trusted"]
+    capubs = _certificates(transaction.file("capubs.pem"), logger)
     sent = _certificates(transaction.file("extracerts.pem"), logger)
     if not sent:  # openssl forgets them when the CA delays its answer to the confirmation
         responses = _saved_responses(transaction)[1]
         sent = [certificate for path in responses for certificate in _message_certificates(path, logger)]
-    return known, sent
+    return Pool(anchors, [*found["untrusted"], *anchors, *capubs], sent)
 
 
 def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate]:
@@ -1280,38 +1348,174 @@ def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate
     return found
 
 
-_genuine: set[bytes] = set()  # certificates from extraCerts that were seen to have issued an authentic one
+def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
+    """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
+    named = below.authority_issuer
+    return (
+        _name_key(issuer.subject) == _name_key(below.issuer)
+        and (not below.authority_key or issuer.subject_key in (b"", below.authority_key))
+        and below.authority_serial in ("", issuer.serial)
+        and (named is None or _name_key(named) == _name_key(issuer.issuer))
+    )
 
 
-def _issued_by(certificate: Certificate, issuer: Certificate, transaction: Transaction) -> bool:
-    """Ask openssl whether `issuer`, which nothing protects, has signed `certificate`: once per process and issuer."""
-    if issuer.der not in _genuine:
-        transaction.write("issuer.pem", _pem(issuer.der))
-        transaction.write("subject.pem", _pem(certificate.der))
-        argv = [transaction.settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
-        argv += ["-trusted", transaction.file("issuer.pem"), transaction.file("subject.pem")]
-        if _run(argv).code != 0:
+def _key_bits(certificate: Certificate) -> bytes:
+    """The subjectPublicKey."""
+    return _sequence(certificate.key)[1].value[1:]
+
+
+# Links that openssl has verified in this process: (what was signed, the issuer's certificate).
+_links: set[tuple[bytes, bytes]] = set()
+
+
+class Links:
+    """Which certificate has signed which: openssl's answers, each asked for once, and of those only so many."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction, self.left = transaction, MAX_LINKS
+
+    def verified(self, below: Certificate, issuer: Certificate, mark: bytes, protected: bool) -> bool:
+        """Whether `issuer` has signed `below`, remembered as `mark`; with an empty one it is not."""
+        if (mark, issuer.der) in _links:
+            return True
+        if self.left <= 0:
             return False
-        _genuine.add(issuer.der)
-    return True
+        self.left -= 1
+        logger, name = self.transaction.logger, _name_text(issuer.subject)
+        try:
+            run = self._ask(below, issuer)
+        except (CMPError, OSError) as err:  # no process, no descriptor, no room: the certificate is served all the same
+            self.left = 0
+            logger.warning("cannot verify the chain now: %s", _one_line(str(err)))
+            return False
+        if run.code == 0:
+            if len(_links) > 1000:
+                _links.clear()
+            if mark:
+                _links.add((mark, issuer.der))
+            return True
+        logger.debug("openssl verify, issuer %s: %s", name, _one_line(run.output))
+        if not protected:
+            self.left -= FALSE_LINK - 1
+            logger.warning("passed over a false certificate in extraCerts: %s", name)
+        return False
+
+    def _ask(self, below: Certificate, issuer: Certificate) -> Run:
+        """Run `openssl verify` for one link. Raises CMPError where it gives no answer."""
+        write, file = self.transaction.write, self.transaction.file
+        write("issuer.pem", _pem(issuer.der))
+        write("subject.pem", _pem(below.der))
+        argv = [self.transaction.settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
+        argv += ["-check_ss_sig"] if below is issuer else []  # or else it just finds it among the trusted ones
+        run = _run([*argv, "-trusted", file("issuer.pem"), file("subject.pem")])
+        if run.killed():
+            raise CMPError(run.killed())
+        return run
+
+
+class Path(NamedTuple):
+    """A way from the leaf upwards, and how good it is."""
+
+    certificates: list[Certificate]
+    rank: tuple[bool, bool, int]
+
+
+class PathFinder:
+    """Finds the chain of a certificate among those of a pool."""
+
+    def __init__(self, pool: Pool, links: Links) -> None:
+        self.pool, self.links = pool, links
+        self.protected = {certificate.der for certificate in pool.known}
+        self.anchors = {certificate.der for certificate in pool.anchors}
+        self.anchor_keys = {(_name_key(a.subject), a.key) for a in pool.anchors}
+        self.known_keys = {(_name_key(c.subject), c.key) for c in pool.known}
+
+    def best(self, path: list[Certificate]) -> Path:
+        """The best way on from the end of `path`: it is at the end itself where that is self-signed."""
+        ends = self.self_signed(path)
+        key, best = b"", Path([], (False, False, -1))
+        for issuer, mark in [] if ends or len(path) == MAX_CHAIN else self.candidates(path):
+            # Where one key has signed, no other has.
+            if key in (b"", issuer.key) and self.links.verified(path[-1], issuer, mark, issuer.der in self.protected):
+                key, found = issuer.key, self.best([*path, issuer])
+                best = found if found.rank > best.rank else best
+            if best.rank == (True, True, 2):
+                break
+        return best if best.certificates else Path(path, self.rank(path, ends))
+
+    def rank(self, path: list[Certificate], ends: bool) -> tuple[bool, bool, int]:
+        """What to prefer a path for: it ends at something protected, all is valid now, it ends at a trust anchor."""
+        # In this order, for else the cross-certificate of a stranger would do better than an issuer that has expired.
+        end, trust = (_name_key(path[-1].subject), path[-1].key), 0
+        if self.anchors & {certificate.der for certificate in path} or (ends and end in self.anchor_keys):
+            trust = 2  # also by a renewed certificate of the anchor, which has its name and key
+        elif ends and end in self.known_keys:
+            trust = 1
+        return trust > 0, all(certificate.valid() for certificate in path[1:]), trust
+
+    def self_signed(self, path: list[Certificate]) -> bool:
+        """Whether the last one has signed itself: a CA below one of its own name has not, whatever it is called."""
+        last = path[-1]
+        if not _names_as_issuer(last, last):
+            return False
+        if last.authority_key and last.subject_key:
+            return True
+        return self.links.verified(last, last, last.der if len(path) > 1 else b"", True)
+
+    def candidates(self, path: list[Certificate]) -> list[tuple[Certificate, bytes]]:
+        """Who may have issued the last one, in the order to try them, and what to remember the link by."""
+        last, trodden = path[-1], {(_name_key(c.subject), c.key) for c in path}
+        pool = {c.der: c for c in [*self.pool.known, *self.pool.sent] if _names_as_issuer(last, c)}
+        found = [c for c in pool.values() if (_name_key(c.subject), c.key) not in trodden]
+        if len(found) > 1:
+            # Stable: the configuration stays before caPubs, and these before extraCerts.
+            found.sort(key=lambda c: (not c.valid(), c.der not in self.protected, not _named_by_hash(last, c)))
+        if len(path) > 1:
+            return [(issuer, last.der) for issuer in found]
+        # Authorities are the same again and again, a leaf never is. So its link is remembered by what it says of its
+        # issuer's key, but only as long as no other key claims to be that one.
+        sure = last.authority_key and len({c.key for c in found}) == 1
+        mark = last.algorithm + last.authority_key if sure else b""
+        return [(issuer, mark if issuer.subject_key else b"") for issuer in found]
+
+
+def _named_by_hash(below: Certificate, issuer: Certificate) -> bool:
+    """Whether `below` names the issuer's key by its hash (RFC 5280, 4.2.1.2): nobody can make another of that name."""
+    import hashlib  # only where several claim to be the issuer
+
+    try:
+        return hashlib.sha1(_key_bits(issuer), usedforsecurity=False).digest() == below.authority_key
+    except (CMPError, IndexError):
+        return False
 
 
 def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
-    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1)."""
-    known, sent = _pool(transaction)
-    chain = [leaf]
-    while not chain[-1].self_signed() and len(chain) < MAX_CHAIN:
-        last = chain[-1]
-        for candidate in [*known, *sent]:
-            keys_fit = not (candidate.subject_key and last.authority_key) or candidate.subject_key == last.authority_key
-            if _name_key(candidate.subject) != _name_key(last.issuer) or not keys_fit or candidate in chain:
-                continue
-            if candidate in known or _issued_by(last, candidate, transaction):
-                chain.append(candidate)
-                break
-            transaction.logger.warning("passed over a false certificate in extraCerts: %s", _name_text(last.issuer))
-        else:
-            break
+    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
+
+    Whatever goes wrong here does not cost the certificate: what is verified is served, and the log says what is not.
+    """
+    warn = transaction.logger.warning
+    try:
+        pool = _pool(transaction)
+        finder = PathFinder(pool, Links(transaction))
+        path = finder.best([leaf])
+        ends = finder.self_signed(path.certificates)
+    except (CMPError, OSError) as err:
+        warn("cannot look for the chain now: %s", _one_line(str(err)))
+        return [leaf]
+    chain = path.certificates
+    top, missing = _name_text(chain[-1].subject), _name_text(chain[-1].issuer)
+    roots = any(_names_as_issuer(known, known) for known in pool.known)
+    if len(chain) == 1 and not ends:
+        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted")
+    elif len(chain) == MAX_CHAIN and not ends:
+        warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
+    elif not ends and path.rank[2] < 2 and (roots or finder.candidates(chain)):  # else the root is left out on purpose
+        warn("the bundle ends with %s, below its root: name its issuer, %s, in cmp_untrusted", top, missing)
+    for authority in chain[1:]:
+        if not authority.valid():
+            name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"
+            warn("the bundle holds %s, valid only from %s: name its renewed certificate in cmp_untrusted", name, limits)
     return chain
 
 
@@ -1484,8 +1688,6 @@ class CAhandler:
         if outcome.leaf is None:
             return outcome, None, None
         leaf, chain = outcome.leaf, _chain(outcome.leaf, transaction)
-        if len(chain) == 1 and not leaf.self_signed():
-            self.logger.warning("the CA did not send the issuer's certificate: name it in cmp_untrusted")
         names = f"subject={_name_text(leaf.subject)} serial={leaf.serial} issuer={_name_text(leaf.issuer)}"
         seconds = time.monotonic() - transaction.started
         self.logger.info("certificate issued: %s chain=%d seconds=%.2f", names, len(chain), seconds)

@@ -104,7 +104,7 @@ def ca(make_ca: Callable[..., DemoCA]) -> DemoCA:
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the handler remembers for a process's life, it is to forget for each test: their order must not matter."""
-    for name in ("_warned", "_genuine"):
+    for name in ("_warned", "_links"):
         monkeypatch.setattr(cmp_ca_handler, name, set())
 
 
