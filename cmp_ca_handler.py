@@ -15,6 +15,11 @@ SPDX-License-Identifier: MIT
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 - before an older one fails with what no administrator understands
+    raise ImportError(f"cmp_ca_handler needs Python 3.9 or later, this is {sys.version.split()[0]}")
+
 import base64
 import binascii
 import errno
@@ -30,7 +35,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -676,15 +680,24 @@ def _binary(name: str) -> Binary:
         spelled = {_option_name(option): option for option, _ in found}
         options = {_option_name(option): bool(value) for option, value in found}
         version = _run([path, "version"]).output.partition("(")[0]
-        private = re.search(r"^ -newkey \S+ +Private key", run.output, re.M)
-        fault = "takes only a private key for -newkey, and the ACME client's stays with the client" if private else ""
+        fault = "" if options.keys() >= {"cmd", "server"} else _no_cmp(run)
+        if re.search(r"^ -newkey \S+ +Private key", run.output, re.M):
+            fault = (
+                "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
+            )
         _binaries[key] = Binary(path, _one_line(version, 60), options, spelled, fault)
     binary = _binaries[key]
     if binary.fault:
-        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version}) {binary.fault}: install OpenSSL 3")
-    if not binary.options.keys() >= {"cmd", "server"}:
-        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) has no cmp command: install OpenSSL 3")
+        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
     return binary
+
+
+def _no_cmp(run: Run) -> str:
+    """Why `openssl cmp -help` shows no options: too old, or it cannot start (a broken openssl.cnf, a library)."""
+    said = run.killed() or _one_line("; ".join(m.text for m in _messages(run.output) if m.level != "info"))
+    if run.code == 0 or not said or re.search("invalid command", said, re.I):
+        return "has no cmp command: install OpenSSL 3"
+    return f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
 
 
 # --- From the section to openssl's options ------------------------------------------------------------------
@@ -1717,8 +1730,25 @@ class CAhandler:
             error = check(self.logger, chosen, argument, self.profile_mapping_field)
             if error:
                 raise CMPError(_one_line(str(error)))
+            if chosen.header_info_field and not chosen.eab_profiling and not chosen.profiles:
+                self._check_header_value(chosen)
         values = {key: getattr(chosen, key, None) for key in self._profile_keys()}
         return {**self.section, **{key: value for key, value in values.items() if isinstance(value, str)}}
+
+    def _check_header_value(self, chosen: types.SimpleNamespace) -> None:
+        """Undo what an HTTP header has set, unless [Order] allowed_header_values has it: before 0.46 nobody looks."""
+        import json  # only where [Order] has a header_info_list
+
+        field = self.profile_mapping_field
+        try:
+            allowed = json.loads(self._config["Order"]["allowed_header_values"])
+        except (KeyError, ValueError, TypeError, RecursionError):
+            allowed = []
+        value, configured = getattr(chosen, field), self.section.get(field)
+        if value != configured and not (isinstance(allowed, list) and value in allowed):
+            setattr(chosen, field, configured)
+            what = f"{field}={_one_line(str(value), 100)} in an HTTP header ignored"
+            self.logger.warning("%s: it is not in allowed_header_values of [Order]", what)
 
     def _host(self, function: str, default: Any) -> Any:
         """What one of the host's functions reads from the configuration; old hosts have not got them all."""

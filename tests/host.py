@@ -18,16 +18,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIServer, make_server
 from wsgiref.util import setup_testing_defaults
 
+from openssl_versions import CACHE, locked, run
+
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = ROOT / "cmp_ca_handler.py"
-PROGRAMS = Path(sys.executable).parent  # certbot and the host's own tools are installed beside this Python
+PROGRAMS = Path(sys.executable).parent  # certbot is installed beside this Python
+# acme2certifier under gunicorn, for `server`: a port of its own, and threads as an administrator would have them.
+GUNICORN = ["-m", "gunicorn", "--workers=4", "--threads=4", "--bind=127.0.0.1:0"]
+GUNICORN += ["acme2certifier.share.acme2certifier_wsgi:application"]
 CONTACT = "admin@example.com"
 TIMEOUT = 120
 
@@ -46,8 +51,12 @@ class Host:
         sections: Mapping[str, Mapping[str, str]] | None = None,
         *,
         pythonpath: Path | None = None,
+        python: Path = Path(sys.executable),
+        server: Sequence[str | Path] = (__file__,),
     ) -> None:
         self.directory = directory
+        self.python = python  # beside which acme2certifier is installed
+        self.server = server
         self.work = directory / "work"
         self.log_file = directory / "host.log"
         self.url = ""
@@ -76,7 +85,7 @@ class Host:
     def __enter__(self) -> Host:
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, __file__],
+                [self.python, *self.server],
                 cwd=self.directory,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -85,7 +94,7 @@ class Host:
             )
         deadline = time.monotonic() + TIMEOUT
         while self._process.poll() is None and time.monotonic() < deadline:
-            listening = re.search(r"^listening on (\S+)$", self.log(), re.M)
+            listening = re.search(r"listening (?:on|at:) (http\S+)", self.log(), re.I)
             if listening:
                 self.url = listening.group(1)
                 return self
@@ -95,7 +104,7 @@ class Host:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()
+            self._process.terminate()  # gunicorn has to end its workers
             self._process.wait()
 
     def log(self, pattern: str = "") -> str:
@@ -114,7 +123,7 @@ class Host:
 
     def tool(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """Run one of the programs that are installed with the host."""
-        return self._run(PROGRAMS / arguments[0], *arguments[1:])
+        return self._run(self.python.parent / arguments[0], *arguments[1:])
 
     def certbot(self, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """Run certbot, as an administrator's script does."""
@@ -160,6 +169,20 @@ class Host:
             text=True,
             timeout=TIMEOUT,
         )
+
+
+def pinned(version: str) -> Path:
+    """The Python of a virtual environment with this release of acme2certifier: made once, below `.cache`."""
+    directory = CACHE.parent / f"acme2certifier-{version}-{sys.version_info.major}.{sys.version_info.minor}"
+    python, made = directory / "bin" / "python", directory / "made"
+    if not made.exists():
+        with locked(CACHE.parent / "pinned.lock"):
+            if not made.exists():
+                run([sys.executable, "-m", "venv", "--clear", str(directory)])
+                pip = [str(python), "-I", "-m", "pip", "install", "--quiet", "--no-input"]
+                run([*pip, f"acme2certifier=={version}"])
+                made.touch()
+    return python
 
 
 def write_configuration(path: Path, sections: Mapping[str, Mapping[str, str]]) -> None:

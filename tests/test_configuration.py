@@ -13,8 +13,9 @@ from typing import Callable
 
 import pytest
 
+import cmp_ca_handler
 from cmp_ca_handler import CAhandler
-from conftest import OPENSSL, Handlers, csr_pem
+from conftest import BINARIES, OPENSSL, Handlers, csr_pem
 from demo_ca import DemoCA
 from test_enroll import recorder, script
 
@@ -218,7 +219,8 @@ def test_a_fault_is_named_before_anything_is_sent(
     fault: str, command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    script(Path("bin/libressl"), 'echo "LibreSSL 3.8.2"\nexit 1\n')
+    invalid = "openssl:Error: 'cmp' is an invalid command."
+    script(Path("bin/libressl"), f'[ "$1" = version ] && echo "LibreSSL 3.8.2" && exit\necho "{invalid}" >&2\nexit 1\n')
     Path("bin/plain").write_text("#!/bin/sh\n")
     Path("bin/text").write_text("not a program")
     Path("bin/text").chmod(0o755)
@@ -317,6 +319,23 @@ def test_check_notices_changes(ca: DemoCA, handlers: Handlers, tmp_path: Path) -
     script(Path(openssl), "exit 1\n")
     assert "has no cmp command" in str(handler.handler_check())
     assert "cmp_server is missing" in str(handlers(section, server=None).handler_check())
+
+
+@pytest.mark.parametrize("openssl", [*BINARIES, "no library"])
+def test_openssl_that_cannot_start(
+    openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken openssl.cnf, or library, is not a binary without CMP: what it says is what helps."""
+    if openssl == "no library":
+        openssl, said = str(tmp_path / "openssl"), "error while loading shared libraries: libssl.so.3"
+        script(Path(openssl), f'echo "openssl: {said}: cannot open shared object file" >&2; exit 127\n')
+    else:
+        said = f'Error on line 1 of config file "{tmp_path}/openssl.cnf"; missing close square bracket'
+        (tmp_path / "openssl.cnf").write_text("[default\n")
+        monkeypatch.setenv("OPENSSL_CONF", str(tmp_path / "openssl.cnf"))
+        monkeypatch.setattr(cmp_ca_handler, "_binaries", {})
+    fault = str(handlers(ca.options(), openssl_bin=openssl).handler_check())
+    assert "cannot run its cmp command: " in fault and said in fault and "install" not in fault
 
 
 # --- The handler's own directory ------------------------------------------------------------------------------------

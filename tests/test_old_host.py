@@ -6,19 +6,21 @@ functions as each test says, in a process that cannot import acme2certifier.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import OPENSSL, as_host, bundle_certificates, csr_pem
+from conftest import OPENSSL, as_host, bundle_certificates, csr_pem, needs
 from demo_ca import DemoCA
-from host import HANDLER, write_configuration
+from host import HANDLER, Host, pinned, write_configuration
 
 # As in the old host: the file beside the helper unless ACME_SRV_CONFIGFILE names another, the case of the keys kept.
 LOAD_CONFIG = """
@@ -119,3 +121,32 @@ def test_error_is_the_hosts_to_tell(ca: DemoCA, tmp_path: Path) -> None:
     answer = in_old_host(tmp_path, helper, ca.options())
     assert answer["enrolled"] == ["not for you", None, None, None]
     assert ca.messages == []
+
+
+@pytest.mark.parametrize("version", [(3, 8, 10), (3, 7, 3)], ids=str)
+def test_old_python_is_named(version: tuple[int, ...], tmp_path: Path) -> None:
+    """The host logs an exception's text, so that is what tells. The older Python is a pretended one here."""
+    load = "import runpy, sys; sys.version_info = {0}; sys.version = '{1} (main)'; runpy.run_path({2!r})"
+    text = load.format(version, ".".join(map(str, version)), str(HANDLER))
+    result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    last = f"ImportError: cmp_ca_handler needs Python 3.9 or later, this is {'.'.join(map(str, version))}"
+    assert result.stderr.splitlines()[-1] == last
+
+
+def test_old_python_can_read_the_file() -> None:
+    """As far as that line: no later syntax may stand anywhere in the file."""
+    ast.parse(HANDLER.read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+@needs("lego")
+@pytest.mark.e2e
+def test_sections_of_several_cas_are_of_later_releases(make_ca: Callable[..., DemoCA], tmp_path: Path) -> None:
+    """0.45 does not know them, so one CA gets all orders: its [CAhandler], whatever else is configured."""
+    plain, north = make_ca(), make_ca()
+    several = {"multi_handler": "True", "default_handler": "north"}
+    sections = {"CAhandler:north": {"handler_module": str(HANDLER), **north.options()}}
+    section = {"handler_module": str(HANDLER), **several, **plain.options()}
+    with Host(tmp_path, section, sections, python=pinned("0.45")) as host:
+        ordered = host.lego("a.example.com")
+        assert ordered.returncode == 0, ordered.stdout + host.log()
+    assert plain.messages and not north.messages

@@ -6,18 +6,28 @@ import base64
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cmp_ca_handler import CAhandler
-from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem, needs
+from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs
 from demo_ca import DemoCA
-from host import HANDLER, Host
+from host import HANDLER, Host, pinned
 
 pytestmark = pytest.mark.e2e
 BY_PATH = {"handler_module": str(HANDLER)}
 HMAC = base64.urlsafe_b64encode(b"a key that CA and client share..").decode()
+
+
+# The newest release, and the last one that leaves it to the CA handler to look at a header's value.
+RELEASES = pytest.mark.parametrize("release", ["newest", "0.45"])
+
+
+def python_of(release: str) -> Path:
+    """The Python beside which this release of acme2certifier is installed."""
+    return Path(sys.executable) if release == "newest" else pinned(release)
 
 
 def accounts(directory: Path, profiles: dict[str, dict[str, object]]) -> dict[str, str]:
@@ -81,13 +91,32 @@ def test_profile_reaches_the_ca(source: str, openssl: str, ca: DemoCA, tmp_path:
 
 
 @needs("lego")
-def test_header_that_is_not_allowed_changes_nothing(ca: DemoCA, tmp_path: Path) -> None:
-    order = {"header_info_list": '["HTTP_USER_AGENT"]', "allowed_header_values": '["gold"]'}
-    request = tmp_path / "request.der"
-    with Host(tmp_path, {**BY_PATH, **ca.options(), "cmp_reqout": str(request)}, {"Order": order}) as host:
+@RELEASES
+@pytest.mark.parametrize("allowed", ['["gold"]', "", "not JSON"])
+def test_header_that_is_not_allowed_changes_nothing(allowed: str, release: str, ca: DemoCA, tmp_path: Path) -> None:
+    """Any client may send any header, so its value goes to the CA only where the administrator has listed it."""
+    order = {"header_info_list": '["HTTP_USER_AGENT"]', "allowed_header_values": allowed}
+    options = {"cmp_reqout": str(tmp_path / "request.der"), "cmp_openssl_bin": BINARIES[-1]}
+    options.update({"cmp_profile": "iron"} if knows_profiles(BINARIES[-1]) else {})
+    python = python_of(release)
+    with Host(tmp_path, {**BY_PATH, **ca.options(), **options}, {"Order": order}, python=python) as host:
         ordered = host.lego("shop.example.com", "--user-agent", "cmp_profile=lead")
         assert ordered.returncode == 0, ordered.stdout + host.log()
-    assert requested_profile(request) == ""
+        assert release == "newest" or "cmp_profile=lead in an HTTP header ignored" in host.log()
+    assert requested_profile(tmp_path / "request.der") == options.get("cmp_profile", "")
+
+
+@needs("lego")
+def test_header_that_is_allowed_in_an_older_release(ca: DemoCA, tmp_path: Path) -> None:
+    order = {"header_info_list": '["HTTP_USER_AGENT"]', "allowed_header_values": '["lead", "gold"]'}
+    options = {"cmp_reqout": str(tmp_path / "request.der"), "cmp_openssl_bin": BINARIES[-1]}
+    with Host(tmp_path, {**BY_PATH, **ca.options(), **options}, {"Order": order}, python=pinned("0.45")) as host:
+        ordered = host.lego("shop.example.com", "--user-agent", "cmp_profile=gold")
+        if knows_profiles(BINARIES[-1]):
+            assert ordered.returncode == 0, ordered.stdout + host.log()
+            assert requested_profile(tmp_path / "request.der") == "gold"
+        else:
+            assert "needs OpenSSL 3.3 or later" in host.log("^CMP enrolment failed")
 
 
 @needs("lego")
