@@ -83,7 +83,7 @@ PROTECTED_KEYS = OUR_KEYS | RUNTIME_KEYS | FORBIDDEN_KEYS | SECRET_KEYS
 PROTECTED_KEYS |= _keys(
     "ref cert key keyform cmd popo config section engine provider provider-path provparam propquery tls_cert tls_key"
     " rand writerand reqout srvcertout crlout msg_timeout total_timeout unprotected_requests unprotected_errors"
-    " verbosity"
+    " verbosity ta_in_ip_extracerts"
 )
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
 # cmpossl before 2020 spells many options without the underscore: inside this file each has OpenSSL 3's name.
@@ -604,11 +604,15 @@ def _messages(output: str, secrets: Collection[str] = ()) -> list[Message]:
     return messages
 
 
+# OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
+ONE_WAY_TLS = "-tls_used given without -tls_key;"
+
+
 def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str) -> None:
     """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
     levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
     for level, text in messages:
-        lowest = level in ("debug", "trace") or re.match(expected, text)
+        lowest = level in ("debug", "trace") or text.startswith(ONE_WAY_TLS) or re.match(expected, text, re.I)
         logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
 
 
@@ -634,7 +638,7 @@ def _reason(run: Run, server: str) -> str:
     else:
         # Not in what an HTTP server may write: the hint must not be its choice.
         searched = " ".join(re.sub("(reason=|actual=|Content-Type: ).*", "", text) for text in errors)
-        if not errors or errors[0].startswith("cannot set up CMP context"):  # no server has written anything
+        if not errors or errors[0].lower().startswith("cannot set up cmp context"):  # no server has written anything
             telling = re.compile("(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match)", re.I)
             errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
             searched = " ".join(m.text for m in run.messages)
@@ -899,6 +903,9 @@ def _check_essentials(settings: Settings) -> None:
         warnings.append(f"{what}; set cmp_expect_sender to the sender of its answers")
     if "tls_used" in options and "tls_trusted" not in options:
         warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
+    if "ta_in_ip_extracerts" in options:
+        who = "whoever is on the way brings a root of his own and can answer as the CA"
+        warnings.append(f"cmp_ta_in_ip_extracerts: {who}, in spite of cmp_trusted and cmp_expect_sender; delete it")
 
 
 # --- A transaction is a directory ---------------------------------------------------------------------------

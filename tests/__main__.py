@@ -5,8 +5,8 @@
     python3 tests --lint                ruff and mypy instead of the tests
 
 Works from any directory, as any user. The packages of the extra `test` in pyproject.toml go into
-`.venv-tests`, newer OpenSSL binaries into `.cache`; both are made once, and later runs find them. What the
-machine lacks is said in one line.
+`.venv-tests`, the OpenSSL binaries that the machine has not got into `.cache`; both are made once, and later
+runs find them. What will be fetched and what the machine lacks is said before anything is made.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import openssl_versions
 import programs
-from openssl_versions import CACHE, Missing, locked, newer_openssl, run
+from openssl_versions import CACHE, Missing, locked, run
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv-tests"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "made-from"
+
+VENV_MEGABYTES = 200
+CORE_MINUTES = 14  # that all the tests take
+IN_CI = os.environ.get("CI") == "true"  # where nothing may be left out
 
 LINTERS = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
 
@@ -38,16 +44,63 @@ def main(arguments: list[str]) -> int:
         os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
     try:
         if arguments == ["--lint"]:
+            announce(fetched_packages(), missing_venv(), {})
             make_venv()
             return lint()
-        check_openssl()
-        check_programs()
+        announce_tests(arguments)
         make_venv()
-        name_newer_openssl()
+        name_other_openssl()
     except Missing as missing:
         print(f"python3 tests: {missing}", file=sys.stderr)
         return 2
     return run_pytest(arguments)
+
+
+def announce_tests(arguments: list[str]) -> None:
+    """Say what this run fetches, how long it takes and what is missing. Raises Missing."""
+    plans, needed = fetched_packages(), missing_venv()
+    try:
+        run(["openssl", "cmp", "-help"])  # the first one on PATH is what most tests run
+        others = [] if "CMP_TEST_OPENSSL" in os.environ else openssl_versions.missing()
+    except Missing:
+        needed["openssl 3.0 or later, with its `cmp` command"], others = "openssl", []
+    optional = programs.missing()
+    if others:
+        versions = ", ".join(openssl_versions.SUITES[suite] for suite in others)
+        size = len(others) * openssl_versions.MEGABYTES
+        plans.append(f"fetches OpenSSL {versions} from Debian's archive into .cache, {size} MB, once")
+        optional.update({name: name for name in ("apt-get", "dpkg-deb") if not shutil.which(name)})
+    if not arguments:
+        cores = os.cpu_count() or 1
+        plans.append(f"runs every test, about {max(1, round(CORE_MINUTES / cores))} minutes on {cores} cores")
+    announce(plans, needed, optional)
+
+
+def announce(plans: list[str], needed: dict[str, str], optional: dict[str, str]) -> None:
+    """Print the plans, and what is missing with its Debian packages. Raises Missing if that is `needed`."""
+    for plan in plans if not needed else []:
+        print(f"python3 tests: {plan}", file=sys.stderr)
+    missing = {**needed, **optional} if IN_CI or needed else optional
+    packages = " ".join(dict.fromkeys(missing.values()))
+    text = f"missing: {', '.join(missing)} (on Debian: apt-get install {packages})"
+    if needed or (IN_CI and optional):
+        raise Missing(text)
+    if optional:
+        print(f"python3 tests: {text}; tests that need it are skipped", file=sys.stderr)
+
+
+def missing_venv() -> dict[str, str]:
+    """What this Python lacks to make the virtual environment, where that is to be made -> Debian package."""
+    if made_from() == made_of() or all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
+        return {}
+    return {"venv and ensurepip of this Python": "python3-venv"}
+
+
+def fetched_packages() -> list[str]:
+    """What is fetched from PyPI, in words; nothing if all is there."""
+    count = len(requirements((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    plan = f"fetches {count} packages and what they need from PyPI into {VENV.name}, {VENV_MEGABYTES} MB, once"
+    return [] if made_from() == made_of() else [plan]
 
 
 def make_venv() -> None:
@@ -55,21 +108,23 @@ def make_venv() -> None:
 
     The project itself is not installed: the tests load its file by path, as the host does.
     """
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    key = f"{hashlib.sha256(text.encode()).hexdigest()} {sys.base_prefix} {sys.version}"
+    key = made_of()
     try:
         if made_from() == key:
             return
-        if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
-            raise Missing("this Python has no venv or no ensurepip (on Debian: apt-get install python3-venv)")
         CACHE.mkdir(parents=True, exist_ok=True)
         with locked(CACHE.parent / "venv.lock"):
             if made_from() != key:
-                print(f"Making {VENV.name} for the tests, once", file=sys.stderr)
-                fill_venv(requirements(text))
+                fill_venv(requirements((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
                 STAMP.write_text(key)
     except OSError as error:
         raise Missing(f"the virtual environment for the tests: {error}") from error
+
+
+def made_of() -> str:
+    """What the virtual environment is to be made from: the list, and this Python."""
+    text = (ROOT / "pyproject.toml").read_bytes()
+    return f"{hashlib.sha256(text).hexdigest()} {sys.base_prefix} {sys.version}"
 
 
 def made_from() -> str:
@@ -96,33 +151,16 @@ def fill_venv(packages: list[str]) -> None:
         raise Missing(f"the test packages cannot be had from PyPI: {error}") from error
 
 
-def check_openssl() -> None:
-    """The first openssl on PATH is the one that most tests run."""
-    try:
-        run(["openssl", "cmp", "-help"])
-    except Missing as error:
-        raise Missing(f"openssl with its `cmp` command, version 3.0 or later, is needed: {error}") from error
-
-
-def check_programs() -> None:
-    """What only some tests need costs those tests, which say so; in continuous integration, the run."""
-    missing = programs.missing()
-    if missing and os.environ.get("CI") == "true":
-        packages = " ".join(dict.fromkeys(missing.values()))
-        raise Missing(f"missing: {', '.join(missing)} (on Debian: apt-get install {packages})")
-
-
-def name_newer_openssl() -> None:
+def name_other_openssl() -> None:
     """Set CMP_TEST_OPENSSL to the other binaries' paths, written as PATH is, unless the caller has set it."""
     if "CMP_TEST_OPENSSL" in os.environ:
         return
-    try:
-        os.environ["CMP_TEST_OPENSSL"] = os.pathsep.join(map(str, newer_openssl()))
-    except Missing as reason:
-        note = f"OpenSSL 3.5 and 3.6 are not tested here: {reason}"
-        if os.environ.get("CI") == "true":
-            raise Missing(note) from reason
-        print(note, file=sys.stderr)
+    paths, failures = openssl_versions.other_openssl()
+    os.environ["CMP_TEST_OPENSSL"] = os.pathsep.join(map(str, paths))
+    if failures and IN_CI:
+        raise Missing("; ".join(failures))
+    for failure in failures:
+        print(f"python3 tests: not tested here: {failure}", file=sys.stderr)
 
 
 def lint() -> int:

@@ -33,10 +33,15 @@ COMMANDS = ("python3 examples/demo.py", "python3 tests")
 CERTIFICATES = Path("etc/ssl/certs/ca-certificates.crt")
 # Mounts and processes of its own; they end with the first process, and that ends with us.
 NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child=KILL")
-# What a machine has and a chroot lacks. bash stays, for somebody has to wait for orphans.
+# What a machine has and a chroot lacks, a file system as its root among it. bash stays, to wait for orphans.
 INSIDE = """\
-mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && mount --rbind /sys "$1/sys" || exit
-chroot --userspec="$2" "$1" bash -c "$3"
+set -e
+mount --bind "$1" "$1"
+mount -t proc proc "$1/proc"
+mount --rbind /dev "$1/dev"
+mount --rbind /sys "$1/sys"
+set +e
+"$4" --userspec="$2" "$1" bash -c "$3"
 exit $?
 """
 
@@ -89,6 +94,9 @@ def make_machine(suite: str, root: Path, packages: Iterable[str]) -> None:
             raise Missing(f"debootstrap failed, see {log.name}")
     (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+    settings = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
+    reach = re.findall(r"(?im)^Acquire::.*(?:proxy|check|verify|cainfo|timeout).*$", settings)  # a proxy, for instance
+    (root / "etc/apt/apt.conf.d/00machine").write_text("\n".join([*reach, ""]))
     if Path("/", CERTIFICATES).exists():  # a proxy's own authority, for instance
         shutil.copy(Path("/", CERTIFICATES), root / CERTIFICATES)
     subprocess.run(["chroot", root, "useradd", "--create-home", "--shell", "/bin/bash", "user"], check=True)
@@ -106,7 +114,7 @@ def try_command(suite: str, root: Path, user: str, command: str) -> str:
     started = time.monotonic()
     with path.open("wb") as log:
         run = subprocess.run(
-            [*NAMESPACES, "bash", "-c", INSIDE, "bash", root, f"{user}:", inside],
+            [*NAMESPACES, "bash", "-c", INSIDE, "bash", root, f"{user}:", inside, shutil.which("chroot") or "chroot"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -1,4 +1,4 @@
-"""Newer OpenSSL binaries than the machine's own: `openssl cmp` differs between 3.0, 3.5 and 3.6.
+"""The OpenSSL binaries that are not the machine's own: `openssl cmp` differs between 3.0, 3.5, 3.6 and 4.0.
 
 They are Debian's packages of other releases, unpacked into `.cache/openssl/<suite>`, never installed. The
 wrapper `.cache/openssl/openssl-<suite>` runs the binary through its own dynamic loader with its own C
@@ -20,8 +20,15 @@ from pathlib import Path
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "openssl"
 
-# Which OpenSSL a suite has is for the binary to say: 3.5 in trixie, 3.6 in sid for now.
-SUITES = ("trixie", "sid")
+# Suite -> its OpenSSL. Those of releases stay what they are; what the others have is for the binary to say.
+SUITES = {"bookworm": "3.0", "trixie": "3.5", "sid": "3.6", "experimental": "4.0"}
+# Experimental has only what is new there, and takes the rest from sid.
+EXPERIMENTAL = """\
+Package: openssl libssl* openssl-provider-*
+Pin: release a=experimental
+Pin-Priority: 990
+"""
+MEGABYTES = 26  # that each takes, unpacked
 
 KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 
@@ -40,26 +47,49 @@ class Missing(Exception):
     """What this machine lacks, in one line."""
 
 
-def newer_openssl() -> list[Path]:
-    """The wrappers, one for each of SUITES, in that order. The first call fetches them, later ones find them.
+def own_version() -> str:
+    """The first two numbers of the machine's openssl. Raises Missing where there is none."""
+    return ".".join(run(["openssl", "version"]).split()[1].split(".")[:2])
 
-    Any number of processes may call at once: one fetches, the others wait for it. Raises Missing.
+
+def wanted() -> list[str]:
+    """The suites whose OpenSSL is another than the machine's."""
+    own = own_version()
+    return [suite for suite, version in SUITES.items() if version != own]
+
+
+def missing() -> list[str]:
+    """What of `wanted` is still to be fetched."""
+    return [suite for suite in wanted() if not (CACHE / f"openssl-{suite}").exists()]
+
+
+def other_openssl() -> tuple[list[Path], list[str]]:
+    """The wrappers of `wanted` that could be had, and for each other one, why not.
+
+    The first call fetches them, later ones find them. Any number of processes may call at once: one fetches, the
+    others wait for it.
     """
-    wrappers = [CACHE / f"openssl-{suite}" for suite in SUITES]
-    if all(wrapper.exists() for wrapper in wrappers):
-        return wrappers
-    for program in ("apt-get", "dpkg-deb"):
-        if not shutil.which(program):
-            raise Missing(f"no {program}")
+    wrappers, failures = [], []
+    for suite in wanted():
+        try:
+            wrappers.append(openssl_of(suite))
+        except Missing as failure:
+            failures.append(f"OpenSSL {SUITES[suite]} of Debian's {suite}: {failure}")
+    return wrappers, failures
+
+
+def openssl_of(suite: str) -> Path:
+    """The wrapper of one suite; fetches it if need be. Raises Missing."""
+    wrapper = CACHE / f"openssl-{suite}"
     try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with locked(CACHE / "lock"):
-            for suite, wrapper in zip(SUITES, wrappers):
+        if not wrapper.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with locked(CACHE / "lock"):
                 if not wrapper.exists():
                     fetch(suite, wrapper)
     except OSError as error:
         raise Missing(str(error)) from error
-    return wrappers
+    return wrapper
 
 
 @contextlib.contextmanager
@@ -75,13 +105,7 @@ def fetch(suite: str, wrapper: Path) -> None:
 
     The wrapper comes last, once it has been seen to work, so it marks the suite as complete.
     """
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="fetching-") as directory:
-        root = Path(directory, "root")
-        root.mkdir()  # with the usual mode: another user may run the tests that root has set up
-        for package in download(suite, Path(directory)):
-            run(["dpkg-deb", "-x", str(package), str(root)])
-        shutil.rmtree(CACHE / suite, ignore_errors=True)
-        root.rename(CACHE / suite)
+    unpack(suite, ["openssl"], CACHE / suite)
     trial = wrapper.with_suffix(".trial")  # beside the wrapper: a wrapper finds its binary by its own place
     trial.write_text(wrapper_text(suite))
     trial.chmod(0o755)
@@ -89,12 +113,29 @@ def fetch(suite: str, wrapper: Path) -> None:
     trial.replace(wrapper)
 
 
-def download(suite: str, work: Path) -> list[Path]:
+def unpack(suite: str, packages: list[str], place: Path) -> None:
+    """Download packages of `suite` with all that they depend on, and unpack them to `place`. Raises Missing."""
+    for program in ("apt-get", "dpkg-deb"):
+        if not shutil.which(program):
+            raise Missing(f"no {program}")
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix="fetching-") as directory:
+        root = Path(directory, "root")
+        root.mkdir()  # with the usual mode: another user may run the tests that root has set up
+        for package in download(suite, packages, Path(directory)):
+            run(["dpkg-deb", "-x", str(package), str(root)])
+        for name in ("lib", "lib64"):  # those of bookworm still have both, and on a machine /lib is a link to /usr/lib
+            if (root / name).is_dir() and not (root / name).is_symlink():
+                shutil.copytree(root / name, root / "usr" / name, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        root.rename(place)
+
+
+def download(suite: str, packages: list[str], work: Path) -> list[Path]:
     """The package files, from the first of the machine's archives that has the suite."""
     failures = []
     for archive in archives():
         try:
-            return download_from(archive, suite, work)
+            return download_from(archive, suite, packages, work)
         except Missing as failure:
             failures.append(failure)
     raise failures[0] if failures else Missing("no archive in apt's configuration")
@@ -111,8 +152,8 @@ def archives() -> list[str]:
     return list(dict.fromkeys(address for address, suite in sorted(found, key=lambda pair: "-" in pair[1])))
 
 
-def download_from(archive: str, suite: str, work: Path) -> list[Path]:
-    """Have apt resolve and download openssl as for a machine on which nothing is installed.
+def download_from(archive: str, suite: str, packages: list[str], work: Path) -> list[Path]:
+    """Have apt resolve and download packages as for a machine on which nothing is installed.
 
     That brings the C library too, and follows when a library's package changes its name.
     """
@@ -123,10 +164,14 @@ def download_from(archive: str, suite: str, work: Path) -> list[Path]:
     marks = f"arch={run(['dpkg', '--print-architecture']).strip()} target=Packages"
     if keyrings:
         marks += f" signed-by={keyrings[0]}"
-    (work / "sources.list").write_text(f"deb [{marks}] {archive} {suite} main\n")
+    suites = ["sid", suite] if suite == "experimental" else [suite]
+    (work / "sources.list").write_text("".join(f"deb [{marks}] {archive} {name} main\n" for name in suites))
+    (work / "preferences").write_text(EXPERIMENTAL)
     settings = {
         "Dir::Etc::sourcelist": work / "sources.list",
         "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::Etc::preferences": work / "preferences",
+        "Dir::Etc::preferencesparts": "/dev/null",
         "Dir::State::lists": work / "lists",
         "Dir::State::status": work / "status",
         "Dir::State::extended_states": work / "extended_states",
@@ -140,14 +185,18 @@ def download_from(archive: str, suite: str, work: Path) -> list[Path]:
     }
     options = [f"--option={key}={value}" for key, value in settings.items()]
     run(["apt-get", *options, "update"])
-    run(["apt-get", *options, "install", "--yes", "--download-only", "--no-install-recommends", "openssl"])
+    run(["apt-get", *options, "install", "--yes", "--download-only", "--no-install-recommends", *packages])
     return sorted((work / "archives").glob("*.deb"))
 
 
 def wrapper_text(suite: str) -> str:
     """The wrapper's script, with loader and libraries where the packages of this architecture have them."""
     root = CACHE / suite
-    loader = [path for path in root.glob("usr/lib*/**/ld*.so.*") if re.match(r"ld(64|-linux)", path.name)]
+    loader = [
+        path
+        for path in root.glob("usr/lib*/**/ld*.so.*")
+        if re.match(r"ld(64|-linux)", path.name) and not path.is_symlink()  # to an absolute path, it may be
+    ]
     libcrypto = list(root.glob("usr/lib/*/libcrypto.so.*"))
     if not loader or not libcrypto:
         raise Missing(f"the packages of {suite} hold no dynamic loader or no libcrypto")

@@ -15,7 +15,7 @@ import pytest
 
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
-from conftest import BINARIES, OPENSSL, Handlers, csr_pem
+from conftest import BINARIES, OPENSSL, Handlers, binaries, csr_pem
 from demo_ca import DemoCA
 from test_enroll import recorder, script
 
@@ -389,3 +389,15 @@ def test_default_directory_of_somebody_else(command: Commands, own: Path, monkey
     for text in (handler.handler_check(), handler.enroll(CSR)[0]):
         assert text and str(own) in text and "another user" in text
     assert not command.log.exists()
+
+
+@binaries
+def test_a_root_that_the_answer_brings(openssl: str, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """OpenSSL 4.0 has an option to trust it. That undoes cmp_trusted, and is said; older ones do not know it."""
+    fault = handlers({**SECTION, "cmp_openssl_bin": openssl}, ta_in_ip_extracerts="True").handler_check()
+    with caplog.at_level(logging.WARNING):
+        handlers({**SECTION, "cmp_openssl_bin": openssl}, ta_in_ip_extracerts="True").enroll(CSR)
+    if fault is None:
+        assert "in spite of cmp_trusted" in caplog.text
+    else:
+        assert "this openssl has no option -ta_in_ip_extracerts" in fault

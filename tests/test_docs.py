@@ -64,8 +64,8 @@ def known(options: set[str]) -> set[str]:
     """The keys that exist: ours, those of the binaries, and those that are newer than these, by the page's own word."""
     newer = set()
     for cells in rows(ROOT / "docs" / "configuration.md"):
-        since = re.findall(r"3\.(\d+)", cells[2]) if len(cells) >= 4 else []  # "3.4", "3.0 to 3.4"
-        if since and (3, int(since[-1])) > newest_version():
+        since = re.findall(r"(\d)\.(\d+)", cells[2]) if len(cells) >= 4 else []  # "3.4", "3.0 to 3.4"
+        if since and tuple(map(int, since[-1])) > newest_version():
             newer.update(re.findall(r"`cmp_([\w-]+)`", cells[0]))
     return options | newer | cmp_ca_handler.OUR_KEYS
 
@@ -114,7 +114,7 @@ def test_since(options: set[str]) -> None:
     version = subprocess.run([BINARIES[0], "version"], capture_output=True, text=True).stdout.split()[1]
     for cells in rows(ROOT / "docs" / "configuration.md"):
         key = re.fullmatch(r"`cmp_([\w-]+)`", cells[0])
-        if key and len(cells) >= 4 and re.fullmatch(r"3\.\d+", cells[2]) and key.group(1) in options:
+        if key and len(cells) >= 4 and re.fullmatch(r"\d\.\d+", cells[2]) and key.group(1) in options:
             since = tuple(map(int, cells[2].split(".")))
             assert (since <= tuple(map(int, version.split(".")[:2]))) == (key.group(1) in oldest), cells[0]
 

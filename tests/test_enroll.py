@@ -74,6 +74,15 @@ def test_every_kind(
     assert handlers.left() == []
 
 
+@binaries
+def test_tls_without_a_client_certificate_is_no_warning(
+    openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenSSL 3.5 and later warn of it at each run."""
+    enrolled(handlers(make_ca(tls=True).options(), openssl_bin=openssl), as_host(csr_pem(["a.example"])))
+    assert [r.getMessage() for r in caplog.records if r.levelno > logging.INFO] == []
+
+
 def test_tls_server_that_is_not_trusted(make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
     ca = make_ca(tls=True)
     error = handlers(ca.options(), tls_trusted=str(ca.directory / "stranger.pem")).enroll(as_host(csr_pem(["a.b"])))[0]

@@ -216,12 +216,18 @@ class HostileServer(socketserver.ThreadingTCPServer):
         self.number = 0
         self.alter: Callable[[int, bytes], bytes] | None = None
         self.replay: bytes | None = None  # answer with this instead of asking the CA
+        self.last: int | None = None  # from this message on the connection breaks off before it reaches the CA
         self.seen: list[bytes] = []
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
-    def set(self, alter: Callable[[int, bytes], bytes] | None = None, replay: bytes | None = None) -> None:
+    def set(
+        self,
+        alter: Callable[[int, bytes], bytes] | None = None,
+        replay: bytes | None = None,
+        last: int | None = None,
+    ) -> None:
         """For the next call."""
-        self.number, self.alter, self.replay, self.seen = 0, alter, replay, []
+        self.number, self.alter, self.replay, self.last, self.seen = 0, alter, replay, last, []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The client may go away at any time."""
@@ -242,6 +248,8 @@ class HostileConnection(socketserver.StreamRequestHandler):
             if line.lower().startswith(b"content-length:"):
                 length = int(line.split(b":")[1])
         request = self.rfile.read(length)
+        if server.last is not None and server.number >= server.last:
+            return
         message = server.replay if server.replay is not None else ask(server.target, request)
         server.seen.append(message)
         number, server.number = server.number, server.number + 1
@@ -691,7 +699,8 @@ def test_the_ca_repeats_the_secret(fresh: Arena, status: int) -> None:
     """And forges lines; by every PKIStatus, for OpenSSL words each in another way. Found by a long run."""
     fresh.server.set(Trick(0, "rejection", text=f"you are {Arena.secret}{FORGED}", status=status).alter)
     assert fresh.enroll(CSRS[1]) == "failed"
-    assert any("you are" in line for line in fresh.records.lines)
+    waiting = status == 3  # OpenSSL since 3.3 polls then, and prints nothing of the text
+    assert waiting or any("you are" in line for line in fresh.records.lines)
 
 
 def again(message: bytes) -> bytes:
@@ -764,8 +773,9 @@ def pending(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         arena.own = children()
         arena.configure()
         server, arena.server.target = arena.server.target, section["cmp_server"]
-        # "waiting", one pollRep, and then the connection breaks off: all within a moment.
-        arena.server.set(lambda number, message: as_http(message) if number < 2 else b"")
+        # "waiting", one pollRep, and then the connection breaks off: all within a moment. The CA does not see what
+        # is sent after that: it would answer, and from then on insist on the nonce of an answer that nobody has got.
+        arena.server.set(last=2)
         with CAhandler(False, arena.logger) as handler:
             error, _, _, identifier = handler.enroll(CSRS[1])
         assert identifier, error
@@ -848,7 +858,7 @@ def test_saved_transaction(fresh: Arena, pending: tuple[Path, str, str], recorde
         damage(fresh.work / identifier, damages)
         fresh.server.set(None, reply)
         if reply is None:  # the CA itself, which after one pollRep more is away
-            fresh.server.set(lambda number, message: as_http(message) if number < 1 else b"")
+            fresh.server.set(last=1)
         return fresh.poll(identifier)
 
     @cases(100, 0.14)
