@@ -52,7 +52,7 @@ def _keys(words: str) -> frozenset[str]:
 
 
 # Keys that are no openssl options.
-OUR_KEYS = _keys("openssl_bin tmp_dir ref_variable secret_variable")
+OUR_KEYS = _keys("openssl_bin tmp_dir ref_variable secret_variable refuse_changes")
 # Set by the handler for each transaction: ignored in the configuration, with a warning.
 RUNTIME_KEYS = _keys(
     "newkey newkeypass csr sans san_nodefault extracertsout cacertsout certout chainout rspin rspout oldcert"
@@ -180,7 +180,7 @@ HINTS = (
     ("badMessageCheck", "the CA could not verify the request: check cmp_ref and cmp_secret, or cmp_cert and cmp_key"),
     ("signerNotTrusted", "the CA does not trust the certificate in cmp_cert"),
     ("notAuthorized", "the CA does not let this RA enrol: check the RA's rights at the CA"),
-    ("badPOP", "the CA wants proof of possession: let it accept raVerified from this RA, or set cmp_cmd: p10cr"),
+    ("badPOP", "let the CA accept raVerified from this RA, or set cmp_cmd: p10cr (some CAs drop names then)"),
     ("badCertTemplate", "the CA refuses the subject, a name or an extension: compare them with its profile"),
     ("PKIStatus: waiting", "only an enrolment can wait for the CA, and for all of its answers since OpenSSL 3.3"),
     ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
@@ -330,6 +330,7 @@ def _extensions(raw: bytes) -> dict[str, bytes]:
 
 
 SUBJECT_KEY_ID, SUBJECT_ALT_NAME, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.17", "2.5.29.35"
+KEY_USAGE, BASIC_CONSTRAINTS = "2.5.29.15", "2.5.29.19"
 EC_PUBLIC_KEY = "1.2.840.10045.2.1"
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
 
@@ -717,6 +718,7 @@ class Settings(NamedTuple):
     secrets: dict[str, str]  # environment variables for openssl
     errors: list[str]
     warnings: list[str]
+    refuse_changes: bool  # revoke a certificate that is not what was asked for
 
     @property
     def server(self) -> str:
@@ -813,7 +815,10 @@ def _settings(section: Mapping[str, str]) -> Settings:
 
         directory = os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}")
     own = not section.get("cmp_tmp_dir")
-    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [])
+    refuse = section.get("cmp_refuse_changes", "").lower()
+    if refuse not in ("", *ON, *OFF):
+        errors.append("cmp_refuse_changes: is a switch: set it to True or False")
+    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [], refuse in ON)
     if "cmp_openssl_bin" not in section:
         path = shutil.which(name) or name
         settings.warnings.append(f"cmp_openssl_bin is not set: using {path}, the first one on the PATH")
@@ -1414,10 +1419,13 @@ class Links:
             if mark:
                 _links.add((mark, issuer.der))
             return True
-        logger.debug("openssl verify, issuer %s: %s", name, _one_line(run.output))
-        if not protected:
+        fault = re.search(r"lookup: *(.*)", run.output)
+        why = _one_line(fault.group(1) if fault else run.output)
+        if protected:
+            logger.debug("not the issuer: %s: %s", name, why)
+        else:
             self.left -= FALSE_LINK - 1
-            logger.warning("passed over a false certificate in extraCerts: %s", name)
+            logger.warning("passed over a false certificate in extraCerts: %s (%s)", name, why)
         return False
 
     def _ask(self, below: Certificate, issuer: Certificate) -> Run:
@@ -1537,6 +1545,65 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
             name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"
             warn("the bundle holds %s, valid only from %s: name its renewed certificate in cmp_untrusted", name, limits)
     return chain
+
+
+# --- The certificate against its CSR ------------------------------------------------------------------------
+
+
+def _general_names(extensions: Mapping[str, bytes]) -> set[str]:
+    """The subjectAltNames (RFC 5280, 4.2.1.6) in small letters, such as `DNS:www.example` and `IP:10.0.0.1`."""
+    names = set()
+    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
+        kind = {0x81: "email", 0x82: "DNS", 0x86: "URI", 0x87: "IP"}.get(name.tag, f"[{name.tag & 0x1F}]")
+        text = name.value.decode("ascii", "backslashreplace").lower() if name.tag in (0x81, 0x82, 0x86) else ""
+        if name.tag == 0x87 and len(name.value) in (4, 16):
+            import ipaddress  # not every certificate has one
+
+            text = str(ipaddress.ip_address(name.value))
+        names.add(f"{kind}:{text or name.value.hex()}")
+    return names
+
+
+def _common_names(subject: Name) -> set[str]:
+    """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
+    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == "2.5.4.3"}
+    return {text for text in texts if re.fullmatch(r"[^\s.@]+(\.[^\s.@]+)+|[0-9a-f]*:[0-9a-f:.]+", text)}
+
+
+def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
+    """Whether it is a CA's: cA in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3)."""
+    flag = _sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\x00"))[:1]
+    usage = next(_elements(extensions.get(KEY_USAGE, b"\x03\x01\x00"))).value
+    return any(e.tag == 0x01 and any(e.value) for e in flag) or bool(usage[1:2] and usage[1] & 0x04)
+
+
+def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
+    """What the CA has made of a request that nobody has asked for, or an empty string. `subject` is cmp_subject."""
+    try:
+        asked, got = _general_names(csr.extensions), _general_names(leaf.extensions)
+        authority = _signs_certificates(leaf.extensions)
+        keys = [_sequence(key)[1].value for key in (_csr_key(csr), leaf.key)]
+    except (CMPError, IndexError, StopIteration) as err:
+        return f"it cannot be compared with the CSR: {err}"
+    # A CA may repeat what the subject says as a subjectAltName, and the other way round.
+    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn} | {""}
+    said |= set(re.findall(r"=([^/=+]*)", subject.lower()))
+    values = {name.partition(":")[2] for name in asked}
+    names = _common_names(leaf.subject)
+    missing = sorted(asked - got) or sorted(
+        _common_names(csr.subject) - {name.partition(":")[2] for name in got} - names if not asked else ()
+    )
+    added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
+    added += sorted(f"CN={name}" for name in names - values - said)
+    shorter = min(map(len, keys))  # an EC point may be compressed: the first octet then says how, the others are x
+    found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("added", added)) if names]
+    found += ["another key"] * (keys[0][2:shorter] != keys[1][2:shorter]) + ["a CA certificate"] * authority
+    return _one_line("; ".join(found), 2 * MAX_TEXT)
+
+
+def _csr_key(csr: CSR) -> bytes:
+    """The subjectPublicKeyInfo of a CSR (RFC 2986, 4.1)."""
+    return _sequence(_sequence(csr.der)[0].raw)[2].raw
 
 
 # --- The handler --------------------------------------------------------------------------------------------
@@ -1666,27 +1733,30 @@ class CAhandler:
             except CMPError as err:
                 detail = self._failure("revocation", CMPError(f"not a certificate: {err}"))
                 return (400, ACME_ERROR + "malformed", detail)
-            settings = self._checked(self._profiled_section(cert, revocation=True))
-            for option in ENROLMENT_KEYS:
-                settings.options.pop(option, None)
-            settings.options["cmd"] = "rr"
-            with closing(_begin(settings, self.logger)) as transaction:
-                transaction.write("cert.pem", _pem(parsed.der))
-                arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
-                run = _openssl_cmp(transaction, arguments)
-            _log_messages(self.logger, run.messages, "$")
-            what = f"serial={parsed.serial} issuer={_name_text(parsed.issuer)}"
-            errors = run.errors()
-            if run.code == 0 and not errors:
-                self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
-                return (200, None, None)
-            detail = _reason(run, settings.server)
-            self.logger.error("CMP revocation failed: %s: %s", what, detail)
-            if any("PKIFailureInfo: certRevoked" in error for error in errors):
-                return (400, ACME_ERROR + "alreadyRevoked", detail)
-            return (500, ACME_ERROR + "serverInternal", detail)
+            return self._revoke(parsed, number, self._checked(self._profiled_section(cert, revocation=True)))
         except Exception as err:
             return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
+
+    def _revoke(self, certificate: Certificate, number: int, settings: Settings) -> Revoked:
+        """Ask the CA to revoke, with the server and the credentials of `settings`."""
+        options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
+        settings = settings._replace(options={**options, "cmd": "rr"})
+        with closing(_begin(settings, self.logger)) as transaction:
+            transaction.write("cert.pem", _pem(certificate.der))
+            arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
+            run = _openssl_cmp(transaction, arguments)
+        _log_messages(self.logger, run.messages, "$")
+        what = f"serial={certificate.serial} issuer={_name_text(certificate.issuer)}"
+        errors = run.errors()
+        if run.code == 0 and not errors:
+            code = next(name for name, known in REASONS.items() if known == number)
+            self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
+            return (200, None, None)
+        detail = _reason(run, settings.server)
+        self.logger.error("CMP revocation failed: %s: %s", what, detail)
+        if any("PKIFailureInfo: certRevoked" in error for error in errors):
+            return (400, ACME_ERROR + "alreadyRevoked", detail)
+        return (500, ACME_ERROR + "serverInternal", detail)
 
     def trigger(self, payload: str) -> tuple[str, None, None]:
         """CMP has no callbacks."""
@@ -1707,11 +1777,26 @@ class CAhandler:
         outcome = _exchange(_request(csr, transaction), transaction)
         if outcome.leaf is None:
             return outcome, None, None
-        leaf, chain = outcome.leaf, _chain(outcome.leaf, transaction)
+        leaf = outcome.leaf
         names = f"subject={_name_text(leaf.subject)} serial={leaf.serial} issuer={_name_text(leaf.issuer)}"
+        changes = _changes(csr, leaf, transaction.settings.options.get("subject") or "")
+        if changes:
+            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", names, changes)
+            if transaction.settings.refuse_changes:
+                return Outcome(reason=self._refuse(leaf, changes, transaction), final=True), None, None
+        chain = _chain(leaf, transaction)
         seconds = time.monotonic() - transaction.started
         self.logger.info("certificate issued: %s chain=%d seconds=%.2f", names, len(chain), seconds)
         return outcome, "".join(_pem(cert.der) for cert in chain), base64.b64encode(leaf.der).decode()
+
+    def _refuse(self, leaf: Certificate, changes: str, transaction: Transaction) -> str:
+        """Revoke a certificate that nobody has asked for; the text for the error."""
+        try:
+            detail = self._revoke(leaf, REASONS["cessationOfOperation"], transaction.settings)[2]
+        except (CMPError, OSError) as err:
+            detail = self._failure("revocation", err)
+        end = f"and could not be revoked ({detail}): revoke serial {leaf.serial} at the CA" if detail else "and revoked"
+        return f"the CA issued something else than the CSR asked for ({changes}): refused {end}"
 
     def _profile_keys(self) -> list[str]:
         """The keys that a profile may set: those that the configuration uses, without the protected ones."""
