@@ -7,9 +7,7 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,39 +93,6 @@ def test_lego_and_renewal_information(ca: DemoCA, tmp_path: Path) -> None:
 
 def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `pip install .` has put the handler."""
-    target = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--target", str(target), "."]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return target
-
-
-@needs("lego")
-@pytest.mark.parametrize("way", ["handler_file", "installed", "ca_handler.py"])
-def test_loaded_in_each_way(way: str, ca: DemoCA, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """By path as `handler_module` is what the tests above do."""
-    if way == "installed":
-        pythonpath = request.getfixturevalue("installed")
-        option, loaded = {"handler_module": "cmp_ca_handler"}, pythonpath / "cmp_ca_handler.py"
-    elif way == "handler_file":
-        pythonpath, option, loaded = None, {"handler_file": str(HANDLER)}, HANDLER
-    else:
-        pythonpath, option = tmp_path / "tree", {}
-        loaded = pythonpath / "acme_srv" / "ca_handler.py"
-        loaded.parent.mkdir(parents=True)
-        (loaded.parent / "__init__.py").touch()
-        shutil.copy(HANDLER, loaded)
-    with Host(tmp_path, {**option, **ca.options()}, pythonpath=pythonpath) as host:
-        assert "newOrder" in host.get("/directory")[1]
-        ordered = host.lego("a.example.com")
-        assert ordered.returncode == 0, ordered.stdout + host.log()
-        assert f"({loaded})" in host.log("Loaded .*CA ?handler")
-        check_chain(host.lego_chain("a.example.com"), ca)
 
 
 @needs("lego")
