@@ -34,6 +34,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import time
 import types
@@ -67,11 +68,39 @@ FORBIDDEN_KEYS = _keys(
     " reqout_only centralkeygen newkeyout infotype template serial keyspec oldwithold newwithnew newwithold oldwithnew"
     " crlcert oldcrl crlout crlform"
 )
+UNUSABLE_KEYS = RUNTIME_KEYS | FORBIDDEN_KEYS
 # Passed to openssl in its environment, for any local user can read an argument list.
 SECRET_KEYS = _keys("secret keypass tls_keypass otherpass")
 DN_KEYS = _keys("recipient issuer expect_sender subject")
 FILE_KEYS = _keys("cert key srvcert tls_cert tls_key config")
 FILE_LIST_KEYS = _keys("trusted untrusted out_trusted own_trusted extracerts tls_extra tls_trusted")
+TLS_KEYS = _keys("tls_cert tls_key tls_keypass tls_extra tls_trusted tls_host")
+NUMBER_KEYS = _keys("days keep_alive verbosity verify_depth auth_level attime")
+# The names that `openssl cmp` takes: OBJ_ln2nid() knows no other spelling.
+CHOICES = {
+    "cmd": _keys("ir cr p10cr"),
+    "popo": _keys("-1 0"),
+    "mac": _keys("hmac-sha1 hmac-md5 hmacWithSHA1 hmacWithSHA224 hmacWithSHA256 hmacWithSHA384 hmacWithSHA512"),
+    "digest": _keys(
+        "sha1 sha224 sha256 sha384 sha512 sha512-224 sha512-256 sha3-224 sha3-256 sha3-384 sha3-512 md5 sm3 shake128"
+        " shake256 blake2b512 blake2s256 ripemd160"
+    ),
+    "keyform": _keys("PEM P12 pem p12"),
+}
+CHOICE_HINTS = {
+    "cmd": "only ir, cr and p10cr enrol a certificate",
+    "popo": "only 0 (raVerified) and -1 (none) are possible: the private key stays with the ACME client",
+    "keyform": "openssl applies it to the public key of the request, too, and fails: delete it; for an engine write"
+    " cmp_key: org.openssl.engine:pkcs11:pkcs11:...",
+}
+WEAK_KEYS = {
+    "unprotected_errors": "anybody on the way to the CA can refuse in its name",
+    "unprotected_requests": "the requests are not protected, so only TLS can tell the CA who sends them",
+    "ta_in_ip_extracerts": "whoever is on the way can answer as the CA, in spite of cmp_trusted",
+    "no_check_time": "expired certificates are believed",
+    "ignore_critical": "what a certificate forbids may be overlooked",
+    "allow_proxy_certs": "whoever has a certificate can make more of them",
+}
 # What only an enrolment knows: not part of a revocation request.
 ENROLMENT_KEYS = _keys(
     "popo subject issuer days reqexts policies policy_oids policy_oids_critical out_trusted implicit_confirm"
@@ -83,8 +112,9 @@ PROTECTED_KEYS = OUR_KEYS | RUNTIME_KEYS | FORBIDDEN_KEYS | SECRET_KEYS
 PROTECTED_KEYS |= _keys(
     "ref cert key keyform cmd popo config section engine provider provider-path provparam propquery tls_cert tls_key"
     " rand writerand reqout srvcertout crlout msg_timeout total_timeout unprotected_requests unprotected_errors"
-    " verbosity ta_in_ip_extracerts"
+    " verbosity tls_used"
 )
+PROTECTED_KEYS |= frozenset(WEAK_KEYS)
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
 # cmpossl before 2020 spells many options without the underscore: inside this file each has OpenSSL 3's name.
 OPTION_NAMES = PROTECTED_KEYS | ENROLMENT_KEYS | SECRET_KEYS | DN_KEYS | FILE_KEYS | FILE_LIST_KEYS
@@ -126,6 +156,32 @@ ATTRIBUTES = {
     "0.9.2342.19200300.100.1.1": ("UID", UTF8, 256),
     "0.9.2342.19200300.100.1.25": ("DC", IA5, 255),
 }
+# What openssl takes in the value of an attribute type: characters, and how many. All others are any text (UTF8String).
+PRINTABLE_TEXT, ASCII_TEXT, DIGITS = r"[A-Za-z0-9 '()+,./:=?-]*", r"[\0-\x7f]*", r"[0-9 ]*"
+ANY_TEXT = (UTF8, "(?s:.*)", 1, 1 << 17)
+DN_VALUES = {
+    **dict.fromkeys(("C", "jurisdictionC"), (PRINTABLE, PRINTABLE_TEXT, 2, 2)),
+    "c3": (PRINTABLE, PRINTABLE_TEXT, 3, 3),
+    "serialNumber": (PRINTABLE, PRINTABLE_TEXT, 1, 64),
+    "dnQualifier": (PRINTABLE, PRINTABLE_TEXT, 1, 1 << 17),
+    **dict.fromkeys(("CN", "O", "OU"), (UTF8, "(?s:.*)", 1, 64)),
+    **dict.fromkeys(("L", "ST"), (UTF8, "(?s:.*)", 1, 128)),
+    **dict.fromkeys(("GN", "SN", "initials", "name"), (UTF8, "(?s:.*)", 1, 32768)),
+    "emailAddress": (IA5, ASCII_TEXT, 1, 128),
+    "mail": (IA5, ASCII_TEXT, 1, 256),
+    "DC": (IA5, ASCII_TEXT, 1, 1 << 17),
+    **{name: (0x12, DIGITS, size, size) for name, size in (("n3", 3), ("INN", 12), ("OGRN", 13), ("SNILS", 11))},
+    **dict.fromkeys(("friendlyName", "CSPName"), (0x1E, r"[\0-\uffff]*", 1, 1 << 17)),
+}
+# What others call the types that openssl calls so; case does not count.
+DN_ALIASES = dict(
+    pair.split("=")
+    for pair in (
+        "E=emailAddress EMAIL=emailAddress MAIL=mail S=ST SP=ST T=title G=GN I=initials DNQ=dnQualifier"
+        " GENERATION=generationQualifier PHONE=telephoneNumber POBOX=postOfficeBox JURISDICTIONCOUNTRY=jurisdictionC"
+        " JURISDICTIONSTATE=jurisdictionST JURISDICTIONLOCALITY=jurisdictionL"
+    ).split()
+)
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 
@@ -136,6 +192,8 @@ MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum sig
 MAX_OUTPUT = 1 << 18  # of openssl's messages
 MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
 MAX_RESPONSES = 200  # that one run of openssl can save
+NO_TIMEOUT = 30  # seconds for openssl where it is told of no time-out
+EXPIRES_SOON = 30 * 86400  # seconds
 GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
 RESUMED_TIMEOUT = 6  # -total_timeout of a resumed run: a poller that waits longer holds up all others
 MAX_CHAIN = 10
@@ -729,21 +787,273 @@ class Settings(NamedTuple):
         """One of the two time-outs."""
         return int(self.options[name] or 0)
 
+    def limit(self) -> int:
+        """Seconds after which a run of openssl is ended. Its own time-out of 0 is none."""
+        return self.seconds("total_timeout") + GRACE if self.seconds("total_timeout") else NO_TIMEOUT
+
+    def keep_secret(self, value: str) -> None:
+        """Note a value that must appear nowhere: not a credential of ours, but found where it should not be."""
+        for secret in (value, re.sub("%([0-9A-Fa-f]{2})", lambda code: chr(int(code.group(1), 16)), value)):
+            if secret and "\0" not in secret:
+                self.secrets[f"CMP_CA_HANDLER_HIDDEN_{len(self.secrets)}"] = secret
+
 
 ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
 
 
-def _slash_dn(value: str) -> str:
-    """`C=DE, CN=x` in openssl's notation `/C=DE/CN=x`. Raises CMPError where it is no DN."""
-    if value.startswith("/"):
-        return value
+DN_SYNTAX = "is not a distinguished name such as C=DE, CN=Issuing CA"
+DN_TYPE = re.compile(r"\s*([A-Za-z][\w.-]*|\d+(?:\.\d+)*)\s*=[ \t]*")
+# RFC 4514, section 2.4: text in quotes (of its predecessors), the hexadecimal form, or text with escapes.
+DN_VALUE = re.compile(r'"((?:[^"\\]|\\.)*)"|(#(?:[0-9A-Fa-f]{2})+)(?=\s*(?:[,+;]|$))|((?:[^,+;"\\]|\\.)*)', re.S)
+
+
+class Part(NamedTuple):
+    """An attribute of a configured name: what stands before it (`+` in a multi-valued RDN), type, value as written."""
+
+    separator: str
+    type: str
+    value: str
+    tag: int | None = None  # of the value's string, where it is written as `#hex`
+
+
+def _split_slash(value: str) -> Iterator[Part]:
+    """The attributes in openssl's notation `/C=DE/CN=x`: a backslash makes the next character a part of the value."""
+    for separator, part in re.findall(r"([/+])((?:[^/+\\]|\\.)*)", value, re.S):
+        kind, equals, text = part.partition("=")
+        if part or separator == "+":
+            if not equals:
+                raise CMPError(f"'{_one_line(part, 60)}' is no attribute such as CN=x: {_escape_hint(separator)}")
+            if re.search(r"(?<!\\)(?:\\\\)*\\\w", text):  # `\C3` and `\xC3` are of other notations: openssl reads C3
+                raise CMPError(
+                    f"{_one_line(kind, 60)}: write the character itself for its code, or \\\\ for a backslash"
+                )
+            yield Part(separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S))
+    if re.search(r"(?<!\\)(?:\\\\)*\\$", value):
+        raise CMPError("ends in a backslash: write two for one")
+
+
+def _escape_hint(separator: str) -> str:
+    names = {"/": "slash", "+": "plus sign", ",": "comma"}
+    return f"write \\{separator} for a {names[separator]} in a value"
+
+
+def _split_rfc4514(value: str) -> Iterator[Part]:
+    """The attributes in RFC 4514's notation `C=DE, CN=x`, from left to right as they are written."""
+    position, separator = 0, "/"
+    while True:
+        kind = DN_TYPE.match(value, position)
+        if not kind:
+            rest = value[position:].strip().partition(",")[0]
+            why = _escape_hint("," if separator == "/" else separator) if position else ""
+            raise CMPError(f"'{_one_line(rest, 60)}' {DN_SYNTAX}{'; ' + why if why else ''}")
+        found = DN_VALUE.match(value, kind.end())
+        assert found is not None  # noqa: S101 - the last alternative matches anything
+        rest = value[found.end() :].lstrip()
+        if rest and rest[0] not in ",+":
+            why = (
+                f"write \\{rest[0]} for {rest[0]} in its value"
+                if rest[0] in ';"\\'
+                else "its value goes on after the quotes"
+            )
+            raise CMPError(f"{kind.group(1)}: {why}")
+        yield _part(separator, kind.group(1), found)
+        if not rest:
+            return
+        position, separator = len(value) - len(rest) + 1, "+" if rest[0] == "+" else "/"
+
+
+def _part(separator: str, kind: str, found: re.Match[str]) -> Part:
+    """One attribute out of RFC 4514's notation."""
+    quoted, encoded, text = found.groups()
+    if encoded:
+        try:
+            (element,) = _elements(bytes.fromhex(encoded[1:]))
+            return Part(separator, kind, element.value.decode(STRINGS[element.tag]), element.tag)
+        except (CMPError, ValueError, KeyError) as err:
+            raise CMPError(f"{kind}: {encoded} is not the DER of a string") from err
+    if text is not None:
+        if text[:1] == "#":
+            raise CMPError(f"{kind}: write \\# for a number sign at the start of its value")
+        merged = re.search(r"[\s/]([A-Za-z]+) ?=", text)
+        if merged and merged.group(1).upper() in DN_TYPES:
+            raise CMPError(
+                f"{kind}: its value contains {merged.group(1)}=: write a comma before it, or \\= if it is no attribute"
+            )
+        blanks = re.search(r"\s*$", text)
+        end = blanks.start() if blanks else len(text)
+        if re.search(r"(?<!\\)(?:\\\\)*\\$", text[:end]):
+            end += 1  # an escaped blank
+        text = text[:end]
+    return Part(separator, kind, _unescaped(kind, quoted if text is None else text))
+
+
+def _unescaped(kind: str, text: str) -> str:
+    """The value of an attribute without the escapes of RFC 4514: `\\,` and `\\C3\\BC`."""
+    data = b""
+    for octet, special, plain in re.findall(r"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)|([^\\]+|\\)", text, re.S):
+        if plain == "\\":
+            raise CMPError(f"{kind}: write two backslashes for one in its value")
+        data += bytes.fromhex(octet) if octet else (special or plain).encode("utf-8", "surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as err:
+        raise CMPError(f"{kind}: its value is not UTF-8: write two backslashes for one") from err
+
+
+DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **DN_ALIASES}
+
+
+@functools.lru_cache(maxsize=8)
+def _known_types(program: str, version: str) -> dict[str, str]:
+    """Name or number of an object -> the short name that this openssl has for it."""
+    types: dict[str, str] = {}
+    for line in _run([program, "list", "-objects"]).output.splitlines():
+        short, _, rest = line.partition(" = ")
+        names, _, number = rest.rpartition(", ")
+        if re.fullmatch(r"\d+(\.\d+)+", number) and re.fullmatch(r"[\w.-]+", short):
+            for name in (number, names, names.casefold(), short, short.casefold()):
+                types.setdefault(name, short)
+            types[short] = short
+    return types
+
+
+def _attribute_type(kind: str, binary: Binary) -> str:
+    """openssl's short name of an attribute type. Raises CMPError where it has none, for it would leave it out."""
+    number = re.sub("^oid[.]", "", kind, flags=re.I)
+    if re.fullmatch(r"[\d.]+", number):
+        short = ATTRIBUTES[number][0] if number in ATTRIBUTES else ""
+    elif kind == "uid":
+        raise CMPError("uid: openssl means another attribute than others: write UID (userId) or uniqueIdentifier")
+    else:
+        short = DN_TYPES.get(kind.upper(), "")
+    if short or not binary.path:
+        return short or kind
+    known = _known_types(binary.path, binary.version)
+    short = known.get(number) or known.get(number.casefold()) or "" if number else ""
+    if not short:
+        near = "" if number[:1].isdigit() else _did_you_mean(kind, {*DN_TYPES.values()}, "")
+        raise CMPError(f"openssl does not know the attribute {_one_line(kind, 60)} and would leave it out{near}")
+    return short
+
+
+def _slash_dn(value: str, binary: Binary) -> str:
+    """A name in RFC 4514's or in openssl's notation, in openssl's, in the same order: `C=DE, CN=x` is `/C=DE/CN=x`.
+
+    Raises CMPError with the attribute that openssl would skip, cut or misread.
+    """
+    value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
     text = ""
-    for part in re.split(r"(?<!\\),", value):
-        attribute, equals, content = part.strip().replace("\\,", ",").partition("=")
-        if not equals or not attribute.strip():
-            raise CMPError(f"'{_one_line(value)}' is not a distinguished name such as C=DE, CN=Issuing CA")
-        text += "/" + attribute.strip() + "=" + re.sub(r"(?<!\\)/", r"\\/", content.strip())
-    return text
+    for part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
+        short = _attribute_type(part.type, binary)
+        tag, characters, shortest, longest = DN_VALUES.get(short, ANY_TEXT)
+        length, fault = len(part.value), ""
+        if not part.value:
+            fault = "has no value"
+        elif not shortest <= length <= longest:
+            size = f"{shortest}" if shortest == longest else f"at most {longest}"
+            fault = f"'{_one_line(part.value, 60)}' has {length} characters, possible are {size}"
+        elif "\0" in part.value or not re.fullmatch(characters, part.value):
+            fault = f"'{_one_line(part.value, 60)}' contains a character that is not possible there"
+        elif part.tag not in (None, tag):
+            fault = "openssl encodes its value in another way than #hex says: write the text"
+        if fault:
+            raise CMPError(f"{_one_line(part.type, 60)}: {fault}")
+        text += (
+            ("+" if part.separator == "+" and text else "/") + short + "=" + re.sub(r"([\\/+])", r"\\\1", part.value)
+        )
+    return text or "/"
+
+
+def _our_keys(section: Mapping[str, Any]) -> dict[str, str]:
+    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
+    return {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
+
+
+def _hide(text: str, secrets: Iterable[str]) -> str:
+    """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        for spelled in {secret, _one_line(secret, len(secret) + 1)}:
+            if len(spelled) > 3:
+                text = text.replace(spelled, "***")
+    return re.sub(r"(?i)(pin-value=)[^;&?\s]+", r"\1***", text)
+
+
+# --- Files that the configuration names
+
+
+class Contents(NamedTuple):
+    """What a file holds: `kinds` of things, and the validity of its first certificate (empty if there is none)."""
+
+    kinds: frozenset[str]
+    not_before: str = ""
+    not_after: str = ""
+
+
+CERTIFICATE_LABELS = ("CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE")
+PEM_KINDS = {
+    "CERTIFICATE REQUEST": "a certificate request",
+    "NEW CERTIFICATE REQUEST": "a certificate request",
+    "PUBLIC KEY": "a public key",
+    "PKCS7": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
+    "CMS": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
+    "X509 CRL": "a CRL",
+}
+CERTIFICATE, PRIVATE_KEY, ENCRYPTED_KEY = "a certificate", "a private key", "an encrypted private key"
+PKCS12, UNREADABLE, EMPTY = "PKCS #12", "neither PEM nor DER", "nothing"
+SIGNED_DATA = "1.2.840.113549.1.7.2"
+
+
+def _der_contents(data: bytes) -> Contents:
+    """What the DER in a file is."""
+    try:
+        certificate = _certificate(data)
+        return Contents(frozenset({CERTIFICATE}), certificate.not_before, certificate.not_after)
+    except CMPError:
+        pass
+    try:
+        first, *others = _sequence(data)
+    except (CMPError, ValueError):
+        return Contents(frozenset({UNREADABLE}))
+    if first.tag == 0x02:  # a version, of PKCS #12 it is 3
+        return Contents(frozenset({PKCS12 if first.value == b"\3" else PRIVATE_KEY}))
+    if first.tag == 0x06:
+        return Contents(frozenset({PEM_KINDS["PKCS7"] if _oid(first.value) == SIGNED_DATA else UNREADABLE}))
+    encrypted = first.tag == 0x30 and [other.tag for other in others] == [0x04]
+    return Contents(frozenset({ENCRYPTED_KEY if encrypted else PEM_KINDS["CERTIFICATE REQUEST"]}))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_contents(path: str, _modified: int, _size: int) -> Contents:
+    """What a file holds; read once, and again when it has changed."""
+    with open(path, "rb") as file:
+        data = file.read(1 << 22)
+    if not data.strip():
+        return Contents(frozenset({EMPTY}))
+    if data[:1] == b"\x30":
+        return _der_contents(data)
+    kinds, validity = set(), ("", "")
+    for label, body in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END", data, re.S):
+        name = label.decode()
+        if name in CERTIFICATE_LABELS:
+            try:
+                certificate = _certificate(next(_elements(binascii.a2b_base64(body))).raw)
+                validity = validity if validity[0] else (certificate.not_before, certificate.not_after)
+                kinds.add(CERTIFICATE)
+            except (CMPError, StopIteration, binascii.Error):
+                kinds.add("a damaged certificate")
+        elif name.endswith("PRIVATE KEY"):
+            kinds.add(ENCRYPTED_KEY if b"ENCRYPTED" in label + body else PRIVATE_KEY)
+        elif name in PEM_KINDS:
+            kinds.add(PEM_KINDS[name])
+    return Contents(frozenset(kinds or {UNREADABLE}), *validity)
+
+
+def _contents(path: str) -> Contents:
+    """What a file holds; nothing is known of a URI such as pkcs11:."""
+    if not os.path.isfile(path):
+        return Contents(frozenset())
+    info = os.stat(path)
+    return _read_contents(os.path.abspath(path), info.st_mtime_ns, info.st_size)
 
 
 def _file_list(option: str, value: str) -> list[str]:
@@ -763,21 +1073,222 @@ def _check_readable(names: Sequence[str]) -> None:
         raise CMPError(", ".join(faults))
 
 
-def _credentials(section: Mapping[str, str], errors: list[str]) -> dict[str, str]:
+def _check_files(option: str, value: str) -> None:
+    """Raise CMPError where the files of an option cannot be read, or hold something else than openssl looks for."""
+    if value[:1] == "[" and value[-1:] == "]":
+        raise CMPError("is a list: write the files into one line, with commas between them")
+    names = _file_list(option, value)
+    _check_readable(names)
+    wanted = {PRIVATE_KEY, ENCRYPTED_KEY, PKCS12} if option.endswith("key") else {CERTIFICATE, PKCS12}
+    what = "private key" if option.endswith("key") else "certificate"
+    for name in names if option != "config" else ():
+        kinds = _contents(name).kinds
+        if kinds and not kinds & wanted:
+            raise CMPError(f"{_one_line(name, 100)} holds no {what}, but {' and '.join(sorted(kinds))}")
+
+
+def _open_to_all(path: str) -> bool:
+    """Whether every local user can read a file."""
+    return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
+
+
+# --- Secrets
+
+
+def _variable(name: str) -> str:
+    """The name of an environment variable for an error, unless it may be the secret itself, put there by mistake."""
+    usual = re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
+    return f"the environment variable {name}" if usual else "the environment variable of that name (not shown)"
+
+
+def _credentials(section: Mapping[str, str], settings: Settings) -> dict[str, str]:
     """`section` with cmp_ref and cmp_secret, taken from environment variables where it says so."""
     result = dict(section)
     for key in ("cmp_ref", "cmp_secret"):
-        variable = result.pop(key + "_variable", None)
-        if variable is not None and not result.get(key):  # a configured value takes precedence
-            if os.environ.get(variable):
-                result[key] = os.environ[variable]
-            else:
-                errors.append(f"{key}_variable: the environment variable {_one_line(variable)} is not set")
+        name = result.pop(key + "_variable", None)
+        if name is None or result.get(key):  # a configured value takes precedence
+            continue
+        if os.environ.get(name):
+            result[key] = os.environ[name]
+        else:
+            shown = _variable(name) if key == "cmp_secret" else f"the environment variable {_one_line(name)}"
+            settings.errors.append(f"{key}_variable: {shown} is not set")
+            if key == "cmp_secret" and "not shown" in shown:
+                settings.keep_secret(name)
     return result
 
 
-def _option_value(option: str, value: str, takes_value: bool | None) -> str | None:
+_descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes, which say it only once
+
+
+def _read_descriptor(number: str) -> bytes:
+    """What acme2certifier has inherited in a file descriptor."""
+    if not re.fullmatch(r"\d{1,6}", number):
+        raise CMPError("fd: wants the number of a file descriptor")
+    descriptor = int(number)
+    info = os.fstat(descriptor)
+    if stat.S_ISREG(info.st_mode):
+        return os.pread(descriptor, 1024, 0)
+    key = (descriptor, info.st_dev, info.st_ino)
+    if key not in _descriptors:
+        if not select.select([descriptor], [], [], 0)[0]:
+            raise CMPError(f"nothing to read from file descriptor {descriptor}")
+        _descriptors[key] = os.read(descriptor, 1024)
+    return _descriptors[key]
+
+
+def _secret_line(source: str, rest: str) -> str:
+    """The first line of a file or descriptor: openssl takes the same. Raises CMPError where it is not what it seems."""
+    if source == "file":
+        _check_readable([rest])
+    try:
+        if source == "file":
+            with open(rest, "rb") as file:
+                data = file.read(1024)
+        else:
+            data = _read_descriptor(rest)
+    except (OSError, OverflowError) as err:
+        raise CMPError(f"{source}:{_one_line(rest, 100)} cannot be read: {getattr(err, 'strerror', err)}") from err
+    line, where = data.partition(b"\n")[0], f"{source}:{_one_line(rest, 100)}"
+    if line[:3] == b"\xef\xbb\xbf":
+        raise CMPError(f"{where} begins with a byte order mark: save it as UTF-8 without BOM")
+    if b"\0" in line:
+        raise CMPError(f"{where} is no text in UTF-8 or ASCII")
+    if b"\r" in line:
+        raise CMPError(f"{where} has line ends of Windows, which openssl takes into the secret: save it with LF alone")
+    if not line.strip():
+        raise CMPError(f"the first line of {where} is empty")
+    return os.fsdecode(line)
+
+
+def _secret_source(option: str, value: str, settings: Settings) -> str:
+    """The value for openssl's `-secret` and the like; the secret itself goes into the environment."""
+    prefix, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a prefix, the secret
+    source = prefix if colon else ""
+    if value == "stdin":
+        raise CMPError("stdin: acme2certifier has no terminal: use file:PATH or env:NAME")
+    if source == "env":
+        secret, name = os.environ.get(rest, ""), rest
+        if not secret:
+            if "not shown" in _variable(rest):
+                settings.keep_secret(rest)
+            raise CMPError(f"{_variable(rest)} is not set")
+    else:
+        name = "CMP_CA_HANDLER_" + option.upper()
+        given = rest if source == "pass" else value
+        secret = _secret_line(source, rest) if source in ("file", "fd") else given
+    settings.secrets[name] = secret
+    _check_secret(option, secret, rest if source == "file" else "", settings)
+    return f"env:{name}"
+
+
+def _check_secret(option: str, secret: str, path: str, settings: Settings) -> None:
+    """Look whether a secret is one. Raises CMPError where it is none, without showing it."""
+    if not secret:
+        raise CMPError("the secret is empty")
+    if re.search(r"[\r\n\0]", secret):
+        raise CMPError("the secret contains a line break: take it out")
+    if secret != secret.strip():
+        settings.warnings.append(f"cmp_{option}: the secret begins or ends with a blank, which counts")
+    if option == "secret" and len(secret) < 8:
+        what = "has less than 8 characters: whoever sees one message can find it by trying"
+        settings.warnings.append(f"cmp_secret {what}; ask the CA for a longer one")
+    if path and _open_to_all(path):
+        settings.warnings.append(f"cmp_{option}: every local user can read {_one_line(path, 100)}: chmod o-r")
+
+
+def _hidden_secrets(option: str, value: str, settings: Settings) -> None:
+    """Note what must be shown nowhere in the value of an option. Raises CMPError where everybody could see it."""
+    pins = re.findall(r"pin-value=([^;&?\s]*)", value, re.I)
+    for pin in pins:
+        settings.keep_secret(pin)
+    if pins:
+        why = "every local user can see a pin-value in the list of processes"
+        raise CMPError(f"{why}: write pin-source=file:PATH in its place, or cmp_keypass: env:NAME")
+    name, equals, parameter = value.partition("=")
+    pin = option == "provparam" and equals and re.search("pin|pass|secret", name, re.I)
+    if pin and not parameter.startswith("file:"):
+        settings.keep_secret(parameter)
+        raise CMPError("every local user can see a PIN there: write file:PATH for it, or use cmp_keypass: env:NAME")
+    if option in ("server", "proxy") and "@" in value:
+        settings.keep_secret(_password(value))
+        raise CMPError("a user and password there are visible to every local user, and openssl ignores them: remove")
+
+
+def _password(url: str) -> str:
+    """The password in a URL, or else the user's name."""
+    user = re.sub("^[A-Za-z]+://", "", url).rpartition("@")[0]
+    return user.partition(":")[2] or user
+
+
+SECRETIVE = re.compile("secr|pass|pwd|pin$|token|psk", re.I)
+
+
+def _looks_secret(option: str) -> bool:
+    """Whether a key that is no option of openssl is likely to be a misspelt secret."""
+    import difflib  # only needed for a typo
+
+    names = [*SECRET_KEYS, "password", "pin"]
+    return bool(SECRETIVE.search(option) or difflib.get_close_matches(option.lower(), names, 1, 0.7))
+
+
+# --- Values
+
+
+def _check_text(option: str, value: str) -> None:
+    """Raise CMPError where a value holds what the configuration file does not take away from it: quotes, comments."""
+    below = re.search(r"[\r\n]\s*(cmp_\w+)\s*[:=]", value)
+    if below:
+        raise CMPError(
+            f"the line {below.group(1)} below begins with a blank, and so belongs to this value: remove the blank"
+        )
+    if re.search(r"[\r\n]", value) and option not in FILE_LIST_KEYS:
+        raise CMPError("has more than one line: what is indented belongs to the line above it")
+    escape = "; if it belongs to the secret, write pass: before that" if option in SECRET_KEYS else ""
+    if value[:1] in ("'", '"') and len(value) > 1 and value[-1] == value[0]:
+        raise CMPError(f"write the value without the quotes{escape}")
+    comment = r"\s[#;](\s|$)" if option in DN_KEYS else r"\s[#;]"
+    if re.search(comment, value) and not (option in SECRET_KEYS and value.startswith("pass:")):
+        hint = "; if it belongs to the name, write a backslash before it" if option in DN_KEYS else escape
+        raise CMPError(f"a comment needs a line of its own{hint}")
+
+
+def _check_address(value: str) -> None:
+    """Raise CMPError where openssl cannot understand an address of a server, or understands another one."""
+    host, port = r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)", r"(?::([^/]*))?"
+    found = re.fullmatch(rf"(?:https?://)?{host}{port}(/|/[^/\s]\S*)?", value, re.A)
+    bare = re.sub("^https?://", "", value).partition("/")[0]
+    if bare.count(":") > 1 and "[" not in bare:
+        raise CMPError("an address of IPv6 needs brackets, such as [2001:db8::1]:8080")
+    if not found:
+        raise CMPError(f"'{_one_line(value, 100)}' is no address such as 192.168.14.137:8080 or cmp.acme.test:8080")
+    number = found.group(2)
+    if number is not None and not (re.fullmatch(r"\d{1,5}", number, re.A) and 0 < int(number) < 65536):
+        raise CMPError(f"'{_one_line(number, 40)}' is no port: 1 to 65535 are possible")
+
+
+def _check_value(option: str, value: str) -> None:
+    """Raise CMPError where openssl cannot use a value, or would use another one."""
+    if option in FILE_KEYS | FILE_LIST_KEYS:
+        _check_files(option, value)
+    if option in ("msg_timeout", "total_timeout") and not re.fullmatch(r"\d{1,6}", value, re.A):
+        raise CMPError("must be a number of seconds")
+    if option in NUMBER_KEYS and not re.fullmatch(r"-?\d{1,12}", value, re.A):
+        raise CMPError("must be a number")
+    if option in ("server", "proxy"):
+        _check_address(value)
+    if option == "path" and re.search(r"\s|^\w+://", value):
+        raise CMPError("is the path on the server alone, such as pkix/, without a blank")
+    if option in CHOICES and value not in CHOICES[option]:
+        folded = re.sub("[^a-z0-9]|with", "", value.lower())
+        near = sorted(n for n in CHOICES[option] if re.sub("[^a-z0-9]|with", "", n.lower()) == folded)
+        hint = f"openssl calls it {near[-1]}" if near else f"possible are {', '.join(sorted(CHOICES[option]))}"
+        raise CMPError(CHOICE_HINTS.get(option) or f"'{_one_line(value, 40)}' is no name for it: {hint}")
+
+
+def _option_value(option: str, value: str, settings: Settings) -> str | None:
     """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
+    takes_value = settings.binary.options.get(option)
     if value.lower() in ON and option != "profile":
         if takes_value:
             raise CMPError("needs a value, not True")
@@ -786,25 +1297,18 @@ def _option_value(option: str, value: str, takes_value: bool | None) -> str | No
         raise CMPError("is a switch: set it to True or False")
     if not value or "\0" in value:
         raise CMPError("has no value: give it one, or delete the line")
-    if option in FILE_KEYS | FILE_LIST_KEYS:
-        _check_readable(_file_list(option, value))
-    if option in ("msg_timeout", "total_timeout") and not re.fullmatch(r"\d{1,6}", value):
-        raise CMPError("must be a number of seconds")
-    if option == "total_timeout" and int(value) == 0:
-        raise CMPError("0 would wait for ever: set a number of seconds")
-    if option == "cmd" and value not in ("ir", "cr", "p10cr"):
-        raise CMPError("only ir, cr and p10cr enrol a certificate")
-    if option == "popo" and value not in ("-1", "0"):
-        raise CMPError("only 0 (raVerified) and -1 (none) are possible: the private key stays with the ACME client")
-    if option in ("server", "proxy") and "@" in value:
-        raise CMPError("a user and password there are visible to every local user, and openssl ignores them: remove")
-    return _slash_dn(value) if option in DN_KEYS else value
+    _check_text(option, value)
+    _hidden_secrets(option, value, settings)
+    _check_value(option, value)
+    if option in SECRET_KEYS:
+        return _secret_source(option, value, settings)
+    return _slash_dn(value, settings.binary) if option in DN_KEYS else ",".join(_file_list(option, value))
 
 
 def _settings(section: Mapping[str, str]) -> Settings:
     """Turn the section into openssl's options, with every error and warning that it deserves."""
     errors: list[str] = []
-    section = _credentials({key: str(value).strip() for key, value in section.items()}, errors)
+    section = {key: str(value).strip() for key, value in section.items()}
     name, directory, binary = section.get("cmp_openssl_bin") or "openssl", section.get("cmp_tmp_dir"), NO_BINARY
     try:
         binary = _binary(name)
@@ -822,21 +1326,38 @@ def _settings(section: Mapping[str, str]) -> Settings:
     if "cmp_openssl_bin" not in section:
         path = shutil.which(name) or name
         settings.warnings.append(f"cmp_openssl_bin is not set: using {path}, the first one on the PATH")
-    for key, value in section.items():
-        if key.startswith("cmp_") and key[4:] not in OUR_KEYS:
-            try:
-                _set_option(settings, key[4:], value)
-            except CMPError as err:
-                errors.append(f"{_one_line(key)}: {err}")
-                settings.options[_option_name(key[4:])] = None  # it is there, if not usable
-    _complete(settings)
+    if own:
+        lost = "a restart, or systemd's PrivateTmp, takes orders that wait for the CA out of the poller's sight"
+        settings.warnings.append(f"cmp_tmp_dir is not set: using {directory}, and {lost}")
+    for key, value in _credentials(section, settings).items():
+        try:
+            _set_key(settings, key, value)
+        except CMPError as err:
+            errors.append(f"{_one_line(key, 60)}: {err}")
+            settings.options[_option_name(key[4:])] = None  # it is there, if not usable
+    _complete(settings, section)
     return settings
 
 
-def _set_option(settings: Settings, option: str, value: str) -> None:
+def _set_key(settings: Settings, key: str, value: str) -> None:
     """Take over one line of the section. Raises CMPError with what is wrong with it."""
+    if not key.startswith("cmp_"):
+        if _looks_secret(key[4:]):
+            settings.keep_secret(value)
+        meant = "cmp_" + re.sub(r"^cmp[^a-z]?", "", key.lower()).replace("-", "_")
+        raise CMPError(f"is no key of ours and would be ignored; did you mean {_one_line(meant, 60)}?")
+    if key[4:] in OUR_KEYS:
+        _check_text(key[4:], value)
+    else:
+        _set_option(settings, key[4:], value)
+
+
+def _set_option(settings: Settings, option: str, value: str) -> None:
+    """Take over a line that becomes an option of openssl. Raises CMPError with what is wrong with it."""
     known = settings.binary.options
     option = _option_name(option, known)
+    if option not in SECRET_KEYS and (option not in known or option in UNUSABLE_KEYS) and _looks_secret(option):
+        settings.keep_secret(value)
     if option in RUNTIME_KEYS:
         settings.warnings.append(f"cmp_{option} is set by the handler itself and ignored here: delete it")
         return
@@ -849,47 +1370,58 @@ def _set_option(settings: Settings, option: str, value: str) -> None:
         raise CMPError(f"this openssl has no option -{_one_line(option)}{near}")
     settings.options.pop(option, None)
     if value.lower() not in OFF or option == "profile":
-        checked = _option_value(option, value, known.get(option))
-        if option in SECRET_KEYS:
-            checked = _secret_source(option, checked or "", settings.secrets)
-        settings.options[option] = checked
+        settings.options[option] = _option_value(option, value, settings)
 
 
-def _complete(settings: Settings) -> None:
+# --- The section as a whole
+
+
+def _complete(settings: Settings, section: Mapping[str, str]) -> None:
     """Look for what is missing, and set what is not configured."""
     options, known = settings.options, settings.binary.options
-    if not options.keys() & {"config", "section"}:  # else an OpenSSL configuration file may hold all of this
+    if options.keys() & {"config", "section"}:
+        key = "cmp_config" if "config" in options else "cmp_section"
+        settings.warnings.append(f"{key}: what stands in that OpenSSL configuration file is not checked here")
+    else:  # an OpenSSL configuration file may hold all of this
         _check_essentials(settings)
+        _check_tls(settings, section)
+        _check_credentials(settings, "")
+        _check_credentials(settings, "tls_")
         if "config" in known:
             options["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
+    _check_weak(settings)
+    if options.get("popo") == "-1" and options.get("cmd") != "p10cr" and "newkeyout" in known:
+        settings.errors.append(f"cmp_popo: {settings.binary.version} sends no request without a proof: delete it")
+    _set_timeouts(settings)
+    if "keep_alive" in known:
+        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
+    _check_proxies(settings)
+
+
+def _set_timeouts(settings: Settings) -> None:
+    """Set what is not configured of the two, so that they fit each other."""
+    options = settings.options
     message, total = options.get("msg_timeout"), options.get("total_timeout")
-    if message and total and int(message) > int(total):  # openssl wants it so
+    if total and int(total) == 0 and message != "0":
+        what = "0 would wait for ever: set a number of seconds, or cmp_msg_timeout: 0 as well"
+        settings.errors.append(f"cmp_total_timeout: {what}")
+    elif message and total and int(message) > int(total):  # openssl wants it so
         settings.errors.append("cmp_total_timeout must not be less than cmp_msg_timeout")
     options["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
     options["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
-    if "keep_alive" in known:
-        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
+
+
+def _check_proxies(settings: Settings) -> None:
+    """Say which proxy openssl takes from the environment, and keep its password secret."""
     proxies = [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
-    if proxies and not options.keys() & {"proxy", "no_proxy"}:
+    for name in proxies:
+        if "@" in os.environ[name]:
+            settings.keep_secret(_password(os.environ[name]))
+            settings.warnings.append(f"{name}: openssl does not send the user and password in it, but prints them")
+    if proxies and not settings.options.keys() & {"proxy", "no_proxy"}:
         settings.warnings.append(
             f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not"
         )
-
-
-def _secret_source(option: str, value: str, secrets: dict[str, str]) -> str:
-    """The value for openssl's `-secret` and the like; the secret itself goes into the environment."""
-    prefix, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a prefix, the secret
-    if colon and prefix == "env":
-        if not os.environ.get(rest):
-            raise CMPError(f"the environment variable {_one_line(rest)} is not set")
-        secrets[rest] = os.environ[rest]
-    elif colon and prefix == "file":
-        _check_readable([rest])
-    elif not (colon and prefix == "fd") and value != "stdin":
-        variable = "CMP_CA_HANDLER_" + option.upper()
-        secrets[variable] = rest if colon and prefix == "pass" else value
-        return "env:" + variable
-    return value
 
 
 def _check_essentials(settings: Settings) -> None:
@@ -906,11 +1438,65 @@ def _check_essentials(settings: Settings) -> None:
         who = "whoever has a certificate of that CA, and is on the way to it, can answer in its name"
         what = f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}"
         warnings.append(f"{what}; set cmp_expect_sender to the sender of its answers")
-    if "tls_used" in options and "tls_trusted" not in options:
-        warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
-    if "ta_in_ip_extracerts" in options:
-        who = "whoever is on the way brings a root of his own and can answer as the CA"
-        warnings.append(f"cmp_ta_in_ip_extracerts: {who}, in spite of cmp_trusted and cmp_expect_sender; delete it")
+
+
+def _check_tls(settings: Settings, section: Mapping[str, str]) -> None:
+    """Half a setting of TLS is a connection without TLS, or one with anybody."""
+    options, errors, warnings = settings.options, settings.errors, settings.warnings
+    version = re.match(r"OpenSSL (\d+)\.(\d+)", settings.binary.version)
+    url = (options.get("server") or "").startswith("https://")
+    assumed = url and version is not None and (int(version.group(1)), int(version.group(2))) >= (3, 5)
+    useless = [f"cmp_{option}" for option in options if option in TLS_KEYS]
+    if "tls_used" in options or assumed:
+        if "tls_trusted" not in options:
+            warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
+    elif url:
+        errors.append(f"cmp_tls_used is missing: {settings.binary.version} wants cmp_tls_used: True for https://")
+    elif useless and section.get("cmp_tls_used", "").lower() in OFF:
+        warnings.append(f"{', '.join(useless)}: not used, the connection is plain HTTP")
+    elif useless:
+        errors.append(
+            f"{', '.join(useless)} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True"
+        )
+
+
+def _check_credentials(settings: Settings, kind: str) -> None:
+    """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key, without starting a process."""
+    options, mine = settings.options, [f"{kind}{what}" for what in ("cert", "key", "keypass")]
+    cert, key, keypass = mine
+    # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
+    report = settings.warnings if not kind and "secret" in options else settings.errors
+    if (cert in options) != (key in options) and (kind or "secret" in options):
+        have, lack = (cert, key) if cert in options else (key, cert)
+        report.append(f"cmp_{have} without cmp_{lack}: set both, or none")
+    if keypass in options and key not in options:
+        settings.warnings.append(f"cmp_{keypass} without cmp_{key}: there is no key for it")
+    found = _contents(options.get(key) or "")
+    if found.kinds & {ENCRYPTED_KEY, PKCS12} and PRIVATE_KEY not in found.kinds and keypass not in options:
+        report.append(f"cmp_{key}: the key is encrypted: set cmp_{keypass}")
+    if _open_to_all(options.get(key) or ""):
+        settings.warnings.append(f"cmp_{key}: every local user can read {options[key]}: chmod o-r")
+    _check_validity(f"cmp_{cert}", options.get(cert) or "", report, settings.warnings)
+
+
+def _check_validity(key: str, path: str, report: list[str], warnings: list[str]) -> None:
+    """Report a certificate that is not valid now, and warn of one that will not be for long."""
+    found, now = _contents(path), time.time()
+    today, soon = (time.strftime(ISO_TIME, time.gmtime(now + more)) for more in (0, EXPIRES_SOON))
+    day, name = (found.not_before if found.not_before > today else found.not_after)[:10], _one_line(path, 100)
+    if found.not_before > today:
+        report.append(f"{key}: the certificate in {name} is not valid before {day}")
+    elif found.not_after and found.not_after <= today:
+        report.append(f"{key}: the certificate in {name} has expired on {day}: renew it")
+    elif found.not_after and found.not_after <= soon:
+        warnings.append(f"{key}: the certificate in {name} expires on {day}: renew it")
+
+
+def _check_weak(settings: Settings) -> None:
+    """Warn of what makes it easier to cheat."""
+    for option, why in WEAK_KEYS.items():
+        if option in settings.options:
+            settings.warnings.append(f"cmp_{option} weakens security: {why}")
 
 
 # --- A transaction is a directory ---------------------------------------------------------------------------
@@ -1288,8 +1874,7 @@ def _openssl_cmp(transaction: Transaction, request: Sequence[str], responses: Se
     settings, command = transaction.settings, _command(transaction.settings, request)
     if transaction.logger.isEnabledFor(logging.DEBUG):  # it holds no secret: those are in the environment
         transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
-    limit = settings.seconds("total_timeout") + GRACE
-    run = _run([*command, *responses], limit, settings.secrets, (transaction.lock,))
+    run = _run([*command, *responses], settings.limit(), settings.secrets, (transaction.lock,))
     return run._replace(messages=_messages(run.output, settings.secrets.values()))
 
 
@@ -1639,7 +2224,7 @@ class CAhandler:
             self._config = _load_config(self._helper, self.logger)
             if "CAhandler" not in self._config:
                 raise CMPError("the configuration has no [CAhandler] section")
-            self.section = {key: str(value) for key, value in self._config["CAhandler"].items() if key[:4] == "cmp_"}
+            self.section = _our_keys(self._config["CAhandler"])
         except Exception as err:
             self.config_error = self._failure("configuration", err)
         return self
@@ -1649,7 +2234,7 @@ class CAhandler:
         if name != "CAhandler":
             if name not in self._config:
                 raise CMPError(f"the configuration has no section [{_one_line(name)}]")
-            self.section.update({key: value for key, value in self._config[name].items() if key[:4] == "cmp_"})
+            self.section.update(_our_keys(self._config[name]))
 
     def __exit__(self, *args: object) -> None:
         """Nothing is open between calls."""
@@ -2364,8 +2949,11 @@ def _comma_dn(value: str) -> str:
     """`/C=DE/CN=x` as `C=DE, CN=x`: the reverse of `_slash_dn`."""
     if not value.startswith("/"):
         return value
-    parts = re.split(r"(?<!\\)/", value[1:])
-    return ", ".join(part.replace(",", "\\,").replace("\\/", "/") for part in parts)
+    text = ""
+    for part in _split_slash(value):
+        escaped = re.sub(r"^[ #]| $|\s(?=[#;]\s)|[,+\"\\\\;<>=]", r"\\\g<0>", part.value)
+        text += {"+": "+", "/": ", "}[part.separator] + f"{part.type}={escaped}"
+    return text[2:]
 
 
 if __name__ == "__main__":

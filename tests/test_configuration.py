@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import re
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import pkcs7, pkcs12
 
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
@@ -190,6 +195,79 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "time in words": ({"msg_timeout": "soon"}, ["cmp_msg_timeout", "number of seconds"]),
     "negative time": ({"total_timeout": "-1"}, ["cmp_total_timeout", "number of seconds"]),
     "no end": ({"total_timeout": "0"}, ["cmp_total_timeout", "for ever"]),
+    "no end, but for one message": ({"total_timeout": "0", "msg_timeout": "3"}, ["cmp_total_timeout", "for ever"]),
+    "quotes": ({"path": '"pkix/"'}, ["cmp_path", "quotes"]),
+    "address in quotes": ({"server": "'127.0.0.1:1'"}, ["cmp_server", "quotes"]),
+    "file in quotes": ({"trusted": '"ca.pem"'}, ["cmp_trusted", "quotes"]),
+    "secret in quotes": ({"secret": '"hush hush"'}, ["cmp_secret", "quotes", "pass:"]),
+    "directory in quotes": ({"tmp_dir": '"work"'}, ["tmp_dir", "quotes"]),
+    "comment": ({"server": "127.0.0.1:1  # the CA"}, ["cmp_server", "comment"]),
+    "comment with a semicolon": ({"path": "pkix/ ; x"}, ["cmp_path", "comment"]),
+    "comment at the secret": ({"secret": "hush # ours"}, ["cmp_secret", "comment", "pass:"]),
+    "indented key": ({"path": "pkix/\n  cmp_ignore_keyusage: True"}, ["cmp_path", "cmp_ignore_keyusage", "blank"]),
+    "two lines": ({"path": "pkix/\n  more"}, ["cmp_path", "more than one line"]),
+    "port too high": ({"server": "127.0.0.1:99999"}, ["cmp_server", "99999", "port"]),
+    "port 0": ({"server": "127.0.0.1:0"}, ["cmp_server", "'0'", "port"]),  # openssl takes 80
+    "port in letters": ({"server": "cmp.acme.test:http"}, ["cmp_server", "'http'", "port"]),
+    "no port": ({"server": "127.0.0.1:"}, ["cmp_server", "port"]),
+    "IPv6": ({"server": "::1:8080"}, ["cmp_server", "[2001:db8::1]:8080"]),
+    "no host": ({"server": ":8080"}, ["cmp_server", "address"]),
+    "another protocol": ({"server": "ftp://127.0.0.1:1"}, ["cmp_server", "address"]),
+    "protocol in capitals": ({"server": "HTTP://127.0.0.1:1"}, ["cmp_server", "address"]),
+    "two addresses": ({"server": "127.0.0.1:1 127.0.0.1:2"}, ["cmp_server", "address"]),
+    "proxy port": ({"proxy": "127.0.0.1:99999"}, ["cmp_proxy", "99999"]),
+    "path is a URL": ({"path": "http://127.0.0.1/pkix"}, ["cmp_path", "path on the server"]),
+    "empty trust": ({"trusted": "ca.pem"}, ["cmp_trusted", "ca.pem", "nothing"]),
+    "request as trust": ({"trusted": "pki/request.pem"}, ["cmp_trusted", "pki/request.pem", "certificate request"]),
+    "request in DER": ({"trusted": "pki/request.der"}, ["cmp_trusted", "certificate request"]),
+    "key as trust": ({"untrusted": "pki/cert.pem pki/key.pem"}, ["cmp_untrusted", "pki/key.pem", "a private key"]),
+    "PKCS #7 as trust": ({"trusted": "pki/p7.pem"}, ["cmp_trusted", "PKCS #7", "-print_certs"]),
+    "PKCS #7 in DER": ({"trusted": "pki/p7.der"}, ["cmp_trusted", "PKCS #7"]),
+    "text as trust": ({"trusted": "bin/text"}, ["cmp_trusted", "bin/text", "neither PEM nor DER"]),
+    "damaged certificate": ({"trusted": "pki/damaged.pem"}, ["cmp_trusted", "a damaged certificate"]),
+    "certificate as key": ({"cert": "pki/cert.pem", "key": "pki/cert.pem"}, ["cmp_key", "no private key"]),
+    "files as a list of YAML": ({"trusted": '["a.pem", "b.pem"]'}, ["cmp_trusted", "one line", "commas"]),
+    "encrypted key": (
+        {"secret": None, "cert": "pki/cert.pem", "key": "pki/encrypted.pem"},
+        ["cmp_key", "encrypted", "cmp_keypass"],
+    ),
+    "expired": ({"secret": None, "cert": "pki/expired.pem", "key": "pki/key.pem"}, ["cmp_cert", "expired", "2001-"]),
+    "not yet valid": (
+        {"secret": None, "cert": "pki/future.pem", "key": "pki/key.pem"},
+        ["cmp_cert", "not valid before"],
+    ),
+    "TLS trust without TLS": ({"tls_trusted": "pki/cert.pem"}, ["cmp_tls_trusted", "cmp_tls_used", "plain HTTP"]),
+    "TLS name without TLS": ({"tls_host": "x"}, ["cmp_tls_host", "cmp_tls_used"]),
+    "TLS certificate without key": (
+        {"tls_used": "True", "tls_cert": "pki/cert.pem"},
+        ["cmp_tls_cert without cmp_tls_key"],
+    ),
+    "TLS key without certificate": (
+        {"tls_used": "True", "tls_key": "pki/key.pem"},
+        ["cmp_tls_key without cmp_tls_cert"],
+    ),
+    "MAC by another name": ({"mac": "hmac-sha256"}, ["cmp_mac", "hmacWithSHA256"]),
+    "no MAC": ({"mac": "sha256"}, ["cmp_mac", "hmac-sha1"]),
+    "digest by another name": ({"digest": "SHA-256"}, ["cmp_digest", "sha256"]),
+    "key form": ({"keyform": "ENGINE"}, ["cmp_keyform", "org.openssl.engine"]),
+    "days in words": ({"days": "ninety"}, ["cmp_days", "number"]),
+    "stdin": ({"secret": "stdin"}, ["cmp_secret", "stdin", "file:"]),
+    "file: empty": ({"secret": "file:ca.pem"}, ["cmp_secret", "ca.pem", "empty"]),
+    "file: with CR LF": ({"secret": "file:pki/crlf.txt"}, ["cmp_secret", "pki/crlf.txt", "Windows"]),
+    "file: with a BOM": ({"secret": "file:pki/bom.txt"}, ["cmp_secret", "pki/bom.txt", "byte order mark"]),
+    "file: in UTF-16": ({"secret": "file:pki/utf16.txt"}, ["cmp_secret", "pki/utf16.txt", "no text"]),
+    "fd: not open": ({"secret": "fd:987"}, ["cmp_secret", "fd:987"]),
+    "pass: empty": ({"secret": "pass:"}, ["cmp_secret", "empty"]),
+    "PIN in the address of a key": (
+        {"cert": "pki/cert.pem", "key": "pkcs11:token=x;pin-value=hush%21"},
+        ["cmp_key", "pin-source=file:", "cmp_keypass: env:"],
+    ),
+    "secret for the name of its variable": (
+        {"secret": None, "secret_variable": "hush-hush"},
+        ["cmp_secret_variable", "not set"],
+    ),
+    "secret for the name in env:": ({"secret": "env:hushhush"}, ["cmp_secret", "not set"]),
+    "password in the name of a server": ({"server": "http://u:hush@127.0.0.1:1"}, ["cmp_server", "password"]),
     "key update": ({"cmd": "kur"}, ["cmp_cmd", "ir, cr and p10cr"]),
     "proof without a key": ({"popo": "1"}, ["cmp_popo", "private key"]),
     "password in the address": ({"server": "u:p@127.0.0.1:1"}, ["cmp_server", "password"]),
@@ -214,6 +292,44 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 }
 
 
+def make_files(directory: Path) -> None:
+    """Files that people take for others."""
+    directory.mkdir()
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, day = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "RA")]), datetime.timedelta(days=1)
+    pem, der = serialization.Encoding.PEM, serialization.Encoding.DER
+    now = datetime.datetime.now(datetime.timezone.utc)
+    old = datetime.datetime(2001, 1, 1)
+    for file, start, end in (
+        ("cert", now - day, now + 90 * day),
+        ("soon", now - day, now + 20 * day),
+        ("expired", old, old + day),
+        ("future", now + day, now + 2 * day),
+    ):
+        builder = x509.CertificateBuilder(name, name, key.public_key(), 1, start, end)
+        certificate = builder.sign(key, hashes.SHA256())
+        (directory / f"{file}.pem").write_bytes(certificate.public_bytes(pem))
+        if file == "cert":
+            (directory / "p7.pem").write_bytes(pkcs7.serialize_certificates([certificate], pem))
+            (directory / "p7.der").write_bytes(pkcs7.serialize_certificates([certificate], der))
+            password = serialization.BestAvailableEncryption(b"hush")
+            (directory / "ra.p12").write_bytes(
+                pkcs12.serialize_key_and_certificates(b"x", key, certificate, None, password)
+            )
+            (directory / "damaged.pem").write_bytes(certificate.public_bytes(pem).replace(b"MII", b"AII"))
+    request = x509.CertificateSigningRequestBuilder(name).sign(key, hashes.SHA256())
+    (directory / "request.pem").write_bytes(request.public_bytes(pem))
+    (directory / "request.der").write_bytes(request.public_bytes(der))
+    form = serialization.PrivateFormat.PKCS8
+    (directory / "key.pem").write_bytes(key.private_bytes(pem, form, serialization.NoEncryption()))
+    (directory / "encrypted.pem").write_bytes(
+        key.private_bytes(pem, form, serialization.BestAvailableEncryption(b"hush"))
+    )
+    (directory / "crlf.txt").write_bytes(b"hush hush\r\n")
+    (directory / "bom.txt").write_bytes(b"\xef\xbb\xbfhush hush\n")
+    (directory / "utf16.txt").write_text("hush hush\n", encoding="utf-16")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_before_anything_is_sent(
     fault: str, command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -227,6 +343,7 @@ def test_a_fault_is_named_before_anything_is_sent(
     Path("ca.pem").write_text("")
     Path("open").mkdir()
     Path("open").chmod(0o777)
+    make_files(Path("pki"))
     changes, words = FAULTS[fault]
     before = sorted(tmp_path.rglob("*"))
     handler = command.handler(SECTION, **changes)
