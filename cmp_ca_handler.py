@@ -2481,6 +2481,7 @@ examples:
   cmp_ca_handler.py --config acme_srv.cfg enroll www.csr -o www.pem
   cmp_ca_handler.py poll 3f0c77d1a9e25d0b61c8f2b7d4e09a16
   cmp_ca_handler.py revoke www.pem --reason superseded
+  cmp_ca_handler.py cacerts -o issuers.pem
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 3 the CA has not decided yet
 """
@@ -2506,8 +2507,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     enroll.add_argument("csr", metavar="CSR")
     poll = add("poll", help="go on with an enrolment that waits for the CA")
     poll.add_argument("identifier", metavar="ID")
-    for command in (enroll, poll):
-        command.add_argument("-o", "--output", metavar="FILE", help="write the bundle there, not to standard output")
+    cacerts = add("cacerts", help="ask the CA for its certificates, for cmp_untrusted")
+    for command in (enroll, poll, cacerts):
+        command.add_argument("-o", "--output", metavar="FILE", help="write the PEM there, not to standard output")
     revoke = add("revoke", help="revoke a certificate, PEM or DER")
     revoke.add_argument("certificate", metavar="CERT")
     revoke.add_argument("--reason", default="unspecified", help="one of " + ", ".join(REASONS))
@@ -2532,7 +2534,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _handler_command(args: Any) -> int:
-    """Run check, enroll, poll or revoke with the handler that the configuration describes."""
+    """Run check, enroll, poll, revoke or cacerts with the handler that the configuration describes."""
     logger = logging.getLogger("cmp_ca_handler")
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.DEBUG if args.verbose else logging.CRITICAL)
@@ -2551,6 +2553,8 @@ def _handler_command(args: Any) -> int:
             return _result(None if code == 200 else f"{message}: {detail}", "revoked\n", None, None)
         argument = _argument_file(args.csr) if args.command == "enroll" else ""
         with _output_file(args.output) as output:  # before the CA is asked: what it has issued must not get lost
+            if args.command == "cacerts":
+                return _result(None, _ca_certificates(handler._checked(handler.section)), None, output)
             if args.command == "enroll":
                 error, bundle, _, identifier = handler.enroll(argument)
             else:
@@ -2884,6 +2888,41 @@ def _check_server(settings: Settings) -> list[str]:
     if answer and answer.failures & CREDENTIALS_REFUSED:
         return [f"error: the CA does not accept the credentials: {text}"]
     return [f"warning: the CA answers, authentically, that it wants no general message; an enrolment may do: {text}"]
+
+
+CA_CERTS = "1.3.6.1.5.5.7.4.17"  # id-it-caCerts
+
+
+def _ca_certificates(settings: Settings) -> str:
+    """Ask for the CA's certificates (RFC 9480, 2.14): PEM. Raises CMPError where it sends none."""
+    import tempfile
+
+    known, none = settings.binary.options, f"CMP server {settings.server} sends no certificates: ask the CA's operator"
+    if not known.keys() >= {"infotype", "rspout", "cacertsout"}:
+        raise CMPError(f"{settings.binary.version} cannot ask for CA certificates, OpenSSL 3.0 can")
+    options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
+    command = _command(settings._replace(options={**options, "cmd": "genm"}), ["-infotype", "caCerts", "-batch"])
+    with tempfile.TemporaryDirectory() as directory:
+        # Read out of the saved answer: the file is empty with 3.0, and later ones insist on it.
+        path = f"{directory}/answer.der"
+        command += ["-rspout", path, "-cacertsout", f"{directory}/cacerts.pem"]
+        run = _run(command, settings.seconds("total_timeout") + GRACE, settings.secrets)
+        run = run._replace(messages=_messages(run.output, settings.secrets.values()))
+        if run.code != 0:
+            lacking = "does not include suitable value" in " ".join(run.errors())
+            raise CMPError(none if lacking else _reason(run, settings.server))
+        with open(path, "rb") as file:
+            body = _sequence(file.read(MAX_DER))[1]
+    found: list[Certificate] = []
+    for information in _sequence(body.value):
+        kind, *values = _sequence(information.raw)
+        if _oid(kind.value) == CA_CERTS and values:
+            found += [_certificate(element.raw) for element in _sequence(values[0].raw)]
+    if not found:
+        raise CMPError(none)
+    for certificate in found:
+        print(f"{_name_text(certificate.subject)}, valid until {certificate.not_after}", file=sys.stderr)
+    return "".join(_pem(certificate.der) for certificate in found)
 
 
 def _typed_words() -> list[str]:
