@@ -53,7 +53,7 @@ def _keys(words: str) -> frozenset[str]:
 
 
 # Keys that are no openssl options.
-OUR_KEYS = _keys("openssl_bin tmp_dir ref_variable secret_variable refuse_changes")
+OUR_KEYS = _keys("openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes")
 # Set by the handler for each transaction: ignored in the configuration, with a warning.
 RUNTIME_KEYS = _keys(
     "newkey newkeypass csr sans san_nodefault extracertsout cacertsout certout chainout rspin rspout oldcert"
@@ -274,8 +274,11 @@ class Element(NamedTuple):
     raw: bytes
 
 
-def _elements(data: bytes) -> Iterator[Element]:
-    """The DER elements that `data` consists of. Raises CMPError where it is not DER."""
+def _elements(data: bytes, strict: bool = False) -> Iterator[Element]:
+    """The DER elements that `data` consists of. Raises CMPError where it is not DER.
+
+    A length with more octets than it needs is BER, and let pass unless `strict`.
+    """
     start = 0
     while start < len(data):
         if len(data) - start < 2 or data[start] & 0x1F == 0x1F:
@@ -286,6 +289,8 @@ def _elements(data: bytes) -> Iterator[Element]:
             if not 1 <= octets <= 4:  # 0x80 is the indefinite form of BER
                 raise CMPError("malformed DER")
             length = int.from_bytes(data[begin : begin + octets], "big")
+            if strict and (length < 0x80 or not data[begin]):
+                raise CMPError("a length in it is BER, not DER")
             begin += octets
         end = begin + length
         if end > len(data):
@@ -300,6 +305,44 @@ def _sequence(data: bytes) -> list[Element]:
     if len(outer) != 1 or outer[0].tag != 0x30:
         raise CMPError("not one DER sequence")
     return list(_elements(outer[0].value))
+
+
+def _check_der(data: bytes, values: bool, depth: int = 0) -> None:
+    """Raise CMPError unless `data` is DER all the way down (X.690, 10 and 11), with `values` to the last octet.
+
+    Of BER, or of a string with octets that are none of its characters, two programs read two things.
+    """
+    for tag, value, _ in _elements(data, strict=True):
+        constructed = bool(tag & 0x20)
+        if tag < 0x40 and constructed != (tag & 0x1F in (0x10, 0x11)):
+            raise CMPError(f"tag {tag:#04x} in it is BER, not DER")
+        if constructed:
+            if depth > 20:
+                raise CMPError("it is nested too deeply")
+            _check_der(value, values, depth + 1)
+        elif (values or tag == 0x06) and not _is_der_value(tag, value):
+            raise CMPError(f"a value with tag {tag:#04x} in it is not DER")
+
+
+def _is_der_value(tag: int, value: bytes) -> bool:
+    """Whether these are the contents of a primitive DER element; True for a tag that has no rules here."""
+    if tag in STRINGS:
+        try:
+            return bool(value.decode(STRINGS[tag]) or not value)
+        except UnicodeDecodeError:
+            return False
+    if tag == 0x01:
+        return value in (b"\x00", b"\xff")
+    if tag in (0x02, 0x0A):  # INTEGER: the first nine bits are not all the same
+        return len(value) == 1 or (len(value) > 1 and value[0] << 1 | value[1] >> 7 not in (0, 0x1FF))
+    if tag == 0x03:  # BIT STRING: the unused bits are zero
+        unused = value[0] if value else 8
+        return unused < 8 and not (value[-1] & (1 << unused) - 1 if len(value) > 1 else unused)
+    if tag == 0x05:
+        return not value
+    if tag == 0x06:  # the last octet ends a number, none begins with zeros
+        return 0 < len(value) < 64 and value[-1] < 0x80 and not re.search(rb"(^|[\x00-\x7f])\x80", value, re.S)
+    return True
 
 
 def _oid(value: bytes) -> str:
@@ -389,8 +432,6 @@ def _extensions(raw: bytes) -> dict[str, bytes]:
 
 SUBJECT_KEY_ID, SUBJECT_ALT_NAME, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.17", "2.5.29.35"
 KEY_USAGE, BASIC_CONSTRAINTS = "2.5.29.15", "2.5.29.19"
-EC_PUBLIC_KEY = "1.2.840.10045.2.1"
-EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
 
 
 class Certificate(NamedTuple):
@@ -777,6 +818,7 @@ class Settings(NamedTuple):
     errors: list[str]
     warnings: list[str]
     refuse_changes: bool  # revoke a certificate that is not what was asked for
+    san_types: Sequence[str]  # the kinds of subjectAltNames that a CSR may have
 
     @property
     def server(self) -> str:
@@ -1322,7 +1364,8 @@ def _settings(section: Mapping[str, str]) -> Settings:
     refuse = section.get("cmp_refuse_changes", "").lower()
     if refuse not in ("", *ON, *OFF):
         errors.append("cmp_refuse_changes: is a switch: set it to True or False")
-    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [], refuse in ON)
+    kinds = _san_types(section.get("cmp_san_types", "DNS, IP, email"), errors)
+    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [], refuse in ON, kinds)
     if "cmp_openssl_bin" not in section:
         path = shutil.which(name) or name
         settings.warnings.append(f"cmp_openssl_bin is not set: using {path}, the first one on the PATH")
@@ -1691,6 +1734,57 @@ def _saved_responses(transaction: Transaction) -> tuple[int, list[str]]:
 # --- The request --------------------------------------------------------------------------------------------
 
 
+# The ACME server has checked the names that it read in the CSR, with a library that gives up on all extensions where
+# it cannot read one. openssl reads the CSR again, and the CA what openssl sends. So what one of them could read
+# otherwise, or not at all, is refused, and so is a name that nobody has checked.
+
+COMMON_NAME = "2.5.4.3"
+EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
+EC_PUBLIC_KEY, RSASSA_PSS = "1.2.840.10045.2.1", "1.2.840.113549.1.1.10"
+RSA_KEYS = ("1.2.840.113549.1.1.1", "2.5.8.1.1", RSASSA_PSS)
+
+# GeneralName (RFC 5280, 4.2.1.6): tag -> kind, and what its contents look like, as `_form` writes DER.
+VISIBLE = r"(2[1-9a-f]|[3-6]\w|7[0-9a-e])+"  # one or more characters of ASCII, without blanks and NUL
+SAN_KINDS = {
+    0x81: ("email", rf"81:{VISIBLE};"),
+    0x82: ("DNS", rf"82:{VISIBLE};"),
+    0x86: ("URI", rf"86:{VISIBLE};"),
+    0x87: ("IP", r"87:(\w{8}|\w{32});"),
+    0x88: ("RID", r"88:\w+;"),
+    0xA0: ("otherName", r"a0\(06:\w+;a0\((\w+:\w*;|30\((\w+:\w*;)+\))\)\)"),
+    0xA4: ("dirName", r"a4\(30\((31\((30\(06:\w+;(0c|13|16|1e):\w+;\))+\))+\)\)"),
+}
+CHECKED_KINDS = frozenset(("DNS", "IP", "email"))  # those that acme2certifier compares with the order
+
+# The extensions that its library reads, and what it surely can read. None: no client's request needs it, for it tells
+# of the CA, or names somebody. Others are opaque to everybody but the CA.
+EXTENSIONS = {
+    "2.5.29.14": ("subjectKeyIdentifier", r"04:\w*;"),
+    "2.5.29.15": ("keyUsage", r"03:0\d(\w\w){0,2};"),
+    "2.5.29.16": ("privateKeyUsagePeriod", None),
+    "2.5.29.17": ("subjectAltName", r"30\(.+\)"),  # and SAN_KINDS
+    "2.5.29.18": ("issuerAltName", None),
+    "2.5.29.19": ("basicConstraints", r"30\(\)"),  # CA:FALSE is the default, which DER does not write down
+    "2.5.29.30": ("nameConstraints", None),
+    "2.5.29.31": ("cRLDistributionPoints", rf"30\((30\(a0\(a0\((86:{VISIBLE};)+\)\)\))+\)"),
+    "2.5.29.32": ("certificatePolicies", r"30\((30\(06:\w+;(30\((30\(06:2b06010505070201;16:\w*;\))+\))?\))+\)"),
+    "2.5.29.35": ("authorityKeyIdentifier", r"30\((80:\w+;)?\)"),
+    "2.5.29.36": ("policyConstraints", None),
+    "2.5.29.37": ("extKeyUsage", r"30\((06:\w+;)+\)"),
+    "2.5.29.46": ("freshestCRL", None),
+    "2.5.29.54": ("inhibitAnyPolicy", None),
+    "1.3.6.1.5.5.7.1.1": ("authorityInfoAccess", rf"30\((30\(06:\w+;86:{VISIBLE};\))+\)"),
+    "1.3.6.1.5.5.7.1.11": ("subjectInfoAccess", None),
+    "1.3.6.1.5.5.7.1.24": ("tlsfeature", r"30\((02:(05|11);)+\)"),  # must-staple
+    "1.3.6.1.5.5.7.48.1.5": ("OCSP no check", r"05:;"),
+    "1.3.6.1.4.1.311.21.7": ("certificate template", r"30\(06:\w+;(02:[0-7]\w{1,7};){0,2}\)"),
+    "1.3.6.1.4.1.311.25.2": ("Active Directory SID", None),
+    "1.3.6.1.4.1.11129.2.4.2": ("certificate timestamps", None),
+    "1.3.6.1.4.1.11129.2.4.3": ("precertificate poison", None),
+    "1.3.36.8.3.3": ("admissions", None),
+}
+
+
 class CSR(NamedTuple):
     """What a PKCS #10 request (RFC 2986) asks for, the key apart."""
 
@@ -1699,39 +1793,146 @@ class CSR(NamedTuple):
     extensions: dict[str, bytes]
 
 
-def _csr(argument: object) -> CSR:
-    """Read a CSR as the host gives it. Raises CMPError where it is none."""
+def _csr(argument: object, kinds: Collection[str] = CHECKED_KINDS) -> CSR:
+    """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
     try:
         der = _decode(argument, "(?:NEW )?CERTIFICATE REQUEST")
+        _check_der(der, values=False)
+        try:
+            information, _, _ = _sequence(der)
+            version, subject, key, *attributes = _sequence(information.raw)
+            if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
+                raise ValueError
+            _check_key(*_sequence(key.raw))
+            csr = CSR(der, _name(subject.raw), _requested(attributes[0].value if attributes else b""))
+        except (IndexError, ValueError) as err:
+            raise CMPError("it is not a PKCS #10 request") from err
+        _check_common_name(csr.subject)
+        for oid, value in csr.extensions.items():
+            _check_extension(oid, value)
+        _check_alternative_names(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00"), kinds)
     except CMPError as err:
         raise CMPError(f"not a usable CSR: {err}") from err
-    try:
-        _, subject, key, *attributes = _sequence(_sequence(der)[0].raw)
-        algorithm, *parameters = _sequence(_sequence(key.raw)[0].raw)
-        extensions: dict[str, bytes] = {}
-        for attribute in _elements(attributes[0].value) if attributes else ():
-            kind, values = _sequence(attribute.raw)
-            if _oid(kind.value) in EXTENSION_REQUESTS:
-                extensions.update(_extensions(values.value))
-        csr = CSR(der, _name(subject.raw), extensions)
-    except (CMPError, IndexError, ValueError) as err:
-        raise CMPError("not a usable CSR: it is not a PKCS #10 request") from err
-    if _oid(algorithm.value) == EC_PUBLIC_KEY and [p.tag for p in parameters] != [0x06]:
-        # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
-        raise CMPError("not a usable CSR: its key has explicit EC parameters (RFC 5480, 2.1.1): use a named curve")
     return csr
+
+
+def _check_key(algorithm: Element, key: Element) -> None:
+    """Refuse a key with which anybody can sign: then the CSR's signature proves no possession of the private key."""
+    kind, *parameters = _sequence(algorithm.raw)
+    oid, tags = _oid(kind.value), [parameter.tag for parameter in parameters]
+    if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
+        # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
+        name = "explicit EC" if oid == EC_PUBLIC_KEY else "DSA or other"
+        raise CMPError(f"its key has {name} parameters, so its signature proves nothing: use RSA or a named curve")
+    if oid in RSA_KEYS:
+        _check_der(key.value[1:], values=True)
+        _, exponent = _sequence(key.value[1:])
+        number = int.from_bytes(exponent.value, "big", signed=True)
+        if number < 3 or number % 2 == 0:  # with 1 the signature is the message
+            raise CMPError("its RSA key has an exponent below 3, or an even one, so its signature proves nothing")
+
+
+def _requested(attributes: bytes) -> dict[str, bytes]:
+    """The extensions of the one extension request (RFC 2985, 5.4.2): of two, everybody would read another one."""
+    requests = []
+    for attribute in _elements(attributes):
+        kind, values = _sequence(attribute.raw)
+        if _oid(kind.value) in EXTENSION_REQUESTS:
+            requests.append(values)
+    if len(requests) > 1:
+        raise CMPError(f"it has {len(requests)} extension requests, which others read differently: one is possible")
+    extensions: dict[str, bytes] = {}
+    for values in requests:
+        content = list(_elements(values.value))
+        if values.tag != 0x31 or [element.tag for element in content] != [0x30]:
+            raise CMPError("its extension request is not exactly one list of extensions")
+        for extension in _elements(content[0].value):
+            fields = [f.raw if f.tag == 0x01 else f.tag for f in _sequence(extension.raw)]
+            identifier, value = _sequence(extension.raw)[0], _sequence(extension.raw)[-1]
+            name = EXTENSIONS.get(_oid(identifier.value), (_oid(identifier.value),))[0]
+            if fields not in ([0x06, 0x04], [0x06, b"\x01\x01\xff", 0x04]):  # FALSE is the default of `critical`
+                raise CMPError(f"its extension {name} is not DER: an identifier, TRUE (FF) if critical, and a value")
+            if _oid(identifier.value) in extensions:
+                raise CMPError(f"it has the extension {name} twice")
+            extensions[_oid(identifier.value)] = value.value
+    return extensions
+
+
+def _check_common_name(subject: Name) -> None:
+    """The ACME server compares the first CN with the order: it must be the only one, and read alike by everybody."""
+    names = [attribute for rdn in subject for attribute in rdn if attribute.type == COMMON_NAME]
+    if len(names) > 1:
+        raise CMPError(f"its subject has {len(names)} common names (CN): one is possible")
+    for name in names:
+        alike = name.text is not None and "\0" not in name.text
+        if name.tag == 0x14 and not name.raw.isascii():  # TeletexString is Latin-1 for some, UTF-8 for others
+            alike = alike and not _is_der_value(UTF8, name.raw)
+        if not alike:
+            raise CMPError("its common name (CN) is no string that everybody reads alike")
+
+
+def _check_extension(oid: str, value: bytes) -> None:
+    """Refuse what the ACME server's library may not be able to read, and what is not for a client to ask for."""
+    if oid not in EXTENSIONS:
+        return
+    name, expected = EXTENSIONS[oid]
+    if expected is None:
+        raise CMPError(f"it asks for the extension {name}, which is for the CA to decide")
+    try:
+        _check_der(value, values=True)
+    except CMPError as err:
+        raise CMPError(f"its extension {name} is malformed: {err}") from err
+    form = _form(value)
+    usage = value[3:5].ljust(2, b"\0") if oid == KEY_USAGE else b"\0\0"  # the bits of RFC 5280, 4.2.1.3
+    if usage[0] & 0x04 or (oid == BASIC_CONSTRAINTS and form.startswith("30(01:ff;")):
+        raise CMPError(f"it asks for a CA certificate ({name}), which no ACME client needs")
+    half = not usage[0] & 0x08 and (usage[0] & 0x01 or usage[1] & 0x80)  # encipherOnly says how keyAgreement is used
+    if half or not re.fullmatch(expected, form):
+        raise CMPError(f"its extension {name} is malformed, or acme2certifier may not be able to read it")
+
+
+def _form(data: bytes) -> str:
+    """DER as text, for regular expressions: `30(06:550403;0c:61;)` is SEQUENCE { 2.5.4.3, "a" }."""
+    elements = _elements(data)
+    return "".join(f"{t:02x}({_form(v)})" if t & 0x20 else f"{t:02x}:{v.hex()};" for t, v, _ in elements)
+
+
+def _check_alternative_names(value: bytes, kinds: Collection[str]) -> None:
+    """Each subjectAltName is well-formed, and of one of these `kinds`."""
+    for name in _sequence(value):
+        kind, form = SAN_KINDS.get(name.tag, ("", ""))
+        text = _one_line(ascii(name.value)[2:-1], 80)
+        if not kind:
+            raise CMPError(f"its subjectAltName [{name.tag & 0x1F}] '{text}' is of a kind that nobody uses")
+        if kind not in kinds:
+            raise CMPError(f"its subjectAltName {kind} '{text}' is none of cmp_san_types: {', '.join(kinds)}")
+        if not re.fullmatch(form, _form(name.raw)) or (kind == "RID" and not _is_der_value(0x06, name.value)):
+            raise CMPError(f"its subjectAltName {kind} '{text}' is malformed")
+
+
+def _san_types(value: str, errors: list[str]) -> list[str]:
+    """The kinds of subjectAltNames that cmp_san_types allows."""
+    known = {kind.lower(): kind for kind, _ in SAN_KINDS.values()}
+    words = re.split(r"[,\s]+", value)
+    for word in words:
+        if word.lower() not in known:
+            near = _did_you_mean(word, known.values(), "")
+            errors.append(f"cmp_san_types: '{_one_line(word, 40)}' is none of {', '.join(known.values())}{near}")
+    kinds = {known[word.lower()] for word in words if word.lower() in known}
+    # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
+    return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
 
 
 def _alternative_names(csr: CSR) -> Iterator[tuple[str, str]]:
     """The CSR's subjectAltNames (RFC 5280, 4.2.1.6) as (type, text); text is empty where -sans cannot carry it."""
     for name in _sequence(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
-        kind = {0x82: "DNS", 0x86: "URI", 0x87: "IP"}.get(name.tag, f"[{name.tag & 0x1F}]")
+        kind = SAN_KINDS[name.tag][0]
         text = name.value.decode("ascii", "replace")
         if kind == "IP":
             import ipaddress  # only for a cmpossl before 3.0
 
-            text = str(ipaddress.ip_address(name.value)) if len(name.value) in (4, 16) else ""
-        usable = kind in ("DNS", "URI", "IP") and not re.search(r"[\s,\\\ufffd]", text) and text.isprintable()
+            text = str(ipaddress.ip_address(name.value))
+        usable = kind in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", text)
         yield kind, text if usable else ""
 
 
@@ -2248,7 +2449,8 @@ class CAhandler:
         try:
             section = self._profiled_section(csr)
             settings = self._checked(section)
-            request = _csr(csr)
+            request = _csr(csr, settings.san_types)
+            self._check_seen(request)
             with closing(_begin(settings, self.logger)) as transaction:
                 transaction.write("enrolling", "")
                 changed = {key: value for key, value in section.items() if self.section.get(key) != value}
@@ -2288,8 +2490,8 @@ class CAhandler:
                 transaction.settings = settings = self._checked({**self.section, **saved})
                 # Short, whatever checkAfter the CA asks for, but long enough for one answer.
                 settings.options["total_timeout"] = str(max(RESUMED_TIMEOUT, settings.seconds("msg_timeout") + 1))
-                request = _csr(transaction.read("csr.pem"))
-                if csr and _csr(csr).der != request.der:
+                request = _csr(transaction.read("csr.pem"), settings.san_types)
+                if csr and _csr(csr, settings.san_types).der != request.der:
                     raise CMPError(f"transaction {poll_identifier} is for another CSR")
                 if not _saved_responses(transaction)[1]:  # without them, openssl would begin a second transaction
                     what = f"the saved responses in {transaction.path} are"
@@ -2382,6 +2584,17 @@ class CAhandler:
             detail = self._failure("revocation", err)
         end = f"and could not be revoked ({detail}): revoke serial {leaf.serial} at the CA" if detail else "and revoked"
         return f"the CA issued something else than the CSR asked for ({changes}): refused {end}"
+
+    def _check_seen(self, csr: CSR) -> None:
+        """Ask acme2certifier how many names it reads in the CSR: it has checked no others. Raises CMPError."""
+        read = getattr(self._helper, "csr_san_get", None)
+        if read is not None:
+            seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("=")))
+            names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr))
+            if seen != names:
+                raise CMPError(
+                    f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
+                )
 
     def _profile_keys(self) -> list[str]:
         """The keys that a profile may set: those that the configuration uses, without the protected ones."""

@@ -1,4 +1,6 @@
-"""The long run of the fuzzing: tests/test_fuzz.py with thousands of cases, other ones each time.
+"""The long run of the fuzzing: tests/test_fuzz.py, and any CSR in tests/test_csr.py, with thousands of cases.
+
+The cases are other ones each time.
 
     python3 tests/fuzz.py                   20,000 cases, some minutes
     python3 tests/fuzz.py --cases 500000    spread over the tests by what they cost
@@ -31,6 +33,7 @@ def main() -> int:
         "-m",
         "pytest",
         "tests/test_fuzz.py",
+        "tests/test_csr.py::test_everybody_reads_the_same",
         "-q",
         "-s",
         "--show-capture=no",
