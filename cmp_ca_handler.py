@@ -775,6 +775,9 @@ def _binary(name: str) -> Binary:
     path = shutil.which(name)
     if path is None:
         raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
+    if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
+        # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
+        raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
     info = os.stat(path)
     key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
     if key not in _binaries:
@@ -1100,7 +1103,9 @@ def _contents(path: str) -> Contents:
 
 def _file_list(option: str, value: str) -> list[str]:
     """The files that an option names: openssl splits some at commas and blanks, and knows no escape for a blank."""
-    return [name for name in re.split(r"[,\s]+", value) if name] if option in FILE_LIST_KEYS else [value]
+    if option not in FILE_LIST_KEYS:
+        return [value]
+    return [name for name in re.split(r"[,\s]+", _openssl_path(value)) if name]
 
 
 def _check_readable(names: Sequence[str]) -> None:
@@ -1356,10 +1361,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
         binary = _binary(name)
     except (CMPError, OSError) as err:
         errors.append(str(err))
-    if not directory:
-        import tempfile  # takes longer to import than this file does
-
-        directory = os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{os.getuid()}")
+    directory = _openssl_path(directory or _default_directory())
     own = not section.get("cmp_tmp_dir")
     refuse = section.get("cmp_refuse_changes", "").lower()
     if refuse not in ("", *ON, *OFF):
@@ -1562,11 +1564,9 @@ def _directory_fault(settings: Settings) -> str:
         return f"cmp_tmp_dir {path} cannot be written by this process: change its owner or mode"
     # Whoever can rename our directories, or those above, can put another public key into a request.
     while True:
-        info = os.stat(path)
-        if info.st_uid not in (os.geteuid(), 0):
-            return f"cmp_tmp_dir: {path} belongs to another user: give it to the user of acme2certifier"
-        if info.st_mode & 0o002 and not info.st_mode & 0o1000:
-            return f"cmp_tmp_dir: {path} can be written by every local user: chmod o-w"
+        others = _open_to_others(path)
+        if others:
+            return f"cmp_tmp_dir: {path} {others}"
         if path == os.path.dirname(path):
             return ""
         path = os.path.dirname(path)
@@ -1985,7 +1985,10 @@ def _verify(csr: CSR, transaction: Transaction) -> None:
     # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
     transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
     program = transaction.settings.binary.path
-    run = _run([program, "req", "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"], 10 + GRACE)
+    # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
+    argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
+    run = _run(argv, 10 + GRACE)
+    # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
     # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
     verified = re.search(r"^(Certificate request self-signature )?verify OK$", run.output, re.M)
     key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
@@ -2684,6 +2687,36 @@ def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str
         raise CMPError(f"the file {transaction.file('profile')} is damaged: order the certificate again") from err
 
 
+# --- What differs between operating systems ------------------------------------------------------------------
+
+
+def _default_directory() -> str:
+    """Where transactions live if cmp_tmp_dir does not say: a directory of this user's."""
+    import tempfile  # takes longer to import than this file does
+
+    user = re.sub(r"\W", "-", os.environ.get("USERNAME", ""))
+    if sys.platform != "win32":
+        user = str(os.getuid())
+    return os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{user}")
+
+
+def _openssl_path(path: str) -> str:
+    """`path` as openssl takes it in a list of files: a backslash quotes there."""
+    return path.replace("\\", "/") if os.sep == "\\" else path
+
+
+def _open_to_others(path: str) -> str:
+    """Who else may rename what is in this directory, as the end of an error, or nothing. Windows tells only by ACLs."""
+    if sys.platform == "win32":
+        return ""
+    info = os.stat(path)
+    if info.st_uid not in (os.geteuid(), 0):
+        return "belongs to another user: give it to the user of acme2certifier"
+    if info.st_mode & 0o002 and not info.st_mode & 0o1000:
+        return "can be written by every local user: chmod o-w"
+    return ""
+
+
 # --- The command line: the same code paths as in the host ---------------------------------------------------
 
 USAGE = """\
@@ -2802,12 +2835,12 @@ def _output_file(path: str | None) -> Iterator[IO[bytes] | None]:
         yield None
         return
     new = not os.path.lexists(path)
-    with open(path, "ab", buffering=0) as file:
-        try:
+    try:
+        with open(path, "ab", buffering=0) as file:
             yield file
-        finally:
-            if new and os.path.isfile(path) and not os.path.getsize(path):
-                os.remove(path)
+    finally:
+        if new and os.path.isfile(path) and not os.path.getsize(path):
+            os.remove(path)
 
 
 def _argument_file(path: str) -> str:

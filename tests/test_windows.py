@@ -121,3 +121,11 @@ def test_binary_that_takes_only_a_private_key(handlers: Handlers, tmp_path: Path
     assert "only a private key for -newkey" in fault
     assert "install OpenSSL 3" in fault
     assert handlers(SECTION, openssl_bin=program).enroll(csr_pem(["a.b"]))[0] == f"configuration error: {fault}"
+
+
+def test_openssl_without_its_configuration_file(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a slim container, and with most programs for Windows."""
+    monkeypatch.setenv("OPENSSL_CONF", str(tmp_path / "none.cnf"))
+    assert len(enrolled(handlers(ca.options()), csr_pem(["a.example"]))) == 3
