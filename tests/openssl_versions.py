@@ -191,18 +191,21 @@ def download_from(archive: str, suite: str, packages: list[str], work: Path) -> 
 
 def wrapper_text(suite: str) -> str:
     """The wrapper's script, with loader and libraries where the packages of this architecture have them."""
-    root = CACHE / suite
-    loader = [
+    loader, libraries = system_libraries(CACHE / suite)
+    return WRAPPER.format(suite=suite, loader=loader, libraries=libraries)
+
+
+def system_libraries(root: Path) -> tuple[Path, Path]:
+    """The dynamic loader and the directory of the libraries, as seen from `root`. Raises Missing."""
+    loaders = [
         path
         for path in root.glob("usr/lib*/**/ld*.so.*")
         if re.match(r"ld(64|-linux)", path.name) and not path.is_symlink()  # to an absolute path, it may be
     ]
     libcrypto = list(root.glob("usr/lib/*/libcrypto.so.*"))
-    if not loader or not libcrypto:
-        raise Missing(f"the packages of {suite} hold no dynamic loader or no libcrypto")
-    return WRAPPER.format(
-        suite=suite, loader=loader[0].relative_to(root), libraries=libcrypto[0].parent.relative_to(root)
-    )
+    if not loaders or not libcrypto:
+        raise Missing(f"the packages in {root.name} hold no dynamic loader or no libcrypto")
+    return loaders[0].relative_to(root), libcrypto[0].parent.relative_to(root)
 
 
 def run(command: list[str]) -> str:

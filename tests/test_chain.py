@@ -561,6 +561,7 @@ DEEP = authority("deep ca", b"deep")
         (LEAF_KNOWN, [], [EXPIRED, ROOT_PEM], 2, "CN=ca, valid only from 20"),
         (LEAF_KNOWN, [CA_PEM], [certificate(authority("good root"), GOOD_ROOT)], 1, "CN=good root, in cmp_untrusted"),
     ],
+    ids=["no issuer", "two missing", "no root", "expired", "another root"],
 )
 def test_warning(
     leaf: str,
