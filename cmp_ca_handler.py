@@ -3116,7 +3116,7 @@ def _check_server(settings: Settings) -> list[str]:
         answer = _answer(f"{directory}/answer.der")
     messages = _messages(run.output, settings.secrets.values())
     run = run._replace(messages=[m for m in messages if not m.text.startswith("Did not receive response")])
-    contact = next((m.text[13:] for m in messages if m.text.startswith("will contact ")), settings.server)
+    contact = next((m.text[13:] for m in messages if m.text.lower().startswith("will contact ")), settings.server)
     print(_masked(f"connect   {_one_line(contact, 200)}", settings))
     authentic = run.code == 0 or (answer is not None and answer.protected and _accepted(run))
     proven = {"address": bool(answer) or not any("connect timeout" in text for text in run.errors())}

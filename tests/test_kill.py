@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -56,6 +57,16 @@ def age(path: Path, seconds: float) -> None:
     os.utime(path, (moment, moment))
 
 
+def unlocked(transaction: Path) -> bool:
+    """Whether nobody holds it. A process that ends has no command line any more, but still its files for a moment."""
+    with (transaction / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("victim", ["openssl", "handler", "both"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.call}-{step.request}")
 def test_killed(step: Step, victim: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
@@ -100,6 +111,7 @@ def test_killed(step: Step, victim: str, ca: DemoCA, handlers: Handlers, proxy: 
 
     handler = handlers(options, **SHORT)
     if step.pending:
+        wait_until(lambda: unlocked(handlers.work / identifier), "the release of its lock")
         ca.approve("all")
         check_issued(handler.poll("name", identifier, ""), csr)
         assert (requests(ca)["ir"], requests(ca)["certConf"]) == (1, 1)

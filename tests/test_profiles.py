@@ -130,7 +130,7 @@ def test_path_of_an_account(ca: DemoCA, tmp_path: Path) -> None:
     with Host(tmp_path, {**BY_PATH, **ca.options()}, {"EABhandler": accounts(tmp_path, profiles)}) as host:
 
         def contacted() -> list[str]:
-            return [line.rpartition(ca.server)[2] for line in host.log("will contact").splitlines()]
+            return [line.rpartition(ca.server)[2] for line in host.log("[Ww]ill contact").splitlines()]
 
         unknown = host.lego("east.example.com", *eab("east"), contact="east@example.com")
         assert unknown.returncode == 1 and ca.messages == []
