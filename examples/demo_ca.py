@@ -311,8 +311,9 @@ FUNCTIONS: tuple[tuple[Any, Sequence[Any], Sequence[str]], ...] = (
 
 @functools.cache
 def libcrypto() -> Any:
-    """The system's OpenSSL 3. Raises DemoError if there is none, or one without CMP."""
-    names = ["libcrypto.so.3", "libcrypto.3.dylib", "/opt/homebrew/opt/openssl@3/lib/libcrypto.3.dylib"]
+    """The system's OpenSSL 3 or 4. Raises DemoError if there is none, or one without CMP."""
+    names = ["libcrypto.so.3", "libcrypto.so.4"]
+    names += ["libcrypto.3.dylib", "/opt/homebrew/opt/openssl@3/lib/libcrypto.3.dylib"]
     if sys.platform != "darwin":  # macOS kills processes that load Apple's own libcrypto
         names.append(ctypes.util.find_library("crypto") or "libcrypto.so")
     for name in names:
