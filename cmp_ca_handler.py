@@ -228,6 +228,15 @@ HINTS = (
         "code=405|code=501|http code 405|http code 501",
         "a web server that takes no CMP requests: check cmp_server and cmp_path",
     ),
+    (
+        "code=502|code=503|http code 502|http code 503|connect failure",
+        "a proxy on the way cannot reach the CMP server, or may not: check cmp_server, and the proxy",
+    ),
+    (
+        "missing content type",
+        "a proxy sends its header in pieces, as openssl with time-outs cannot read it:"
+        " set cmp_msg_timeout: 0 and cmp_total_timeout: 0",
+    ),
     ("unexpected content type|content type mismatch", "that is no CMP service: check cmp_server and cmp_path"),
     ("header parse error", "that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS"),
     ("wrong version number", "the server does not speak TLS on this port: check cmp_server and cmp_tls_used"),
@@ -235,7 +244,11 @@ HINTS = (
     ("redirection not enabled", "the server redirects: set cmp_server and cmp_path to the final address"),
     ("max resp len exceeded", "the answer is too large to be CMP: check cmp_server and cmp_path"),
     ("does not match our enrollment key", "the CA issued for another key: look into the CA's log"),
-    ("badMessageCheck", "the CA could not verify the request: check cmp_ref and cmp_secret, or cmp_cert and cmp_key"),
+    (
+        "badMessageCheck",
+        "the CA could not verify the request: check cmp_ref and cmp_secret (a CA by RFC 9483 also wants a cmp_cert with"
+        " the subject CN=cmp_ref), or cmp_cert and cmp_key",
+    ),
     ("signerNotTrusted", "the CA does not trust the certificate in cmp_cert"),
     ("notAuthorized", "the CA does not let this RA enrol: check the RA's rights at the CA"),
     ("badPOP", "let the CA accept raVerified from this RA, or set cmp_cmd: p10cr (some CAs drop names then)"),
@@ -244,6 +257,11 @@ HINTS = (
     ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
     ("key values mismatch", "cmp_key does not belong to cmp_cert"),
     ("bad decrypt", "the pass phrase does not fit the key: check cmp_keypass"),
+    ("PIN incorrect", "check cmp_keypass, or the pin-source in cmp_key: a token locks itself after a few wrong PINs"),
+    (
+        "object not found|could not find private key",
+        "there is no such key: check cmp_key, and for a token its name, the PIN and that openssl finds the module",
+    ),
     ("No space left on device", "make room on the disk of cmp_tmp_dir"),
 )
 
@@ -557,7 +575,10 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
     except Exception as err:
         if path and _is_ini(path):
             _read_ini(path)  # says what is wrong: the helper says that it is no YAML either
-        raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(str(err))}") from err
+        mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
+        if mark:  # YAML's message shows the line, or a word of it, which may be a secret
+            what = f"line {mark.line + 1}: " + (what if "duplicate" in what else re.sub("'[^']*'", "'...'", what))
+        raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
 
 
 def _is_ini(path: str) -> bool:
@@ -576,6 +597,11 @@ def _read_ini(path: str) -> Any:
     try:
         with open(path, encoding="utf-8-sig") as file:
             config.read_file(file)
+    except configparser.MissingSectionHeaderError as err:  # it prints the line, which may hold a secret
+        raise CMPError(f"cannot read {path}: no [section] before line {err.lineno}") from None
+    except configparser.ParsingError as err:  # so does this one
+        lines = ", ".join(str(number) for number, _ in err.errors)
+        raise CMPError(f"cannot read {path}: no key and value in line {lines}") from None
     except (OSError, ValueError, configparser.Error) as err:
         what = "; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else ""
         raise CMPError(f"cannot read {path}: {_one_line(str(err))}{what}") from err
@@ -739,7 +765,9 @@ def _reason(run: Run, server: str) -> str:
         # Not in what an HTTP server may write: the hint must not be its choice.
         searched = " ".join(re.sub("(reason=|actual=|Content-Type: ).*", "", text) for text in errors)
         if not errors or errors[0].lower().startswith("cannot set up cmp context"):  # no server has written anything
-            telling = re.compile("(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match)", re.I)
+            telling = re.compile(
+                "(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I
+            )
             errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
             searched = " ".join(m.text for m in run.messages)
         what = f"CMP with {server} failed: {'; '.join(errors[:4]) or 'openssl gave no reason'}"
@@ -2889,12 +2917,12 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
         return 1
     settings = _settings(handler.section)
     known = settings.binary.options
-    print(f"openssl   {settings.binary.path or 'not usable'}  {settings.binary.version}".rstrip())
+    print(_masked(f"openssl   {settings.binary.path or 'not usable'}  {settings.binary.version}", settings).rstrip())
     if known:
         able = {"all extensions of a CSR": settings.binary.converts_csr()}
         able.update({"waiting enrolments": "rspin" in known, "profiles": "profile" in known})
         print("          " + ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()))
-    print(f"tmp_dir   {_one_line(settings.directory, 200)}\n")
+    print(_masked(f"tmp_dir   {_one_line(settings.directory, 200)}\n", settings))
     for key, value in handler.section.items():
         print(f"  {_one_line(key) + ':':<24} {_shown(key, value, settings)}")
     print()
@@ -2921,20 +2949,16 @@ HIDDEN = "(hidden)"
 
 def _masked(text: str, settings: Settings) -> str:
     """`text` without what is, or looks like, a secret: the PIN of a token, the password of a proxy."""
-    for secret in settings.secrets.values():
-        if len(secret) > 3:
-            text = text.replace(_one_line(secret), HIDDEN)
-    text = re.sub(
-        r"(?i)\b((?:pin-value|(?:user)?[-_]?pin|pass(?:word|phrase)?|secret)=)[^;&?\s'\"]+", rf"\1{HIDDEN}", text
-    )
+    text = _hide(text, settings.secrets.values())
+    text = re.sub(r"(?i)\b((?:(?:user)?[-_]?pin|pass(?:word|phrase)?|secret)[=:])[^;&?\s'\"]+", rf"\1{HIDDEN}", text)
     return re.sub(r"(//)[^/@\s'\"]+@", rf"\1{HIDDEN}@", text)
 
 
 def _shown(key: str, value: str, settings: Settings) -> str:
     """The value of a key, unless it is a secret: a misspelt key of one has a secret for its value, too."""
     option, known = key[4:], settings.binary.options
-    known_key = option in known.keys() | OUR_KEYS if known else not re.search("sec|pas|pin|pwd", option, re.I)
-    secret = _option_name(option) in SECRET_KEYS or "pass" in option or not known_key
+    known_key = option in known.keys() | OUR_KEYS if known else not _looks_secret(option)
+    secret = _option_name(option) in SECRET_KEYS or "pass" in option or not known_key or not key.startswith("cmp_")
     if option.endswith("_variable"):  # of its name, unless it is the secret itself, by mistake
         secret = value not in os.environ
     if secret and value:
@@ -2948,16 +2972,10 @@ def _check_file(handler: CAhandler, settings: Settings, path: str, section: str)
     """Warn of what acme2certifier itself is configured to do, beside our section."""
 
     def find(key: str, *sections: str) -> str:
-        return next(
-            (
-                handler._config[name][key]
-                for name in sections
-                if name in handler._config and key in handler._config[name]
-            ),
-            "",
-        )
+        found = [handler._config[name] for name in sections if name in handler._config]
+        return next((str(values[key]) for values in found if key in values), "")
 
-    total = settings.seconds("total_timeout") or 30
+    total = settings.seconds("total_timeout") or NO_TIMEOUT
     limit = find("enrollment_timeout", "Certificate")
     if not limit or (limit.strip().isdigit() and int(limit) <= total):
         what = f"enrollment_timeout is {limit}" if limit else "enrollment_timeout is not set, which means 5"
@@ -2995,7 +3013,7 @@ def _yaml_numbers(handler: CAhandler, path: str, section: str) -> Iterator[str]:
 
 
 def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
-    """Look at cmp_cert and cmp_key, or cmp_tls_cert and cmp_tls_key: are they a pair, how long valid, what for?"""
+    """Look at cmp_cert and cmp_key, or cmp_tls_cert and cmp_tls_key: are they a pair, and what for?"""
     certificate, key = settings.options.get(kind + "cert"), settings.options.get(kind + "key")
     if not certificate or not os.path.isfile(certificate):
         return  # none configured, or one in a token, which only openssl can open
@@ -3009,10 +3027,6 @@ def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
         return
     lines = [_one_line(line) for line in about.output.splitlines() if "No ext" not in line]
     print(f"cmp_{kind}cert  {'; '.join(lines)}")
-    if _run([*x509, "-checkend", "0"], secrets=settings.secrets).code != 0:
-        yield f"error: cmp_{kind}cert: {certificate} has expired"
-    elif _run([*x509, "-checkend", str(30 * 86400)], secrets=settings.secrets).code != 0:
-        yield f"warning: cmp_{kind}cert: {certificate} expires within 30 days"
     yield from _check_usage(f"cmp_{kind}cert: {certificate}", about.output, "secret" in settings.options and not kind)
     if not key or not os.path.isfile(key):
         return
@@ -3032,7 +3046,7 @@ def _check_usage(name: str, about: str, idle: bool) -> Iterator[str]:
     """Judge what a certificate of ours may be used for; it is `idle` where a secret protects the messages."""
     usage = re.search(r"X509v3 Key Usage:.*\n(.*)", about)
     if usage and "Digital Signature" not in usage.group(1) and not idle:
-        yield f"error: {name} lacks the key usage digitalSignature, so nothing can be signed with its key"
+        yield f"warning: {name} lacks the key usage digitalSignature: the CA may refuse what is signed with its key"
     extended = re.search(r"X509v3 Extended Key Usage:.*\n(.*)", about)
     if extended and name.startswith("cmp_tls_") and not re.search("Client Auth|Any Ext", extended.group(1)):
         yield f"warning: {name} is for {extended.group(1).strip()}, not for clients: the TLS server may refuse it"
@@ -3040,6 +3054,7 @@ def _check_usage(name: str, about: str, idle: bool) -> Iterator[str]:
 
 # What openssl says of an error message that it has accepted, and nothing else (measured with 3.0, 3.5 and 3.6).
 GENM_REFUSED = re.compile("received error|unexpected pkistatus|Did not receive response on genm")
+TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
 # Of PKIFailureInfo (RFC 4210, 5.2.3), what says that the CA does not take us for who we are.
 CREDENTIALS_REFUSED = {1, 12, 20}  # badMessageCheck, wrongIntegrity, signerNotTrusted
 MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
@@ -3110,17 +3125,20 @@ def _check_server(settings: Settings) -> list[str]:
     options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
     command = _command(settings._replace(options={**options, "cmd": "genm"}), [])
     with tempfile.TemporaryDirectory() as directory:
-        for option, values in (("batch", []), ("rspout", [f"{directory}/answer.der"])):
+        saved = _openssl_path(directory) + "/answer.der"
+        for option, values in (("batch", []), ("rspout", [saved])):
             command += [f"-{option}", *values] if option in settings.binary.options else []
-        run = _run(command, (settings.seconds("total_timeout") or 30) + GRACE, settings.secrets)
-        answer = _answer(f"{directory}/answer.der")
+        run = _run(command, settings.limit(), settings.secrets)
+        answer = _answer(saved)
     messages = _messages(run.output, settings.secrets.values())
     run = run._replace(messages=[m for m in messages if not m.text.startswith("Did not receive response")])
     contact = next((m.text[13:] for m in messages if m.text.lower().startswith("will contact ")), settings.server)
     print(_masked(f"connect   {_one_line(contact, 200)}", settings))
     authentic = run.code == 0 or (answer is not None and answer.protected and _accepted(run))
     proven = {"address": bool(answer) or not any("connect timeout" in text for text in run.errors())}
-    proven.update({"TLS": bool(answer), "path": bool(answer), "trust": authentic})
+    # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
+    tls = bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors()))
+    proven.update({"TLS": bool(answer) or tls, "path": bool(answer), "trust": authentic})
     # A CA may sign its no for anybody. Only those who have the secret can make a MAC with it.
     proven["credentials"] = authentic and (run.code == 0 or bool(answer and answer.mac))
     if "tls_used" not in options:

@@ -15,9 +15,11 @@ from typing import Any, Callable
 
 import pytest
 
-from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, free_port
-from demo_ca import DemoCA
+import demo_ca
+from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, free_port
+from demo_ca import DemoCA, read_der
 from proxy import Proxy, TcpServer, spoilt
+from proxy import name as common_name
 from test_cli import HANDLER, Desk, run
 
 EVERYTHING = "address: yes, path: yes, trust: yes, credentials: yes"
@@ -102,6 +104,7 @@ FAULTS: dict[str, tuple[str, dict[str, str | None], str, str]] = {
     "sender": ("certificate", {"expect_sender": "CN=x"}, "path: yes, trust: no", "cmp_expect_sender does not fit"),
     "TLS name": ("TLS", {"tls_host": "cmp.example"}, "address: yes, TLS: no, path: no", "cmp_tls_host its name"),
     "TLS trust": ("TLS", {"tls_trusted": "{other}"}, "address: yes, TLS: no, path: no", "cmp_tls_trusted must hold"),
+    "path behind TLS": ("TLS", {"path": "nowhere"}, "address: yes, TLS: yes, path: no", "check cmp_path"),
     "no TLS": ("TLS", {"tls_used": None, "tls_trusted": None}, "address: yes, path: no", "check cmp_tls_used"),
 }
 
@@ -186,6 +189,37 @@ def test_an_answer_that_somebody_has_changed(
     assert checked.code == 1 and "trust: no, credentials: no" in checked.proven, checked.output
 
 
+class StrictCA(DemoCA):
+    """A CA that finds the secret by the sender's name, as RFC 9483, 3.1, has it, and not by senderKID alone."""
+
+    def _new_context(self, envelope: demo_ca.Envelope) -> int:
+        wanted = common_name(self.ref).public_bytes()
+        return super()._new_context(envelope if self.sender == wanted else envelope._replace(reference=b"unknown"))
+
+    def answer(self, data: bytes) -> bytes:
+        """Look at the sender first."""
+        self.sender = read_der(data).parts()[0].parts()[1].content
+        return super().answer(data)
+
+
+@binaries
+def test_a_ca_that_wants_the_reference_as_the_sender(
+    openssl: str, ca_directory: Path, tmp_path: Path, connect: Callable[..., Checked], desk: Desk
+) -> None:
+    """A certificate gives openssl the sender's name, and needs no key."""
+    shutil.copytree(ca_directory, tmp_path / "strict")
+    with StrictCA(tmp_path / "strict") as ca:
+        sender: list[str | Path] = ["-subj", f"/CN={ca.ref}", "-out", tmp_path / "sender.pem"]
+        run_openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "/dev/null", *sender)
+        alone = connect(ca.options(), openssl)
+        assert alone.code == 1 and "check cmp_ref and cmp_secret" in alone.errors[0], alone.output
+        changes = {"cert": "sender.pem", "issuer": ca.options()["cmp_recipient"]}
+        both = connect(ca.options(), openssl, **changes)
+        assert (both.code, both.proven) == (0, EVERYTHING), both.output
+        (tmp_path / "www.csr").write_text(csr_pem(["www.example"]))
+        assert desk("enroll", "www.csr").returncode == 0
+
+
 # --- Which file -------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +265,8 @@ def test_a_file_that_is_not_there(desk: Desk) -> None:
 FILES = {
     "twice": ("[CAhandler]\ncmp_ref: 1\ncmp_ref: 2\n", "option 'cmp_ref' in section 'CAhandler' already exists"),
     "Latin-1": ("[CAhandler]\ncmp_recipient: CN=M\xfcller\n", "save it in UTF-8"),
-    "no section": ("cmp_ref: 1\n", "no section"),
+    "no section": ("cmp_secret: hush-hush\n", "no [section] before line 1"),
+    "no value": ("[CAhandler]\ncmp_ref: 1\ncmp_secret hush-hush\n", "no key and value in line 3"),
     "another section": ("[Certificate]\nenrollment_timeout: 30\n", "no [CAhandler] section"),
     "empty": ("", "no [CAhandler] section"),
     "prose": ("Dear colleague,\n\nthe CA is at 10.0.0.1.\n", "acme_srv.cfg"),
@@ -245,6 +280,7 @@ def test_a_file_that_cannot_be_read_is_the_only_fault(file: str, helper: bool, d
     (tmp_path / "acme_srv.cfg").write_text(text, encoding="latin-1")
     checked = Checked(checked_with_helper(tmp_path) if helper else desk("check"))
     assert len(checked.errors) == 1 and "internal" not in checked.output, checked.output
+    assert "hush" not in checked.output
     if not (helper and file == "no section"):  # YAML, for acme2certifier
         assert expected in checked.errors[0], checked.output
 
@@ -267,6 +303,24 @@ def test_yaml(ca: DemoCA, tmp_path: Path) -> None:
         assert told == (
             [f"warning: cmp_ref: YAML takes {reference} for the number {taken}; write it in quotes"] * bool(taken)
         )
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("cmp_secret: *hush-hush", "line 2: found undefined alias '...'"),
+        ("cmp_secret: !hush-hush x", "line 2: "),
+        ("cmp_secret: 'hush-hush", "line "),
+        ("cmp_secret: hush: hush-hush", "line 2: mapping values are not allowed here"),
+        ("cmp_ref: 1\n  cmp_ref: 2", "duplicate"),
+    ],
+)
+def test_yaml_that_cannot_be_read(line: str, expected: str, tmp_path: Path) -> None:
+    """The line is named, and not shown: it may hold a secret."""
+    (tmp_path / "acme_srv.cfg").write_text(f"CAhandler:\n  {line}\n")
+    checked = Checked(checked_with_helper(tmp_path))
+    assert len(checked.errors) == 1 and expected in checked.errors[0], checked.output
+    assert "hush" not in checked.output
 
 
 # --- What acme2certifier is configured to do --------------------------------------------------------------------------
@@ -326,6 +380,7 @@ HIDDEN = {
     "cmp_secret": "hush-hush",
     "cmp_key": "pkcs11:token=ra;object=ra?pin-value=hush-hush",
     "cmp_provparam": "pkcs11:pin=hush-hush",
+    "cmp_tmp_dir": "/tmp/pin-value=hush-hush",
     "cmp_proxy": "http://user:hush-hush@127.0.0.1:1",
     "cmp_server": "user:hush-hush@127.0.0.1:1",
 }
@@ -357,10 +412,11 @@ def issue(directory: Path, ca: DemoCA, name: str, *extensions: str) -> dict[str,
 
 
 def test_key_usage_of_the_ra(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
-    """openssl would sign nothing with it."""
-    desk.configure(ca.options("certificate"), **issue(tmp_path, ca, "ra", "keyUsage=keyEncipherment"))
-    checked = Checked(desk("check"))
-    assert len(checked.errors) == 1 and "lacks the key usage digitalSignature" in checked.errors[0], checked.output
+    """openssl signs with it all the same, but the demo CA, for one, does not take that."""
+    for usage, warned in (("keyEncipherment", True), ("digitalSignature", False)):
+        desk.configure(ca.options("certificate"), **issue(tmp_path, ca, "ra", f"keyUsage={usage}"))
+        warnings = [w for w in Checked(desk("check")).warnings if "lacks the key usage digitalSignature" in w]
+        assert len(warnings) == warned
 
 
 def test_extended_key_usage_is_named(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:

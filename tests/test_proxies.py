@@ -1,0 +1,251 @@
+"""The way to the CA leads through real servers: nginx before it, which ends TLS; squid and tinyproxy."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+import programs
+from conftest import BINARIES, Handlers, as_host, binaries, csr_pem, free_port, listens, needs, wait_until
+from demo_ca import DemoCA
+from proxy import TcpServer
+from test_cli import Desk
+
+CSR = as_host(csr_pem(["a.example"], "a.example"))
+ISSUED = (None, None)
+Enrol = Callable[..., "tuple[str | None, str | None]"]
+Start = Callable[[str, str, "list[str]"], int]
+
+
+@pytest.fixture
+def enrol(handlers: Handlers) -> Enrol:
+    """`enrol(section)` enrols; error and waiting identifier, both None where the certificate came."""
+
+    def enrolled(section: dict[str, str], **changes: str | None) -> tuple[str | None, str | None]:
+        error, bundle, _, identifier = handlers(section, **changes).enroll(CSR)
+        assert (bundle is None) == bool(error or identifier)
+        return error, identifier
+
+    return enrolled
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Callable[..., str]:
+    """`check(section)` is what `check --connect` prints."""
+
+    def checked(section: dict[str, str], **environment: str) -> str:
+        desk = Desk(tmp_path)
+        desk.configure(section)
+        result = desk("check", "--connect", **environment)
+        assert result.stderr == ""
+        return result.stdout
+
+    return checked
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Run a server until the test ends: `start("nginx", configuration, arguments)` is its port.
+
+    In both, {port} is a free one, {directory} one of its own, and {file} the configuration.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+
+    def started(program: str, configuration: str, arguments: list[str]) -> int:
+        directory, port = tmp_path / program, free_port()
+        directory.mkdir()
+        file = directory / "configuration"
+        file.write_text(configuration.format(port=port, directory=directory))
+        command = [programs.find(program), *(word.format(directory=directory, file=file) for word in arguments)]
+        with (directory / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory)
+        running.append(process)
+        wait_until(lambda: listens(port) or process.poll() is not None, f"the start of {program}")
+        assert process.poll() is None, (directory / "log").read_text()
+        return port
+
+    yield started
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+# --- nginx ends TLS ---------------------------------------------------------------------------------------------------
+
+NGINX = """\
+daemon off;
+master_process off;
+pid {{directory}}/pid;
+error_log stderr;
+events {{{{}}}}
+http {{{{
+    access_log off;
+    client_body_temp_path {{directory}};
+    proxy_temp_path {{directory}};
+    fastcgi_temp_path {{directory}};
+    uwsgi_temp_path {{directory}};
+    scgi_temp_path {{directory}};
+    server {{{{
+        listen 127.0.0.1:{{port}} ssl;
+        ssl_certificate {ca}/tls.pem;
+        ssl_certificate_key {ca}/tls.key;
+        {more}
+        location /pkix/ {{{{
+            proxy_pass http://{server};
+        }}}}
+    }}}}
+}}}}
+"""
+
+
+def nginx(start: Start, ca: DemoCA, more: str = "") -> dict[str, str]:
+    """The section for a CA behind nginx."""
+    configuration = NGINX.format(ca=ca.directory, server=ca.server, more=more)
+    port = start("nginx", configuration, ["-e", "stderr", "-p", "{directory}", "-c", "{file}"])
+    trusted = ca.options()["cmp_trusted"]
+    return {**ca.options(), "cmp_server": f"localhost:{port}", "cmp_tls_used": "True", "cmp_tls_trusted": trusted}
+
+
+@needs("nginx")
+@binaries
+def test_nginx(openssl: str, ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
+    section = {**nginx(start, ca), "cmp_openssl_bin": openssl}
+    assert enrol(section) == ISSUED
+    output = check(section)
+    assert "address: yes, TLS: yes, path: yes, trust: yes, credentials: yes" in output, output
+    assert "address: yes, TLS: no" in check({**section, "cmp_tls_host": "cmp.example"})
+    assert "address: yes, TLS: yes, path: no" in check({**section, "cmp_path": "nowhere"})
+    error, _ = enrol({**section, "cmp_path": "nowhere"})
+    assert error and "check cmp_path" in error
+    error, _ = enrol({key: value for key, value in section.items() if "tls" not in key})
+    assert error and "CMP with" in error
+
+
+@needs("nginx")
+def test_nginx_wants_a_certificate(ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
+    """The RA's certificate, for TLS as well."""
+    section = nginx(
+        start, ca, f"ssl_client_certificate {ca.directory}/trusted.pem; ssl_verify_client on; ssl_verify_depth 3;"
+    )
+    error, _ = enrol(section)
+    assert error and "400" in error
+    ra = ca.options("certificate")
+    with open(ca.directory / "ra-chain.pem", "w") as chain:  # -tls_extra does not send the intermediate CA
+        chain.write((ca.directory / "ra.pem").read_text() + (ca.directory / "sub.pem").read_text())
+    section.update(cmp_tls_cert=f"{ca.directory}/ra-chain.pem", cmp_tls_key=ra["cmp_key"])
+    assert enrol(section) == ISSUED
+    assert "TLS: yes, path: yes, trust: yes, credentials: yes" in check(section)
+
+
+@needs("nginx")
+def test_nginx_without_a_ca_behind_it(ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
+    section = nginx(start, ca)
+    ca.stop()
+    error, _ = enrol(section)
+    assert error and "code=502" in error and "a proxy on the way cannot reach the CMP server" in error
+    assert "a proxy on the way cannot reach the CMP server" in check(section)
+
+
+# --- HTTP proxies -----------------------------------------------------------------------------------------------------
+
+SQUID = """\
+http_port 127.0.0.1:{port}
+http_access allow localhost
+http_access deny all
+pid_filename none
+cache_log /dev/null
+access_log none
+cache deny all
+coredump_dir none
+shutdown_lifetime 0 seconds
+visible_hostname localhost
+pinger_enable off
+"""
+TINYPROXY = "Port {port}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nLogLevel Connect\n"
+
+
+@pytest.fixture
+def squid(start: Start) -> str:
+    """The address of a running squid."""
+    return f"127.0.0.1:{start('squid', SQUID, ['-N', '-f', '{file}'])}"
+
+
+@needs("squid")
+@binaries
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_squid(
+    tls: bool, openssl: str, squid: str, make_ca: Callable[..., DemoCA], enrol: Enrol, check: Callable[..., str]
+) -> None:
+    ca = make_ca(tls=tls)
+    section = {**ca.options(), "cmp_proxy": squid, "cmp_openssl_bin": openssl}
+    assert enrol(section) == ISSUED
+    output = check(section)
+    assert f"via {squid}" in output and "trust: yes, credentials: yes" in output, output
+    ca.stop()
+    for text in (enrol(section)[0], check(section)):
+        assert text and "a proxy on the way cannot reach the CMP server" in text
+
+
+@needs("squid")
+def test_squid_of_the_environment(
+    squid: str, ca: DemoCA, make_ca: Callable[..., DemoCA], check: Callable[..., str]
+) -> None:
+    """As openssl has it: for TLS both variables must be set."""
+    tls, proxy = make_ca(tls=True), f"http://{squid}"
+    assert f"via http://{squid}" in check(ca.options(), http_proxy=proxy)
+    output = check(tls.options(), http_proxy=proxy, https_proxy=proxy)
+    assert f"via http://{squid}" in output and "trust: yes, credentials: yes" in output, output
+    without = check({**ca.options(), "cmp_no_proxy": "127.0.0.1"}, http_proxy=proxy)
+    assert "via" not in without and "trust: yes, credentials: yes" in without
+
+
+@needs("tinyproxy")
+@pytest.mark.parametrize("openssl", BINARIES)
+def test_tinyproxy(openssl: str, ca: DemoCA, start: Start, enrol: Enrol) -> None:
+    """It sends its header in pieces now and then, so openssl is to have no time-outs."""
+    port = start("tinyproxy", TINYPROXY, ["-d", "-c", "{file}"])
+    section = {**ca.options(), "cmp_proxy": f"127.0.0.1:{port}", "cmp_openssl_bin": openssl}
+    for _ in range(10):
+        assert enrol(section, msg_timeout="0", total_timeout="0") == ISSUED
+
+
+@needs("tinyproxy")
+@pytest.mark.parametrize("openssl", BINARIES)
+def test_tinyproxy_with_tls(openssl: str, make_ca: Callable[..., DemoCA], start: Start, enrol: Enrol) -> None:
+    """What is in TLS, it passes on as it is."""
+    port = start("tinyproxy", TINYPROXY, ["-d", "-c", "{file}"])
+    section = {**make_ca(tls=True).options(), "cmp_proxy": f"127.0.0.1:{port}", "cmp_openssl_bin": openssl}
+    for _ in range(5):
+        assert enrol(section, msg_timeout="0", total_timeout="0") == ISSUED
+
+
+@binaries
+def test_a_header_in_pieces(openssl: str, ca: DemoCA, tcp_server: TcpServer, enrol: Enrol) -> None:
+    """What tinyproxy does in one answer of ten, always: a server of our own, for tinyproxy cannot be told to."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with connection.makefile("rb") as stream:
+            stream.readline()
+            header = dict(line.lower().split(b":", 1) for line in iter(stream.readline, b"\r\n"))
+            request = stream.read(int(header[b"content-length"]))
+        posted = urllib.request.Request(f"http://{ca.server}/{ca.path}", request)
+        posted.add_header("Content-Type", "application/pkixcmp")
+        with urllib.request.urlopen(posted, timeout=30) as response:
+            answer = response.read()
+        head = f"HTTP/1.0 200 OK\r\nContent-Type: application/pkixcmp\r\nContent-Length: {len(answer)}\r\n"
+        connection.sendall(head.encode())
+        time.sleep(0.3)  # so that the next is a segment of its own
+        connection.sendall(b"\r\n" + answer)
+
+    section = {**ca.options(), "cmp_server": f"127.0.0.1:{tcp_server(serve)}", "cmp_openssl_bin": openssl}
+    error, _ = enrol(section)
+    assert error and "missing content type" in error and "set cmp_msg_timeout: 0 and cmp_total_timeout: 0" in error
+    assert enrol(section, msg_timeout="0", total_timeout="0") == ISSUED
