@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import logging
 import shutil
@@ -13,16 +14,19 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
+from acme import client, errors, messages
 from acme2certifier.acme_srv import helper as acme_server
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
 from hypothesis import given
 from hypothesis import strategies as st
+from josepy.jwk import JWKRSA
 
 import cmp_ca_handler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem
 from demo_ca import DemoCA, read_der, write_der
+from host import CONTACT, HANDLER, Host
 from test_fuzz import CHANGES, LONG, cases, changed
 from test_request import (
     BMP,
@@ -107,7 +111,7 @@ def of_rsa_exponent_1() -> bytes:
         digest = bytes.fromhex("3031300d060960864801650304020105000420") + hashlib.sha256(information).digest()
         return b"\x00\x01" + b"\xff" * (253 - len(digest)) + b"\x00" + digest
 
-    return signed(sequence(VERSION, PLAIN, info, write_der(0xA0, request(DNS))), sign, RSA_SHA256)
+    return signed(sequence(VERSION, PLAIN, info, write_der(0xA0, request(MINE))), sign, RSA_SHA256)
 
 
 def of_foreign_dsa_generator() -> bytes:
@@ -116,7 +120,7 @@ def of_foreign_dsa_generator() -> bytes:
     p, q, y = numbers.parameter_numbers.p, numbers.parameter_numbers.q, numbers.y
     foreign = dsa.DSAPublicNumbers(y, dsa.DSAParameterNumbers(p, q, y))
     key = dsa.DSAPrivateNumbers(1, foreign).private_key()
-    information = sequence(VERSION, PLAIN, public_key(key), write_der(0xA0, request(DNS)))
+    information = sequence(VERSION, PLAIN, public_key(key), write_der(0xA0, request(MINE)))
     algorithm = sequence(oid("2.16.840.1.101.3.4.3.2"))
     return signed(information, lambda data: key.sign(data, hashes.SHA256()), algorithm)
 
@@ -188,6 +192,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     "empty name": (csr(request(names("a.example", ""))), "DNS '' is malformed"),
     "NUL": (csr(request(names("a.example\0.victim.example"))), "a.example\\x00.victim.example' is malformed"),
     "8 bits": (csr(request(names(write_der(0x82, "bücher.example".encode())))), "DNS 'b\\xc3\\xbccher.example' is"),
+    "8 bits, Latin-1": (csr(request(names(write_der(0x82, b"v\xe9.example")))), "DNS 'v\\xe9.example' is malformed"),
     "8 bits in an e-mail address": (csr(request(names(write_der(0x81, b"\xfc@a.example")))), "email '\\xfc@a.example'"),
     "line break": (csr(request(names("a.example\nb.example"))), "is malformed"),
     "blank": (csr(request(names("a.example b.example"))), "is malformed"),
@@ -705,3 +710,76 @@ def test_everybody_reads_the_same(wire: Wire) -> None:
     assert count["refused"] > 50 and count["let through"] > 50 + 10 * count["refused by acme2certifier"], count
     if LONG:
         print(f"\nfuzz: test_everybody_reads_the_same: {sum(count.values())} cases: {count}", flush=True)
+
+
+# --- In acme2certifier
+
+# What it lets through in an order for a.example: it does not see the rest, or gives up on the extensions and looks at
+# the CN alone.
+LET_THROUGH = [
+    "Microsoft's, then PKCS #9's",
+    "two of PKCS #9",
+    "two subjectAltNames",
+    "critical FALSE",
+    "critical 01",
+    "long length of the names",
+    "broken basicConstraints",
+    "CA FALSE encoded",
+    "unknown TLS feature",
+    "encipherOnly alone",
+    "8 bits, Latin-1",
+    "x400Address",
+    "two CNs",
+    "empty name",
+    "URI",
+    "otherName",
+    "CA TRUE",
+    "keyCertSign",
+    "SID",
+    "RSA exponent 1",
+    "foreign DSA generator",
+]
+
+
+class Client(NamedTuple):
+    """An ACME client that sends any CSR it likes."""
+
+    acme: client.ClientV2
+    key: JWKRSA
+
+    @classmethod
+    def of(cls, host: Host) -> Client:
+        key = JWKRSA(key=rsa.generate_private_key(65537, 2048))
+        network = client.ClientNetwork(key, user_agent="tests")
+        found = cls(client.ClientV2(client.ClientV2.get_directory(f"{host.url}/directory", network), network), key)
+        found.acme.new_account(messages.NewRegistration.from_data(email=CONTACT, terms_of_service_agreed=True))
+        return found
+
+    def order(self, der: bytes) -> str:
+        """The certificate for an order of a.example alone with this CSR, empty where there is none."""
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=60)
+        order = self.acme.new_order(csr_pem(["a.example"]).encode())
+        for authorization in order.authorizations:
+            for challenge in authorization.body.challenges:
+                if challenge.chall.typ == "http-01":
+                    self.acme.answer_challenge(challenge, challenge.response(self.key))
+        order = self.acme.poll_authorizations(order, deadline)
+        pem = b"-----BEGIN CERTIFICATE REQUEST-----\n%s-----END CERTIFICATE REQUEST-----\n" % base64.encodebytes(der)
+        try:
+            return str(self.acme.finalize_order(order.update(csr_pem=pem), deadline).fullchain_pem)
+        except (errors.Error, messages.Error):
+            return ""
+
+
+@pytest.mark.e2e
+def test_in_acme2certifier(ca: DemoCA, tmp_path: Path) -> None:
+    section = {"handler_module": str(HANDLER), **ca.options()}
+    with Host(tmp_path, section, {"Certificate": {"csr_binding_strict": "True", "enrollment_timeout": "60"}}) as host:
+        acme = Client.of(host)
+        for number, case in enumerate(LET_THROUGH, 1):
+            made = REFUSED[case][0]
+            assert acme.order(made() if callable(made) else made) == ""
+            lines = host.log("CMP enrolment failed: ").splitlines()
+            assert len(lines) == number and REFUSED[case][1] in lines[-1], (case, host.log()[-400:])
+        assert ca.messages == []
+        assert "BEGIN CERTIFICATE" in acme.order(HONEST["Windows certreq"])
