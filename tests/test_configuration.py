@@ -81,9 +81,18 @@ def test_what_the_handler_adds(command: Commands) -> None:
 
 
 def test_overrides_of_defaults(command: Commands) -> None:
-    line = command(SECTION, cmd="cr", popo="-1", msg_timeout="3", total_timeout="30")
+    line = command(SECTION, cmd="cr", msg_timeout="3", total_timeout="30")
     values = [value_of(line, f"-{option}") for option in ("cmd", "popo", "msg_timeout", "total_timeout")]
-    assert values == ["cr", "-1", "3", "30"]
+    assert values == ["cr", "0", "3", "30"]
+
+
+def test_no_proof_at_all(command: Commands) -> None:
+    """OpenSSL 3.5 and later refuse that themselves, without saying so."""
+    fault = command.handler(SECTION, popo="-1").handler_check()
+    if fault is None:
+        assert value_of(command(SECTION, popo="-1"), "-popo") == "-1"
+    else:
+        assert "sends no request without a proof" in fault
 
 
 @pytest.mark.parametrize("value", ["True", "true", "TRUE", "yes", "Yes", "on", "ON"])

@@ -244,7 +244,7 @@ def test_arguments(openssl: str, kind: str, make_ca: Callable[..., DemoCA], hand
     enrolment = {
         "cmp_config": str(tmp_path / "extensions.cnf"),
         "cmp_reqexts": "wanted",
-        "cmp_popo": "-1",
+        "cmp_popo": "0",
         "cmp_subject": "/CN=from the configuration",
         "cmp_issuer": "C=DE, CN=from the configuration",
         "cmp_days": "30",
