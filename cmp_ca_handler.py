@@ -3221,7 +3221,7 @@ def _convert(words: list[str]) -> int:
             ours.append(f"-{option}")
         else:
             found[option] = _comma_dn(value) if option in DN_KEYS else value or "True"
-    print("[CAhandler]\n# handler_module: /path/to/cmp_ca_handler.py")
+    print("[CAhandler]\n# handler_module: cmp_ca_handler")
     if ours:
         print(f"# set by the handler itself: {' '.join(ours)}")
     print(f"cmp_openssl_bin: {program}")

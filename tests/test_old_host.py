@@ -1,7 +1,10 @@
 """acme2certifier up to 0.44: its helper is `acme_srv.helper`, the handler is the file `acme_srv/ca_handler.py`.
 
 None of these releases is on PyPI. So this is a stand-in: a package `acme_srv` with as much of the helper's documented
-functions as each test says, in a process that cannot import acme2certifier.
+functions as each test says, in a process that cannot import acme2certifier. The real ones, 0.17 to 0.43.1, were taken
+from their tags and run by hand on 25 November 2026: docs/compatibility.md says how, and which ways of loading worked.
+
+0.45 is on PyPI, and has tests with the real one: here and in test_profiles.py.
 """
 
 from __future__ import annotations
