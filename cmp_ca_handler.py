@@ -198,6 +198,7 @@ GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is ki
 RESUMED_TIMEOUT = 6  # -total_timeout of a resumed run: a poller that waits longer holds up all others
 MAX_CHAIN = 10
 MAX_LINKS = 24  # processes for the links of one chain
+MAX_STEPS = 100  # on the ways up from a leaf, those that openssl has verified before included
 FALSE_LINK = 4  # that many of them it costs when a certificate from extraCerts, which anybody may put there, is false
 ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
 
@@ -2144,8 +2145,10 @@ def _configured_certificates(path: str, transaction: Transaction) -> list[Certif
     if mark not in _stored:
         source = settings.options.get("otherpass")
         argv = [settings.binary.path, "storeutl", "-certs", *(["-passin", source] if source else []), path]
-        output = _run(argv, secrets=settings.secrets).output
-        transaction.write("stored.pem", output)
+        run = _run(argv, secrets=settings.secrets)
+        if run.killed():
+            raise CMPError(run.killed())
+        transaction.write("stored.pem", run.output)
         _stored[mark] = _certificates(transaction.file("stored.pem"), transaction.logger)
         if not _stored[mark]:
             what = _one_line(path, 100)
@@ -2214,10 +2217,10 @@ class Links:
     """Which certificate has signed which: openssl's answers, each asked for once, and of those only so many."""
 
     def __init__(self, transaction: Transaction) -> None:
-        self.transaction, self.left = transaction, MAX_LINKS
+        self.transaction, self.left, self.passed_over = transaction, MAX_LINKS, ""
 
     def verified(self, below: Certificate, issuer: Certificate, mark: bytes, protected: bool) -> bool:
-        """Whether `issuer` has signed `below`, remembered as `mark`; with an empty one it is not."""
+        """Whether `issuer` has signed `below`; a yes is remembered as one for `mark`."""
         if (mark, issuer.der) in _links:
             return True
         if self.left <= 0:
@@ -2233,13 +2236,12 @@ class Links:
         if run.code == 0:
             if len(_links) > 1000:
                 _links.clear()
-            if mark:
-                _links.add((mark, issuer.der))
+            _links.add((mark, issuer.der))
             return True
         fault = re.search(r"lookup: *(.*)", run.output)
         why = _one_line(fault.group(1) if fault else run.output)
         if protected:
-            logger.debug("not the issuer: %s: %s", name, why)
+            self.passed_over = f" ({name}, which is there, is another: {why})"
         else:
             self.left -= FALSE_LINK - 1
             logger.warning("passed over a false certificate in extraCerts: %s (%s)", name, why)
@@ -2269,7 +2271,7 @@ class PathFinder:
     """Finds the chain of a certificate among those of a pool."""
 
     def __init__(self, pool: Pool, links: Links) -> None:
-        self.pool, self.links = pool, links
+        self.pool, self.links, self.steps = pool, links, MAX_STEPS
         self.protected = {certificate.der for certificate in pool.known}
         self.anchors = {certificate.der for certificate in pool.anchors}
         self.anchor_keys = {(_name_key(a.subject), a.key) for a in pool.anchors}
@@ -2279,7 +2281,8 @@ class PathFinder:
         """The best way on from the end of `path`: it is at the end itself where that is self-signed."""
         ends = self.self_signed(path)
         key, best = b"", Path([], (False, False, -1))
-        for issuer, mark in [] if ends or len(path) == MAX_CHAIN else self.candidates(path):
+        self.steps -= 1
+        for issuer, mark in [] if ends or len(path) == MAX_CHAIN or self.steps < 0 else self.candidates(path):
             # Where one key has signed, no other has.
             if key in (b"", issuer.key) and self.links.verified(path[-1], issuer, mark, issuer.der in self.protected):
                 key, found = issuer.key, self.best([*path, issuer])
@@ -2305,7 +2308,7 @@ class PathFinder:
             return False
         if last.authority_key and last.subject_key:
             return True
-        return self.links.verified(last, last, last.der if len(path) > 1 else b"", True)
+        return self.links.verified(last, last, last.der, True)
 
     def candidates(self, path: list[Certificate]) -> list[tuple[Certificate, bytes]]:
         """Who may have issued the last one, in the order to try them, and what to remember the link by."""
@@ -2315,13 +2318,11 @@ class PathFinder:
         if len(found) > 1:
             # Stable: the configuration stays before caPubs, and these before extraCerts.
             found.sort(key=lambda c: (not c.valid(), c.der not in self.protected, not _named_by_hash(last, c)))
-        if len(path) > 1:
-            return [(issuer, last.der) for issuer in found]
-        # Authorities are the same again and again, a leaf never is. So its link is remembered by what it says of its
-        # issuer's key, but only as long as no other key claims to be that one.
-        sure = last.authority_key and len({c.key for c in found}) == 1
-        mark = last.algorithm + last.authority_key if sure else b""
-        return [(issuer, mark if issuer.subject_key else b"") for issuer in found]
+        # Authorities are the same again and again, a leaf hardly ever is. So its link is remembered by what it says of
+        # its issuer's key, but only as long as no other key claims to be that one.
+        sure = len(path) == 1 and last.authority_key and len({c.key for c in found}) == 1
+        mark = last.algorithm + last.authority_key if sure else last.der
+        return [(issuer, mark if issuer.subject_key else last.der) for issuer in found]
 
 
 def _named_by_hash(below: Certificate, issuer: Certificate) -> bool:
@@ -2342,7 +2343,8 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
     warn = transaction.logger.warning
     try:
         pool = _pool(transaction)
-        finder = PathFinder(pool, Links(transaction))
+        links = Links(transaction)
+        finder = PathFinder(pool, links)
         path = finder.best([leaf])
         ends = finder.self_signed(path.certificates)
     except (CMPError, OSError) as err:
@@ -2352,11 +2354,12 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
     top, missing = _name_text(chain[-1].subject), _name_text(chain[-1].issuer)
     roots = any(_names_as_issuer(known, known) for known in pool.known)
     if len(chain) == 1 and not ends:
-        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted")
+        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted%s", links.passed_over)
     elif len(chain) == MAX_CHAIN and not ends:
         warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
     elif not ends and path.rank[2] < 2 and (roots or finder.candidates(chain)):  # else the root is left out on purpose
-        warn("the bundle ends with %s, below its root: name its issuer, %s, in cmp_untrusted", top, missing)
+        what = f"name its issuer, {missing}, in cmp_untrusted{links.passed_over}"
+        warn("the bundle ends with %s, below its root: %s", top, what)
     for authority in chain[1:]:
         if not authority.valid():
             name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"

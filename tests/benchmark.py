@@ -66,7 +66,10 @@ class Bench:
         names = "-addext subjectAltName=DNS:www.example,DNS:example"
         key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ee.key"
         self.run(f"req -new {key} -subj {SUBJECT} {names} -out ee.csr")
-        self.run("x509 -req -in ee.csr -CA ca/sub.pem -CAkey ca/sub.key -days 30 -out ee.pem")
+        (self.directory / "ee.ext").write_text(
+            "subjectAltName=DNS:www.example,DNS:example\nauthorityKeyIdentifier=keyid\n"
+        )
+        self.run("x509 -req -in ee.csr -CA ca/sub.pem -CAkey ca/sub.key -days 30 -extfile ee.ext -out ee.pem")
         try:
             self.places += [self.start(number) for number in range(servers)]
             yield self

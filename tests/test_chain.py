@@ -447,6 +447,23 @@ def test_many_cross_certificates(serve: Callable[..., Mock], handlers: Handlers,
     assert commands().count("verify") <= 24
 
 
+def test_a_mesh_of_known_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links that are remembered cost no process, but there are 11! ways through this mesh. Here all are said to be."""
+    mesh = [authority(f"mesh {n}", f"{n}".encode()) for n in range(12)]
+    ders = [pem_der(certificate(a, b)) for a in mesh for b in mesh if a != b]
+    pool = cmp_ca_handler.Pool([], [], [cmp_ca_handler._certificate(der) for der in ders])
+    monkeypatch.setattr(cmp_ca_handler.Links, "verified", lambda *_: True)
+    links = cmp_ca_handler.Links.__new__(cmp_ca_handler.Links)
+    finder = cmp_ca_handler.PathFinder(pool, links)
+    leaf = cmp_ca_handler._certificate(pem_der(certificate(LEAF, mesh[0])))
+    assert 1 < len(finder.best([leaf]).certificates) <= 10
+    assert -2000 < finder.steps < 0
+
+
+def pem_der(text: str) -> bytes:
+    return x509.load_pem_x509_certificate(text.encode()).public_bytes(serialization.Encoding.DER)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_later_leaf_costs_nothing(
     source: str, serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path, counted: Counted
@@ -560,8 +577,15 @@ DEEP = authority("deep ca", b"deep")
         (LEAF_KNOWN, [CA_PEM], [], 1, ""),  # the CA leaves its root out
         (LEAF_KNOWN, [], [EXPIRED, ROOT_PEM], 2, "CN=ca, valid only from 20"),
         (LEAF_KNOWN, [CA_PEM], [certificate(authority("good root"), GOOD_ROOT)], 1, "CN=good root, in cmp_untrusted"),
+        (
+            certificate(LEAF, SILENT),
+            [],
+            [certificate(IMPOSTOR, IMPOSTOR)],
+            0,
+            "another: certificate signature failure)",
+        ),
     ],
-    ids=["no issuer", "two missing", "no root", "expired", "another root"],
+    ids=["no issuer", "two missing", "no root", "expired", "another root", "another issuer"],
 )
 def test_warning(
     leaf: str,
