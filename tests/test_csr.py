@@ -6,7 +6,6 @@ import base64
 import datetime
 import hashlib
 import logging
-import shutil
 import subprocess
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -24,7 +23,8 @@ from hypothesis import strategies as st
 from josepy.jwk import JWKRSA
 
 import cmp_ca_handler
-from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem
+import programs
+from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs
 from demo_ca import DemoCA, read_der, write_der
 from host import CONTACT, HANDLER, Host
 from test_fuzz import CHANGES, LONG, cases, changed
@@ -411,12 +411,11 @@ def test_keys_after_the_quantum_computer(key: str, wire: Wire, tmp_path: Path) -
     assert wire(wire.handler(openssl_bin=BINARIES[1], san_types=None), base64url(der)) == in_csr(der)
 
 
+@needs("keytool")
 @pytest.mark.parametrize("algorithm", ["RSA", "EC"])
 def test_csr_of_keytool(algorithm: str, wire: Wire, tmp_path: Path) -> None:
     """Java sends extensions of its own accord, and a subject of PrintableStrings and UTF8Strings."""
-    keytool = shutil.which("keytool")
-    if not keytool:
-        pytest.skip("keytool is missing (on Debian: apt-get install default-jre-headless)")
+    keytool = programs.find("keytool")
     store = ["-keystore", "store.p12", "-storepass", "password", "-alias", "a"]
     subject = ["-dname", "CN=a.example, OU=Müller & Söhne, C=DE"]
     tool(tmp_path, keytool, "-genkeypair", "-keyalg", algorithm, *subject, *store)
@@ -426,6 +425,20 @@ def test_csr_of_keytool(algorithm: str, wire: Wire, tmp_path: Path) -> None:
     pem = (tmp_path / "made.csr").read_text()
     assert "NEW CERTIFICATE REQUEST" in pem
     assert wire(wire.handler(san_types=None), pem) == in_csr(base64.urlsafe_b64decode(as_host(pem) + "=="))
+
+
+@needs("certtool")
+def test_csr_of_gnutls(wire: Wire, tmp_path: Path) -> None:
+    """With a challengePassword, and a basicConstraints that says CA:FALSE."""
+    lines = ["cn = a.example", "dns_name = a.example", "ip_address = 192.0.2.1", "email = a@a.example"]
+    lines += ["signing_key", "tls_www_server", "challenge_password = secret"]
+    (tmp_path / "template").write_text("\n".join(lines) + "\n")
+    certtool = programs.find("certtool")
+    tool(tmp_path, certtool, "--generate-privkey", "--key-type", "ecdsa", "--outfile", "key.pem")
+    command = [certtool, "--generate-request", "--load-privkey", "key.pem", "--template", "template", "--outder"]
+    tool(tmp_path, *command, "--outfile", "made.csr")
+    der = (tmp_path / "made.csr").read_bytes()
+    assert wire(wire.handler(san_types=None), base64url(der)) == in_csr_of_any_attribute(der)
 
 
 WINDOWS = [
