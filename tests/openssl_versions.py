@@ -95,9 +95,10 @@ def openssl_of(suite: str) -> Path:
 def pkcs11_provider() -> Path:
     """The provider for keys in tokens, unpacked beside the OpenSSL 3.5 that it is made for. Raises Missing."""
     root = CACHE / "trixie-pkcs11"
-    with locked(CACHE / "lock"):
-        if not root.exists():
-            unpack("trixie", ["pkcs11-provider"], root)
+    if not root.exists():
+        with locked(CACHE / "lock"):
+            if not root.exists():
+                unpack("trixie", ["pkcs11-provider"], root)
     found = list(root.glob("usr/lib/*/ossl-modules/pkcs11.so"))
     if not found:
         raise Missing("Debian's package pkcs11-provider holds no provider")

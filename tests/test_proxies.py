@@ -63,7 +63,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         directory.mkdir()
         file = directory / "configuration"
         file.write_text(configuration.format(port=port, directory=directory))
-        command = [programs.find(program), *(word.format(directory=directory, file=file) for word in arguments)]
+        words = [word.format(directory=directory, file=file, port=port) for word in arguments]
+        command = [programs.find(program), *words]
         with (directory / "log").open("wb") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory)
         running.append(process)
@@ -73,8 +74,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield started
     for process in running:
-        process.kill()
-        process.wait()
+        process.terminate()
+    for process in running:
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 # --- nginx ends TLS ---------------------------------------------------------------------------------------------------
@@ -173,8 +179,8 @@ TINYPROXY = "Port {port}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nLogLeve
 
 @pytest.fixture
 def squid(start: Start) -> str:
-    """The address of a running squid."""
-    return f"127.0.0.1:{start('squid', SQUID, ['-N', '-f', '{file}'])}"
+    """The address of a running squid. By the service's name it tells its shared memory from that of another one."""
+    return f"127.0.0.1:{start('squid', SQUID, ['-N', '-n', 'test{port}', '-f', '{file}'])}"
 
 
 @needs("squid")
