@@ -671,7 +671,7 @@ def _run(
     `secrets` are added to its environment, the file descriptors `keep` are inherited.
     """
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: let the host set SIG_DFL")
+        raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use a server that does not")
     try:
         process = subprocess.Popen(
             argv,
@@ -2770,7 +2770,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser("cmp_ca_handler.py", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description, parser.epilog = "Try and check a [CAhandler] section.", USAGE
-    parser.add_argument("--config", metavar="FILE", help="acme_srv.cfg; default: $ACME_SRV_CONFIGFILE, then the host's")
+    parser.add_argument(
+        "--config", metavar="FILE", help="acme_srv.cfg; default: $ACME_SRV_CONFIGFILE, or acme2certifier's"
+    )
     parser.add_argument("--section", metavar="NAME", default="CAhandler", help="such as CAhandler:internal")
     common = argparse.ArgumentParser(add_help=False)  # `-v` may stand before the command and behind it
     for target, default in ((parser, False), (common, argparse.SUPPRESS)):

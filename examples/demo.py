@@ -129,7 +129,7 @@ def load_handler() -> Any:
 
 
 def make_csr() -> str:
-    """A key and a CSR like certbot's: no subject, two names. Returned as the host hands it over, base64url DER."""
+    """A key and a CSR like certbot's: no subject, two names. As acme2certifier hands it over: base64url DER."""
     run("openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", "site.key")
     names = ",".join(f"DNS:{name}" for name in NAMES)
     subject = ["-subj", "/", "-addext", f"subjectAltName={names}"]
@@ -232,7 +232,7 @@ def acme(ca: DemoCA) -> None:
         port = probe.getsockname()[1]
     server = f"http://127.0.0.1:{port}/directory"
     step(f"acme2certifier, on {server}")
-    # The host wants to hear it twice before it skips the validation of names
+    # acme2certifier wants to hear it twice before it skips the validation of names
     environment = {**os.environ, "ACME2CERTIFIER_I_KNOW_THE_RISK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     with Path("host.log").open("wb") as log:
         command = [str(VENV / "bin" / "python"), "-c", HOST_PROGRAM, str(port)]
@@ -249,7 +249,7 @@ def acme(ca: DemoCA) -> None:
         show(f"    --server {server} {' '.join(names)}\n")
         output = run(VENV / "bin" / "certbot", "certonly", "-n", *places, *options, *names)
         show("\n".join(line for line in output.splitlines() if re.match("Account|Request|Success|This cert", line)))
-        step("What the host has logged of it")
+        step("What acme2certifier has logged of it")
         for line in Path("host.log").read_text().splitlines():
             if re.match("certificate issued|Certificate enrollment", line):
                 show("\n    ".join(textwrap.wrap(line, 74)))
@@ -260,7 +260,7 @@ def acme(ca: DemoCA) -> None:
 
 
 def wait_for(port: int, host: "subprocess.Popen[bytes]") -> None:
-    """Wait until the host listens. Raises DemoFailed if it ends."""
+    """Wait until acme2certifier listens. Raises DemoFailed if it ends."""
     for _ in range(600):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
