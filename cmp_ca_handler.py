@@ -22,12 +22,12 @@ if sys.version_info < (3, 9):  # noqa: UP036 - before an older one fails with wh
 
 import base64
 import binascii
+import contextlib
 import errno
 import fcntl
 import functools
 import importlib
 import io
-import itertools
 import logging
 import os
 import re
@@ -40,7 +40,7 @@ import time
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import IO, Any, NamedTuple, Optional
+from typing import IO, Any, Callable, NamedTuple, Optional
 
 __all__ = ["CAhandler"]
 __version__ = "1.0.0"
@@ -185,8 +185,17 @@ DN_ALIASES = dict(
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 
-# PKIBody, RFC 4210 section 5.1.2: the tags that matter here.
-IP, CP, ERROR, POLLREP = 1, 3, 23, 26
+# PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers.
+IP, CP, KUP, RP, PKICONF, ERROR, POLLREP = 1, 3, 8, 12, 19, 23, 26
+# PKIStatus, 5.2.3. The two warnings come with the certificate.
+GRANTED, WAITING, GOOD = (0, 1), 3, (0, 1, 4, 5)
+# PKIFailureInfo, 5.2.3, in the order of the bits.
+FAILURES = (
+    "badAlg badMessageCheck badRequest badTime badCertId badDataFormat wrongAuthority incorrectData missingTimeStamp"
+    " badPOP certRevoked certConfirmed wrongIntegrity badRecipientNonce timeNotAvailable unacceptedPolicy"
+    " unacceptedExtension addInfoNotAvailable badSenderNonce badCertTemplate signerNotTrusted transactionIdInUse"
+    " unsupportedVersion notAuthorized systemUnavail systemFailure duplicateCertReq"
+).split()
 
 MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
 MAX_OUTPUT = 1 << 18  # of openssl's messages
@@ -195,7 +204,9 @@ MAX_RESPONSES = 200  # that one run of openssl can save
 NO_TIMEOUT = 30  # seconds for openssl where it is told of no time-out
 EXPIRES_SOON = 30 * 86400  # seconds
 GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
-RESUMED_TIMEOUT = 6  # -total_timeout of a resumed run: a poller that waits longer holds up all others
+TICK = 0.2  # seconds between two looks at what openssl has saved, where it prints nothing
+SHORT_CHECK_AFTER = 5  # seconds of checkAfter that a poll sleeps, rather than have too little time for the answer
+KEPT = 24 * 3600  # seconds for which the result of a poll is kept
 MAX_CHAIN = 10
 MAX_LINKS = 24  # processes for the links of one chain
 MAX_STEPS = 100  # on the ways up from a leaf, those that openssl has verified before included
@@ -265,6 +276,14 @@ HINTS = (
     ),
     ("No space left on device", "make room on the disk of cmp_tmp_dir"),
 )
+OS_HINTS = {
+    errno.ENOSPC: "make room on the disk of cmp_tmp_dir",
+    errno.EDQUOT: "make room on the disk of cmp_tmp_dir",
+    errno.EMFILE: "raise the limit of open files of this process",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.EROFS: "cmp_tmp_dir must be on a file system that can be written",
+    errno.ENOLCK: "the file system of cmp_tmp_dir must support flock",
+}
 
 
 def _one_line(text: str, limit: int = MAX_TEXT) -> str:
@@ -615,10 +634,9 @@ def _read_ini(path: str) -> Any:
 LOST = 256  # no exit code
 # cmpossl of 2019 has its levels in capitals.
 MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
-# Where openssl prints the CA's words. An HTTP error's reason phrase is none: it is on one line, and unprotected.
-CA_WORDS = re.compile(r"(?:[\w ]+:|received from \S+ )PKIStatus: ")
-CA_NO = re.compile('(?:request rejected by server|received error):PKIStatus: |received "rejection" status')
 QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
+
+NOT_ACCEPTED = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
 
 
 class Message(NamedTuple):
@@ -634,14 +652,24 @@ class Run(NamedTuple):
     code: int | None
     output: str
     messages: Sequence[Message] = ()  # openssl cmp's
+    cut: bool = False  # it said more than is kept
+    asleep: bool = False  # ended by us while it slept: nothing was in flight
 
     def errors(self) -> list[str]:
         """The texts of openssl's error messages, each once."""
         return list(dict.fromkeys(m.text for m in self.messages if m.level in ("fatal", "alert", "critical", "error")))
 
-    def refused(self) -> bool:
-        """Whether the CA itself said no (a text of more than 1 kB makes OpenSSL 3.0 leave out the details)."""
-        return any(CA_NO.match(error) for error in self.errors())
+    def complete(self) -> bool:
+        """Whether it ended by itself, and all that it said is here: only then a missing line tells anything."""
+        return self.code is not None and 0 <= self.code < LOST and not self.cut and not self.asleep
+
+    def only(self, lines: re.Pattern[str]) -> bool:
+        """Whether it has said why it failed, and every line of that is one of these. Who is on the way to the CA can
+        add lines (by the names in his certificate, by HTTP headers), but cannot take one away.
+        """
+        errors = [error for error in self.errors() if not error.startswith("polling failed")]  # with each of them
+        sender = any("does not match expected sender" in message.text for message in self.messages)  # no error in 3.0
+        return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
 
     def killed(self) -> str:
         """How it was killed, or an empty string."""
@@ -664,11 +692,16 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _run(
-    argv: Sequence[str], limit: float = 10, secrets: Mapping[str, str] | None = None, keep: Sequence[int] = ()
+    argv: Sequence[str],
+    limit: float = 10,
+    secrets: Mapping[str, str] | None = None,
+    keep: Sequence[int] = (),
+    asleep: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Run a program and collect what it says; kill it, with all that it started, after `limit` seconds.
 
-    `secrets` are added to its environment, the file descriptors `keep` are inherited.
+    `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked whenever the
+    program has said something, and from time to time: where it says yes, the program is ended as well.
     """
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use a server that does not")
@@ -684,20 +717,23 @@ def _run(
         )
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
-    output, deadline = b"", time.monotonic() + limit
+    output, cut, ended, deadline = b"", False, False, time.monotonic() + limit
     assert process.stdout is not None  # noqa: S101 - it is a pipe
     with process.stdout as pipe:
         try:
             # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
             poller = select.poll()
             poller.register(pipe, select.POLLIN | select.POLLHUP)
-            while time.monotonic() < deadline and poller.poll(max(0, deadline - time.monotonic()) * 1000):
-                chunk = os.read(pipe.fileno(), 65536)
-                if not chunk:
-                    break
-                output = (output + chunk)[:MAX_OUTPUT]
+            while not ended and time.monotonic() < deadline:
+                if poller.poll(min(max(0, deadline - time.monotonic()), TICK) * 1000):
+                    chunk = os.read(pipe.fileno(), 65536)
+                    if not chunk:
+                        break
+                    cut = cut or len(output) + len(chunk) > MAX_OUTPUT
+                    output = (output + chunk)[:MAX_OUTPUT]
+                ended = asleep()
             tries = 0
-            while _exit_code(process) is None and time.monotonic() < deadline:
+            while not ended and _exit_code(process) is None and time.monotonic() < deadline:
                 tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
                 time.sleep(0 if tries < 100 else 0.01)
         finally:
@@ -705,30 +741,39 @@ def _run(
             if code is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return Run(code, output.decode("utf-8", "replace").replace("\r\n", "\n"))  # as a program made for Windows ends them
+    text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
+    return Run(code, text, cut=cut, asleep=ended and code is None)
 
 
-def _messages(output: str, secrets: Collection[str] = ()) -> list[Message]:
-    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug."""
+def _messages(output: str, secrets: Collection[str] = (), words: Collection[str] = ()) -> list[Message]:
+    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
+
+    `words` are texts from the saved answers: openssl prints them as they are once it has accepted the answer, so they
+    are put on one line, and cannot look like lines of openssl's. But not those that hold openssl's words for an answer
+    that it has not accepted: who sends such a text wants that very line to disappear.
+    """
+    for text in words:
+        printed = text.partition("\0")[0]
+        if printed.strip() and not NOT_ACCEPTED.search(printed):
+            output = output.replace(printed, " ".join(printed.split()))
     messages: list[Message] = []
-    lines = output.split("\n")
-    for number, line in enumerate(lines):
+    for line in output.split("\n"):
         match = MESSAGE.match(line)
         level, text = (match.group(1).lower(), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
-        words = bool(match and CA_WORDS.match(text))
-        if words:  # all the rest is theirs: it may hold line breaks, and lines that look like openssl's own
-            text = "\n".join([text, *lines[number + 1 :]])
         # The CA knows the shared secret and could send it back, so it is masked where the text is not openssl's own.
-        own, mark, other = text.partition("PKIStatus: " if words else ":") if match else ("", "", text)
-        other = _one_line(other, 2 * MAX_TEXT)
-        for secret in map(_one_line, secrets):
-            if len(secret) > 3:
-                other = other.replace(secret, "***")
+        own, mark, other = text.partition(":") if match else ("", "", text)
         if text.strip():
-            messages.append(Message(level, _one_line(own) + mark + other))
-        if words:
-            break
+            messages.append(Message(level, _one_line(own) + mark + _foreign(other, secrets, 2 * MAX_TEXT)))
     return messages
+
+
+def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
+    """Somebody else's text for a log line or an error: secrets masked, on one line, and only then cut."""
+    for secret in secrets:
+        for form in (secret, " ".join(secret.split())):
+            if len(form) > 3:
+                text = text.replace(form, "***")
+    return _one_line(text, limit)
 
 
 # OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
@@ -743,41 +788,156 @@ def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected:
         logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
 
 
-REJECTION = re.compile(
-    r"PKIStatus: (?P<status>[^;]*);?"
-    r"(?: PKIFailureInfo: (?P<failure>[\w, ]*);?)?(?: <no failure info>;?)?"
-    r'(?: StatusStrings?: "(?P<text>.*?)"(?:; (?=errorCode|cannot extract)|$))?'
-)
-
-
-def _reason(run: Run, server: str) -> str:
-    """Why openssl failed, on one line, with a hint where one is known."""
-    errors = run.errors()
-    if run.refused():
-        found = next((REJECTION.search(error) for error in errors if CA_WORDS.match(error)), None)
-        status, failure, text = found.groups() if found else ("rejection", None, None)
-        status = status.strip()
-        searched = failure or f"PKIStatus: {status}"  # the CA's own words must not choose the hint
-        words = ", ".join([failure or status] + ([f"'{text}'"] if text else []))
-        what = f"CMP server {server} {'answered' if status == 'waiting' else 'rejected the request:'} {words}"
-    elif run.killed():
-        searched = what = f"{run.killed()} (CMP server {server})"
-    else:
-        # Not in what an HTTP server may write: the hint must not be its choice.
-        searched = " ".join(re.sub("(reason=|actual=|Content-Type: ).*", "", text) for text in errors)
-        if not errors or errors[0].lower().startswith("cannot set up cmp context"):  # no server has written anything
-            telling = re.compile(
-                "(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I
-            )
-            errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
-            searched = " ".join(m.text for m in run.messages)
-        what = f"CMP with {server} failed: {'; '.join(errors[:4]) or 'openssl gave no reason'}"
-    return _one_line(what) + _hint(searched)
-
-
 def _hint(searched: str) -> str:
     """The first hint that fits, in brackets, or an empty string."""
     return next((f" ({hint})" for words, hint in HINTS if re.search(words, searched, re.I)), "")
+
+
+# --- What the CA said: its saved messages, read as DER --------------------------------------------------------
+
+
+class Response(NamedTuple):
+    """A message that openssl has saved (RFC 4210, 5.1 to 5.3): what it says, not whether it is the CA's."""
+
+    path: str
+    body: int
+    transaction: str = ""  # transactionID, in hexadecimal
+    nonces: tuple[bytes, bytes] = (b"", b"")  # senderNonce and recipNonce
+    protected: bool = False
+    mac: bool = False  # protected with a shared secret: nobody else can make that
+    status: int | None = None
+    failures: tuple[str, ...] = ()  # the bits of failInfo
+    texts: tuple[str, ...] = ()  # statusString, or the reason of a pollRep
+    error_code: int | None = None
+    details: tuple[str, ...] = ()
+    check_after: int = 0
+    certificate: bytes = b""
+
+    def waits(self) -> bool:
+        """Whether the CA has not decided yet (ip, cp, kup or error, with the status waiting)."""
+        return self.body in (IP, CP, KUP, ERROR) and self.status == WAITING
+
+    def grants(self) -> bool:
+        """Whether it brings a certificate."""
+        return self.body in (IP, CP, KUP) and self.status in GOOD and bool(self.certificate)
+
+    def refuses(self) -> bool:
+        """Whether it is the end without a certificate, or of a revocation without success."""
+        if self.body == RP:
+            return self.status not in (*GOOD, WAITING)
+        return self.body in (IP, CP, KUP, ERROR) and not self.waits() and not self.grants()
+
+    def words(self, secrets: Collection[str]) -> str:
+        """What it says, for people: `badCertTemplate, 'unknown extension'`."""
+        said = [", ".join(self.failures) or ("waiting" if self.status == WAITING else "rejection")]
+        said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
+        said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
+        said += [f"'{_foreign(', '.join(self.details), secrets)}'"] if self.details else []
+        return ", ".join(said)
+
+
+def _response(path: str) -> Response | None:
+    """Read a saved message; None where it is not a whole one."""
+    try:
+        with open(path, "rb") as file:
+            header, body, *rest = _sequence(file.read(MAX_DER))
+        fields = {field.tag: field.value for field in _elements(header.value)}
+        identifier, *nonces = (next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6))
+        mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
+    except (CMPError, LookupError, ValueError, StopIteration, FileNotFoundError):
+        return None
+    protected, name = any(field.tag == 0xA0 for field in rest), _one_line(identifier.hex(), 64)
+    response = Response(path, body.tag & 0x1F, name, (nonces[0], nonces[1]), protected, protected and mac)
+    try:
+        return response._replace(**_body(response.body, body.value))
+    except (CMPError, LookupError, ValueError, StopIteration):
+        return response  # a body that nobody can read says nothing
+
+
+def _body(kind: int, value: bytes) -> dict[str, Any]:
+    """What a PKIBody says, as fields of a Response. Raises an error of DER where it is malformed."""
+    if kind == POLLREP:  # PollRepContent, 5.3.22
+        _, check_after, *reason = _elements(_sequence(value)[0].value)
+        return {"check_after": _integer(check_after), "texts": _free_text(reason)}
+    if kind == RP:  # RevRepContent, 5.3.10
+        return _status_info(next(_elements(_sequence(value)[0].value)))
+    if kind == ERROR:  # ErrorMsgContent, 5.3.21
+        status, *more = _sequence(value)
+        codes = [_integer(field) for field in more if field.tag == 0x02]
+        details = _free_text([field for field in more if field.tag == 0x30])
+        return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
+    if kind in (IP, CP, KUP):  # CertRepMessage, 5.3.4: caPubs may come first
+        responses = [field for field in _sequence(value) if field.tag == 0x30]
+        _, status, *pair = _elements(next(_elements(responses[0].value)).value)
+        certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
+        return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
+    return {}
+
+
+def _status_info(info: Element) -> dict[str, Any]:
+    """PKIStatusInfo, 5.2.3."""
+    status, *more = _elements(info.value)
+    bits = next((field.value for field in more if field.tag == 0x03), b"")
+    numbers = [8 * i + bit for i, octet in enumerate(bits[1:5]) for bit in range(8) if octet & 0x80 >> bit]
+    failures = tuple(FAILURES[number] for number in numbers if number < len(FAILURES))
+    texts = _free_text([field for field in more if field.tag == 0x30])
+    return {"status": _integer(status), "failures": failures, "texts": texts}
+
+
+def _integer(element: Element) -> int:
+    """An INTEGER."""
+    return int.from_bytes(element.value, "big", signed=True)
+
+
+def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
+    """PKIFreeText, 5.1.1."""
+    return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
+
+
+MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
+
+
+# Lines that openssl prints only after it has accepted the newest message.
+ACCEPTED = (
+    r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
+    '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
+    "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses|Did not receive resp"
+)
+# Lines about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
+NOT_TAKEN = (
+    "failed to validate newly enrolled|rejecting newly enrolled|certificate not accepted|different key types"
+    "|key type mismatch|key values mismatch|certificate verification failed"
+)
+AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED}|{NOT_TAKEN}", re.I)
+# Lines that say no more than that the time is up while the CA lets us wait.
+TIME_IS_UP = re.compile("total timeout", re.I)
+# What an HTTP server may write is not searched for hints, or they would be its choice.
+HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
+
+
+def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
+    """Why it failed, on one line, with a hint: in the CA's own words, where openssl has accepted these."""
+    server, secrets = settings.server, settings.secrets.values()
+    if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
+        verb = "answered" if newest.status == WAITING else "rejected the request:"
+        failures = " ".join(newest.failures) or f"PKIStatus: {'waiting' if newest.status == WAITING else 'rejection'}"
+        return f"CMP server {server} {verb} {newest.words(secrets)}" + _hint(failures)
+    unverified = f"; an unverified answer says: {newest.words(secrets)}" if newest and newest.refuses() else ""
+    if run.killed():
+        return f"{run.killed()} (CMP server {server}){unverified}" + _hint(run.killed())
+    # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
+    errors = [error for error in run.errors() if not unverified or not re.match(ACCEPTED, error)]
+    searched = " ".join(HTTP_WORDS.sub("", error) for error in errors)
+    if not run.errors() or run.errors()[0].lower().startswith(
+        "cannot set up cmp context"
+    ):  # no server has written anything
+        telling = re.compile(
+            "(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I
+        )
+        errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
+        searched = " ".join(m.text for m in run.messages)
+    said = _one_line("; ".join(errors[:4])) or "openssl gave no reason"
+    return f"CMP with {server} failed: {said}{unverified}" + _hint(searched)
 
 
 class Binary(NamedTuple):
@@ -788,6 +948,11 @@ class Binary(NamedTuple):
     options: dict[str, bool]
     spelled: dict[str, str]  # option -> how this program writes it
     fault: str = ""  # why it cannot serve an RA
+
+    def margin(self) -> int:
+        """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
+        number = re.match(r"OpenSSL (\d+)\.(\d+)", self.version)
+        return 2 if number is not None and (int(number.group(1)), int(number.group(2))) >= (3, 3) else 5
 
     def converts_csr(self) -> bool:
         """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
@@ -1612,8 +1777,10 @@ class Transaction:
     """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs. close() deletes it, or keeps it.
 
     csr.pem, pubkey.pem, subject, profile   the request
-    NNN-MMM.der                             response MMM of the CA, as saved by run NNN of openssl
-    enrolling                               renamed to `waiting` when the CA's answer is still out
+    NNN.der                                 the CA's answers; the newest holds the nonce that it expects next
+    NNN.new                                 an answer as openssl saved it: the last of them may be anybody's
+    enrolling                               renamed to `waiting` when the CA's decision is still out
+    issued                                  the result of a poll, kept for a day, when all else is gone
     lock                                    held by the process that works on it, however that ends, and its openssl
     """
 
@@ -1622,15 +1789,18 @@ class Transaction:
         self.path = os.path.join(settings.directory, identifier)
         self.keep = False
         self.started = time.monotonic()
+        self.cmp_id = ""  # CMP's transactionID, once the CA has answered
 
     def file(self, name: str) -> str:
         """The path of one of its files."""
         return f"{self.path}/{name}"
 
     def write(self, name: str, text: str) -> None:
-        """Make one of its files."""
-        with open(self.file(name), "w", encoding="utf-8") as file:
+        """Make one of its files: whole, or not at all."""
+        part = self.file(name + ".part")
+        with open(part, "w", encoding="utf-8") as file:
             file.write(text)
+        os.replace(part, self.file(name))
 
     def read(self, name: str) -> str:
         """The text of one of its files, empty if there is none."""
@@ -1639,25 +1809,90 @@ class Transaction:
         with open(self.file(name), encoding="utf-8", errors="replace") as file:
             return file.read()
 
+    def remove(self, *names: str) -> None:
+        """Delete some of its files, those that are there."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.file(name))
+
+    def remove_requests(self) -> None:
+        """Delete the saved requests: they tell how far one run of openssl has come."""
+        self.remove("scratch", *(name for name in os.listdir(self.path) if name.endswith(".req")))
+
+    def saved(self) -> list[str]:
+        """The names of the saved answers, in order, whole or not."""
+        return sorted(name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
+
+    def asked(self, number: int) -> bool:
+        """Whether openssl has made the request for this answer, that is, has accepted the one before."""
+        request = _response(self.file(f"{number:03d}.req"))
+        return request is not None and request.body != ERROR
+
+    def answers(self) -> list[Response]:
+        """The saved answers that are whole, in order."""
+        return [response for response in (_response(self.file(name)) for name in self.saved()) if response is not None]
+
+    def answered(self) -> bool:
+        """Whether there is an answer. Takes no descriptor: there may be none left."""
+        return any(os.path.exists(self.file(name)) for name in ("001.new", "001.der"))
+
+    def wait(self) -> None:
+        """Let it wait for the CA. That is a promise, so it is on the disk before it is said."""
+        self.keep = True
+        try:
+            os.rename(self.file("enrolling"), self.file("waiting"))  # possible on a full disk too
+            for name in os.listdir(self.path):
+                _sync(self.file(name))
+            for path in (self.path, os.path.dirname(self.path)):
+                _sync(path)
+        except OSError as err:
+            what = f"{self.path} may not survive a power failure"
+            self.logger.error("CMP enrolment %s waits, but %s: %s", self.identifier, what, err.strerror)
+
+    def finish(self, bundle: str) -> None:
+        """Keep the result: acme2certifier may be killed before it has stored what poll() returned."""
+        try:
+            self.write("issued", bundle)
+            _sync(self.file("issued"))
+            _sync(self.path)
+        except OSError as err:
+            self.logger.warning("cannot keep the result of %s for a second poll: %s", self.identifier, err.strerror)
+
     def close(self) -> None:
-        """Let go of the directory, and delete it unless it is to keep."""
+        """Let go of the directory, and delete it unless it is to keep.
+
+        In this order: without its lock nobody can take the transaction up again, so nobody finds half of it. A poll
+        that has opened the lock before, and gets it after we let go, sees that its file is gone (`_resume`).
+        """
         try:
             if not self.keep:
-                os.remove(self.file("lock"))  # first, so that nobody can take the transaction up again
+                os.remove(self.file("lock"))
             fcntl.flock(self.lock, fcntl.LOCK_UN)  # for all who inherited it when the host forked
             os.close(self.lock)
             if not self.keep:
-                _delete(self.path)
+                _delete(self.path, but="issued")
         except OSError as err:
             self.logger.error("cannot delete %s: %s", self.path, err.strerror)
 
 
-def _delete(path: str) -> None:
-    """Delete a transaction's directory, with one descriptor at the most: they may be what there is none of."""
+def _sync(path: str) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        for name in os.listdir(path):
-            os.remove(os.path.join(path, name))
-        os.rmdir(path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(path: str, but: str = "") -> None:
+    """Delete a transaction's directory, or all in it `but` one file. Takes one descriptor: no more may be left."""
+    names = os.listdir(path)
+    try:
+        for name in names:
+            if name != but:
+                os.remove(os.path.join(path, name))
+        if but not in names:
+            os.rmdir(path)
     except IsADirectoryError:
         shutil.rmtree(path)
 
@@ -1676,28 +1911,51 @@ def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
     path = os.path.join(settings.directory, identifier)
     os.mkdir(path, 0o700)
     try:
-        lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        lock = _locked(os.path.join(path, "lock"), os.O_CREAT | os.O_EXCL)
     except OSError:
-        os.rmdir(path)
+        _delete(path)
         raise
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return Transaction(settings, identifier, lock, logger)
+
+
+def _locked(path: str, flags: int) -> int:
+    """A descriptor of a lock file that we hold. Raises BlockingIOError where somebody else does."""
+    lock = _above_2(os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _above_2(descriptor: int) -> int:
+    """The descriptor, moved where openssl's standard files do not take its place: the host may have closed its own."""
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
+
+
+def _check_identifier(identifier: object) -> str:
+    """The identifier, before it touches a path. Raises CMPError where it is none."""
+    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
+        raise CMPError("not a transaction identifier")
+    return identifier
 
 
 def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> Transaction:
     """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it."""
-    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
-        raise CMPError("not a transaction identifier")
+    identifier = _check_identifier(identifier)
     base, path = settings.directory, os.path.join(settings.directory, identifier, "lock")
     unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
     try:
-        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        lock = _locked(path, 0)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise unknown from err
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
-        os.close(lock)
         raise CMPError(f"transaction {identifier} is in progress: somebody else polls it now") from err
     if not os.path.exists(path):  # finished between our open and our lock
         os.close(lock)
@@ -1705,11 +1963,20 @@ def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> T
     return Transaction(settings, identifier, lock, logger)
 
 
+def _kept_result(settings: Settings, identifier: object) -> str:
+    """The bundle that an earlier poll has returned, empty if there is none."""
+    path = os.path.join(settings.directory, _check_identifier(identifier), "issued")
+    if os.path.islink(path) or not os.path.isfile(path):
+        return ""
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
 _swept: dict[str, float] = {}
 
 
 def _sweep(settings: Settings, logger: logging.Logger) -> None:
-    """Delete what killed enrolments left: an hour old, not waiting for the CA, and nobody holds the lock."""
+    """Delete what killed enrolments left (an hour old, not waiting, and nobody holds the lock), and old results."""
     base, now = settings.directory, time.time()
     if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
         return
@@ -1717,47 +1984,36 @@ def _sweep(settings: Settings, logger: logging.Logger) -> None:
     for name in os.listdir(base):
         path = os.path.join(base, name)
         try:
-            if not re.fullmatch("[0-9a-f]{32}", name) or now - os.lstat(path).st_mtime <= ABANDONED:
+            age = now - os.lstat(path).st_mtime
+            if not re.fullmatch("[0-9a-f]{32}", name) or age <= ABANDONED:
                 continue
-            if not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
+            if os.path.exists(os.path.join(path, "issued")):
+                if age > KEPT:
+                    _delete(path)
+            elif not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
                 _delete(path)
-            elif os.path.exists(os.path.join(path, "waiting")):
-                continue
-            else:
-                _resume(settings, name, logger).close()
-            logger.warning("deleted %s, left by an enrolment that was killed", path)
+                logger.warning("deleted %s, left by an enrolment that was killed at its start", path)
+            elif not os.path.exists(os.path.join(path, "waiting")):
+                _sweep_enrolment(settings, name, logger)
         except (CMPError, OSError) as err:
             logger.debug("not swept: %s", _one_line(str(err)))
 
 
-def _body_type(path: str) -> int | None:
-    """The type of a saved CMP message (RFC 4210, 5.1.2), None where it is not a whole one."""
-    try:
-        with open(path, "rb") as file:
-            return _sequence(file.read(MAX_DER))[1].tag & 0x1F
-    except (CMPError, IndexError):
-        return None
+def _sweep_enrolment(settings: Settings, name: str, logger: logging.Logger) -> None:
+    """Delete an enrolment that was killed, unless it waits.
 
-
-def _replay(log: list[str]) -> list[str]:
-    """What of the saved responses openssl has to see again: the newest holds the nonce that the CA expects next."""
-    # An older pollRep has no more to say, and openssl would sleep for its checkAfter.
-    return [path for path in log[:-1] if _body_type(path) != POLLREP] + log[-1:]
-
-
-def _saved_responses(transaction: Transaction) -> tuple[int, list[str]]:
-    """The last run's number and the valid responses, in order."""
-    runs: dict[int, list[str]] = {}
-    for name in sorted(os.listdir(transaction.path)):
-        match = re.fullmatch(r"(\d{3,})-\d{3,}\.der", name)
-        if match:
-            runs.setdefault(int(match.group(1)), []).append(transaction.file(name))
-    log: list[str] = []
-    for number in sorted(runs):  # each run writes all responses anew, those replayed first
-        whole = list(itertools.takewhile(lambda path: _body_type(path) is not None, runs[number]))
-        if len(whole) > len(_replay(log)):  # else it was killed while it replayed, and knows less than the run before
-            log = whole
-    return max(runs, default=0), log
+    A looks for `waiting` and sees none. B's enrolment gets the CA's "waiting", renames `enrolling` to `waiting` and
+    lets go of the lock. A gets the lock. So A has to look again: what waits under its lock goes on waiting.
+    """
+    with closing(_resume(settings, name, logger)) as transaction:
+        transaction.keep = os.path.exists(transaction.file("waiting"))
+        if not transaction.keep:
+            answers = transaction.answers()
+            text = f"CMP transaction {answers[-1].transaction}" if answers else "no answer of the CA"
+            with contextlib.suppress(CMPError):  # killed before the CSR was written
+                text = f"{_wanted(_csr(transaction.read('csr.pem')))}, {text}"
+            what = f"deleted {transaction.path}, left by an enrolment that was killed: {text}"
+            logger.warning("%s; the CA may have issued a certificate that nobody has: revoke it there", what)
 
 
 # --- The request --------------------------------------------------------------------------------------------
@@ -1815,10 +2071,11 @@ EXTENSIONS = {
 
 
 class CSR(NamedTuple):
-    """What a PKCS #10 request (RFC 2986) asks for, the key apart."""
+    """What a PKCS #10 request (RFC 2986) asks for."""
 
     der: bytes
     subject: Name
+    key: bytes  # the subjectPublicKeyInfo
     extensions: dict[str, bytes]
 
 
@@ -1833,7 +2090,7 @@ def _csr(argument: object, kinds: Collection[str] = CHECKED_KINDS) -> CSR:
             if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
                 raise ValueError
             _check_key(*_sequence(key.raw))
-            csr = CSR(der, _name(subject.raw), _requested(attributes[0].value if attributes else b""))
+            csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
         except (IndexError, ValueError) as err:
             raise CMPError("it is not a PKCS #10 request") from err
         _check_common_name(csr.subject)
@@ -1965,6 +2222,12 @@ def _alternative_names(csr: CSR) -> Iterator[tuple[str, str]]:
         yield kind, text if usable else ""
 
 
+def _wanted(csr: CSR) -> str:
+    """What a CSR asks for, for the log: its subject, or else its names."""
+    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr))
+    return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
+
+
 def _subject(csr: CSR, settings: Settings) -> str | None:
     """What to pass as `-subject`; None leaves the subject to `-csr`."""
     converts = settings.binary.converts_csr()
@@ -2012,7 +2275,10 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
 def _verify(csr: CSR, transaction: Transaction) -> None:
     """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit."""
     # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
-    transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
+    if transaction.read("pubkey.pem"):
+        return  # a poll: it was verified before the CA was asked
+    if not transaction.read("csr.pem"):
+        transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
     program = transaction.settings.binary.path
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
     argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
@@ -2029,9 +2295,7 @@ def _verify(csr: CSR, transaction: Transaction) -> None:
     transaction.write("pubkey.pem", key.group(0))
 
 
-# --- The exchange with the CA, and its three verdicts -------------------------------------------------------
-
-BROKEN_OFF = re.compile("transfer error|transfer timeout|total timeout|connect timeout|error transferring")
+# --- The exchange with the CA, and its verdict ----------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
@@ -2039,62 +2303,271 @@ class Outcome(NamedTuple):
 
     leaf: Certificate | None = None
     waiting: bool = False
-    reason: str = ""
+    text: str = ""
     final: bool = False
 
 
-def _exchange(request: list[str], transaction: Transaction) -> Outcome:
-    """Run openssl for an enrolment: from the start, or on from the responses that are saved in `transaction`."""
-    settings, path = transaction.settings, transaction.path
-    number, before = _saved_responses(transaction)
-    replay, prefix = _replay(before), f"{number + 1:03d}-"
-    responses = ["-rspin", ",".join(replay)] if replay else []
-    if "rspout" in settings.binary.options:
-        responses = ["-rspout", ",".join(f"{path}/{prefix}{i:03d}.der" for i in range(MAX_RESPONSES)), *responses]
-    disk = os.statvfs(path)
-    if disk.f_bavail * disk.f_frsize < MAX_DER:  # no room for the CA's answers: do not ask it
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-    run = _openssl_cmp(transaction, request, responses)
-    saved = sum(name.startswith(prefix) for name in os.listdir(path))
-    log = _saved_responses(transaction)[1]
-    for name in os.listdir(path):
-        if name.endswith(".der") and transaction.file(name) not in log:  # superseded by those of another run
-            os.remove(transaction.file(name))
-    outcome = _outcome(run, transaction, log, log != before)
-    unclear = run.code != 0 and not outcome.waiting and not outcome.final
-    if unclear and 1 < len(log) < MAX_RESPONSES and saved >= max(1, len(replay)):
-        os.remove(log[-1])  # openssl refused it: somebody else's, and no part of the transaction
-        outcome = outcome._replace(waiting=True)
-    expected = ["-server option|too few -rspin"] if replay else []
-    expected += ["total timeout|polling failed"] if outcome.waiting and not outcome.reason else []
+class Gate:
+    """Holds openssl back before one of its requests, so that it can be ended while nothing is in flight.
+
+    A CA that says checkAfter 0 is asked again and again without a pause. openssl writes each request to a file before
+    it sends it (-reqout): this one's "file" is a pipe that is full, so it waits there until somebody reads. If we are
+    killed, the pipe breaks, and openssl goes on until its time is up.
+    """
+
+    def __init__(self) -> None:
+        self.reader, self.writer = (_above_2(descriptor) for descriptor in os.pipe())
+        self.file = f"/dev/fd/{self.writer}"
+        for descriptor in (self.reader, self.writer):
+            os.set_blocking(descriptor, False)
+        with contextlib.suppress(BlockingIOError):  # it is full
+            while True:
+                os.write(self.writer, bytes(65536))
+        os.set_blocking(self.writer, True)
+
+    def open(self, path: str) -> None:
+        """Let it pass, and save the request."""
+        with contextlib.suppress(BlockingIOError), open(path, "ab") as file:
+            while True:
+                file.write(os.read(self.reader, 65536).lstrip(b"\0"))
+
+    def close(self) -> None:
+        """The end of it."""
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+def _usable(answers: Iterable[Response]) -> list[Response]:
+    """The answers that openssl can go on from: waiting, pollRep.., certificate, and, where the CA takes its time with
+    the confirmation, waiting, pollRep.., pkiConf. A second "waiting" is a recorded one: OpenSSL 3.5 takes it, and ends.
+    """
+    usable: list[Response] = []
+    granted = waiting = False
+    for answer in answers:
+        if answer.grants() and not granted:
+            granted, waiting = True, False
+        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
+            waiting = True
+        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
+            break
+        usable.append(answer)
+    return usable
+
+
+def _replay(answers: Sequence[Response]) -> list[str]:
+    """What of the answers openssl has to see again. An older pollRep has no more to say, and costs a sleep."""
+    return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
+
+
+def _number(answer: Response) -> int:
+    """The number in the name of its file."""
+    return int(os.path.basename(answer.path)[:-4])
+
+
+def _resumed_timeouts(settings: Settings, newest: Response, more_seconds: int) -> dict[str, str]:
+    """The time-outs of a run that goes on from `newest`: room for its sleep and two answers, where the sleep is short.
+
+    On a pollRep openssl sleeps min(checkAfter, -total_timeout less its margin) first. So where checkAfter is long, the
+    answers can have the margin and no more, for a poll is not to take longer than some seconds.
+    """
+    margin, answer = settings.binary.margin(), settings.seconds("msg_timeout") or MSG_TIMEOUT
+    pause = max(newest.check_after, 0) if newest.body == POLLREP else 0
+    total = pause + 2 * answer + margin if pause <= SHORT_CHECK_AFTER else 1 + margin
+    total += more_seconds
+    return {"msg_timeout": str(min(answer, total)), "total_timeout": str(total)}
+
+
+def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> Outcome:
+    """Run openssl for an enrolment: from the start, or on from the answers that are saved in `transaction`."""
+    before, disk = _usable(transaction.answers()), os.statvfs(transaction.path)
+    if disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files and disk.f_favail < 8):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), transaction.path)  # the answers could not be saved
+    useless = {*transaction.saved()} - {os.path.basename(answer.path) for answer in before}
+    transaction.remove("cert.pem", *useless)
+    transaction.remove_requests()
+    run = _ask(request, transaction, before)
+    if before and run.only(TIME_IS_UP) and not transaction.asked(_next_number(before)):
+        # openssl counts whole seconds: one may have been over before it was asleep. Nothing was sent.
+        run = _ask(request, transaction, before, more_seconds=2)
+    outcome = _verdict(run, request, key, transaction, before)
+    transaction.remove_requests()
+    expected = ["-server option|too few -rspin"] if before else []
+    expected += ["total timeout|polling failed"] if outcome.waiting and not outcome.text else []
     _log_messages(transaction.logger, run.messages, "|".join(expected) or "$")
     return outcome
 
 
-def _outcome(run: Run, transaction: Transaction, log: Sequence[str], news: bool) -> Outcome:
-    """The verdict on a run that has left the responses `log`; `news` says whether it got any itself."""
+def _next_number(answers: Sequence[Response]) -> int:
+    """The number of the answer that follows these."""
+    return max(map(_number, answers), default=0) + 1
+
+
+def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Response], more_seconds: int = 0) -> Run:
+    """Run openssl, save each answer, and end it when it has nothing more to do than to sleep."""
+    settings, known, replay = transaction.settings, transaction.settings.binary.options, _replay(before)
+    number, started = _next_number(before), time.monotonic()
+    gated = number + (1 if before else 2)  # the first request that may follow a pollRep
+    overrides = _resumed_timeouts(settings, before[-1], more_seconds) if before else {}
+    total = int(overrides.get("total_timeout") or settings.seconds("total_timeout") or NO_TIMEOUT)
+    scratch, numbers = [transaction.file("scratch")] * len(replay), range(number, number + MAX_RESPONSES)
+    files, gate = [], None
+    with contextlib.ExitStack() as stack:
+        if "rspin" in known:
+            files += ["-rspout", ",".join([*scratch, *(transaction.file(f"{n:03d}.new") for n in numbers)])]
+            files += ["-rspin", ",".join(replay)] if replay else []
+        if "reqout" in known and "reqout" not in settings.options:
+            requests = [transaction.file(f"{n:03d}.req") for n in numbers]
+            if os.path.exists("/dev/fd"):
+                gate = stack.enter_context(closing(Gate()))
+                requests[gated - number] = gate.file
+            files += ["-reqout", ",".join([*scratch, *requests])]
+
+        def asleep() -> bool:
+            """Whether openssl can do no more for us now: the CA wants to be asked later than there is time for."""
+            saved = [name for name in transaction.saved() if int(name[:-4]) >= number]
+            newest = _response(transaction.file(saved[-1])) if saved else None
+            if newest is None:
+                return False
+            left = total - (time.monotonic() - started) - max(settings.seconds("msg_timeout"), settings.binary.margin())
+            in_time = 1 <= newest.check_after <= left and not before and len(saved) < MAX_RESPONSES // 2
+            if newest.body == POLLREP and not in_time:
+                return True
+            if gate and len(saved) >= gated - number:
+                gate.open(transaction.file(f"{gated:03d}.req"))
+            return False
+
+        return _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], asleep)
+
+
+def _verdict(
+    run: Run, request: Sequence[str], key: bytes, transaction: Transaction, before: Sequence[Response]
+) -> Outcome:
+    """What became of the enrolment. `before` are the answers that were there before this run.
+
+    Three sources, in this order of trust: the file that openssl writes as its last act; the CA's messages, read as DER;
+    openssl's text. Into that text whoever is on the way can write, so it may say "openssl did not accept this", and
+    nothing else.
+    """
+    settings = transaction.settings
+    answers = [answer for answer in transaction.answers() if answer.path not in {old.path for old in before}]
+    newest = answers[-1] if answers else None
+    leaf = next(iter(_certificates(transaction.file("cert.pem"), transaction.logger)), None)
+    if leaf:
+        return Outcome(leaf)
+    text = _failure_text(run, newest, settings)
     if run.code == 0:
-        leaf = next(iter(_certificates(transaction.file("cert.pem"), transaction.logger)), None)
-        directory = transaction.settings.directory
-        full = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {directory} full?"
-        return Outcome(leaf, reason="" if leaf else full)
-    errors, reason = run.errors(), _reason(run, transaction.settings.server)
-    if run.refused() or any(error.startswith("certificate not accepted") for error in errors):
-        return Outcome(reason=reason, final="PKIStatus: waiting" not in " ".join(errors))
-    if len(log) >= MAX_RESPONSES:  # openssl could not save the newest, without which nobody can go on
-        server = transaction.settings.server
-        return Outcome(reason=f"CMP server {server} let itself be polled without a pause: its checkAfter is 0")
-    broken_off = bool(run.killed()) or any(BROKEN_OFF.match(error) for error in errors)
-    if broken_off and log:
-        undecided = news and _body_type(log[-1]) == POLLREP
-        return Outcome(waiting=True, reason="" if undecided else reason)
-    return Outcome(reason=reason)
+        text = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
+    repeated = any(answer.grants() for answer in before)
+    not_taken = any(error.startswith("certificate not accepted") for error in run.errors())
+    refused = newest is not None and newest.refuses() and newest.protected
+    if run.only(AFTER_ACCEPTANCE) and (not_taken or (refused and not repeated)):
+        return Outcome(text=text, final=True)
+    log = _keep_authentic(run, request, transaction, before, answers)
+    progress = newest is not None and _number(newest) in map(_number, log)
+    if repeated and not progress and not not_taken and run.complete():
+        issued = next(answer for answer in before if answer.grants())
+        if _certificate(issued.certificate).key == key and (newest or _asked_in_vain(run, transaction)):
+            transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
+            return Outcome(_certificate(issued.certificate))
+    undecided = progress and (run.asleep or run.only(TIME_IS_UP))
+    return Outcome(waiting=bool(log), text="" if undecided else text)
 
 
-def _command(settings: Settings, arguments: Sequence[str]) -> list[str]:
+def _asked_in_vain(run: Run, transaction: Transaction) -> bool:
+    """Whether the CA has left a repeated certConf without an answer, for the second time. Being away does not count."""
+    if any(error.startswith("connect timeout") for error in run.errors()):
+        return False
+    again = os.path.exists(transaction.file("repeated"))
+    transaction.write("repeated", "")
+    return again
+
+
+def _keep_authentic(
+    run: Run, request: Sequence[str], transaction: Transaction, before: Sequence[Response], answers: Sequence[Response]
+) -> list[Response]:
+    """Let the transaction hold its authentic answers, on the disk, and no others; these are returned.
+
+    openssl saves an answer before it checks it. It goes on only from one that it has accepted, so all are authentic but
+    perhaps the newest. Whether that one is, no text decides: a live answer thrown away takes with it the nonce that the
+    CA expects next. openssl gets it replayed instead, and either goes on from it or does not.
+
+    Superseded pollReps stay until the newest answer is known to be authentic: if it is not, the one before it is the
+    newest again.
+    """
+    log = _usable([*before, *answers])
+    known: bool | None = True  # None: nobody knows, so nothing is thrown away
+    if answers and log[-1:] == list(answers[-1:]):
+        fits = _fits(log, _response(answers[-1].path[:-4] + ".req"))
+        known = run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, log))
+    elif log and not answers and log[-1].path.endswith(".new"):
+        known = True if transaction.asked(_next_number(log)) else False if run.complete() else None
+    if known is False:
+        log = log[:-1]
+    kept = []
+    for answer in log:
+        if answer.path.endswith(".new") and (known is not None or answer is not log[-1]):
+            _sync(answer.path)
+            os.rename(answer.path, answer.path[:-4] + ".der")
+            answer = answer._replace(path=answer.path[:-4] + ".der")
+        kept.append(answer)
+    if kept:
+        _sync(transaction.path)  # nothing old is deleted before the new is on the disk
+    needed = {*_replay(kept)} if known is not None else {answer.path for answer in kept}
+    transaction.remove(*(name for name in transaction.saved() if transaction.file(name) not in needed))
+    return [answer for answer in kept if answer.path in needed]
+
+
+def _fits(log: Sequence[Response], request: Response | None) -> bool:
+    """Whether the newest answer has the nonce of its request, or, as RFC 9483 (4.4) has it, that of the first one.
+
+    A recorded answer has not. When it is replayed, openssl does not see that: it takes the nonces of the answers then.
+    """
+    return request is None or log[-1].nonces[1] in (request.nonces[0], log[0].nonces[1])
+
+
+def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequence[Response]) -> bool | None:
+    """Whether openssl accepts the newest of these answers: it gets them replayed, and no server. None: nobody knows."""
+    settings, replay = transaction.settings, _replay(log)
+    known = settings.binary.options
+    if not {"rspin", "reqout"} <= known.keys():
+        return None
+    files = ["-rspin", ",".join(replay)]
+    number = _number(log[-1])
+    requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
+    files += ["-reqout", ",".join(map(transaction.file, requests))]
+    nowhere = {"server": "127.0.0.1:9", "msg_timeout": "1"}
+    nowhere.update({"no_proxy": "127.0.0.1"} if "no_proxy" in known else {})
+
+    # With so little time openssl gives up on a pollRep at once, and says so. Where it says more, it has to go on.
+    for total in [1, 1 + settings.binary.margin()] if log[-1].body == POLLREP else [1]:
+        transaction.remove(*requests)
+        overrides = {**nowhere, "total_timeout": str(total)}
+        run = _openssl_cmp(transaction, request, files, overrides, asleep=lambda: transaction.asked(number + 1))
+        if transaction.asked(number + 1) or (transaction.asked(number) and run.only(TIME_IS_UP)):
+            return True
+        if not run.complete():
+            return None
+    return False
+
+
+def _due(answers: Sequence[Response]) -> bool:
+    """Whether the CA may be asked again (checkAfter, RFC 4210, 5.3.22). A clock that was set back does not count."""
+    if not answers or answers[-1].body != POLLREP or not answers[-1].path.endswith(".der"):
+        return True
+    age = time.time() - os.stat(answers[-1].path).st_mtime
+    pause = answers[-1].check_after
+    return not 0 <= age < (max(pause, 1) if 0 <= pause < 1 << 63 else 0)
+
+
+NO_OVERRIDES: Mapping[str, str | None] = types.MappingProxyType({})
+
+
+def _command(
+    settings: Settings, arguments: Sequence[str], overrides: Mapping[str, str | None] = NO_OVERRIDES
+) -> list[str]:
     """The openssl command line: the configured options in their order, then what belongs to this request."""
     argv = [settings.binary.path, "cmp"]
-    for option, value in settings.options.items():
+    for option, value in {**settings.options, **overrides}.items():
         if option == "subject" or (option == "popo" and settings.options.get("cmd") == "p10cr"):
             continue  # decided for each request; no part of a p10cr
         name = settings.binary.spelled.get(option, option)
@@ -2102,13 +2575,25 @@ def _command(settings: Settings, arguments: Sequence[str]) -> list[str]:
     return [*argv, *arguments]
 
 
-def _openssl_cmp(transaction: Transaction, request: Sequence[str], responses: Sequence[str] = ()) -> Run:
-    """One run of `openssl cmp`, logged without the many names of files for responses."""
-    settings, command = transaction.settings, _command(transaction.settings, request)
+def _openssl_cmp(
+    transaction: Transaction,
+    request: Sequence[str],
+    files: Sequence[str] = (),
+    overrides: Mapping[str, str | None] = NO_OVERRIDES,
+    keep: Sequence[int] = (),
+    asleep: Callable[[], bool] = lambda: False,
+) -> Run:
+    """One run of `openssl cmp`, logged without the many names of `files` for answers."""
+    settings, command = transaction.settings, _command(transaction.settings, request, overrides)
     if transaction.logger.isEnabledFor(logging.DEBUG):  # it holds no secret: those are in the environment
         transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
-    run = _run([*command, *responses], settings.limit(), settings.secrets, (transaction.lock,))
-    return run._replace(messages=_messages(run.output, settings.secrets.values()))
+    limit = int(overrides["total_timeout"] or 0) + GRACE if "total_timeout" in overrides else settings.limit()
+    run = _run([*command, *files], limit, settings.secrets, [transaction.lock, *keep], asleep)
+    answers = transaction.answers()
+    if answers:
+        transaction.cmp_id = answers[-1].transaction
+    words = [text for answer in answers for text in (*answer.texts, *answer.details)]
+    return run._replace(messages=_messages(run.output, settings.secrets.values(), words))
 
 
 # --- The chain ----------------------------------------------------------------------------------------------
@@ -2173,8 +2658,7 @@ def _pool(transaction: Transaction) -> Pool:
     capubs = _certificates(transaction.file("capubs.pem"), logger)
     sent = _certificates(transaction.file("extracerts.pem"), logger)
     if not sent:  # openssl forgets them when the CA delays its answer to the confirmation
-        responses = _saved_responses(transaction)[1]
-        sent = [certificate for path in responses for certificate in _message_certificates(path, logger)]
+        sent = [cert for answer in transaction.answers() for cert in _message_certificates(answer.path, logger)]
     return Pool(anchors, [*found["untrusted"], *anchors, *capubs], sent)
 
 
@@ -2451,6 +2935,7 @@ class CAhandler:
         self._config: Any = {}
         self.section: dict[str, str] = {}
         self.config_error = ""
+        self.ask_always = False  # poll() asks the CA even before its checkAfter has passed: for the command line
 
     def __enter__(self) -> CAhandler:
         """Read the configuration. Starts no process and leaves nothing on disk: the host does this at every GET."""
@@ -2480,10 +2965,12 @@ class CAhandler:
         Returns (error, bundle in PEM with the leaf first, leaf's DER in base64, poll identifier). A CA that has
         not decided yet gives (None, None, None, identifier).
         """
+        what = "enrolment"
         try:
             section = self._profiled_section(csr)
             settings = self._checked(section)
             request = _csr(csr, settings.san_types)
+            what = f"enrolment of {_wanted(request)}"
             self._check_seen(request)
             with closing(_begin(settings, self.logger)) as transaction:
                 transaction.write("enrolling", "")
@@ -2492,18 +2979,26 @@ class CAhandler:
                     import json  # only for an order with a profile
 
                     transaction.write("profile", json.dumps(changed))
-                outcome, bundle, certificate = self._go_on(request, transaction)
+                try:
+                    outcome, bundle, certificate = self._go_on(request, transaction)
+                except BaseException as err:
+                    # A fault of ours does not cost what the CA has answered: it may have issued the certificate.
+                    transaction.keep = transaction.answered()
+                    if not transaction.keep or not isinstance(err, Exception):
+                        raise
+                    outcome, bundle, certificate = Outcome(waiting=True, text=self._failure(what, err)), None, None
                 if bundle:
                     return (None, bundle, certificate, None)
+                about = f"{_wanted(request)}, CMP transaction {transaction.cmp_id or 'unknown'}"
                 if not outcome.waiting:
-                    raise CMPError(outcome.reason)
-                os.rename(transaction.file("enrolling"), transaction.file("waiting"))  # possible on a full disk too
-                transaction.keep = True
-                identifier, why = transaction.identifier, outcome.reason or "undecided"
-                self.logger.info("CMP enrolment %s waits for the CA: %s", identifier, why)
-                return (None, None, None, identifier)
+                    what = f"enrolment of {about}"
+                    raise CMPError(outcome.text)
+                transaction.wait()
+                text = outcome.text or "undecided"
+                self.logger.info("CMP enrolment %s waits for the CA: %s (%s)", transaction.identifier, text, about)
+                return (None, None, None, transaction.identifier)
         except Exception as err:
-            return (self._failure("enrolment", err), None, None, None)
+            return (self._failure(what, err), None, None, None)
 
     def poll(self, cert_name: str, poll_identifier: str, csr: str) -> Polled:
         """Go on with an enrolment that the CA had not decided.
@@ -2511,6 +3006,7 @@ class CAhandler:
         Returns (error, bundle, certificate, identifier, rejected). `rejected` is the CA's final no; a CA that
         cannot be reached is an error, and the next poll tries again.
         """
+        what = "poll"
         try:
             if self.config_error:
                 raise CMPError(self.config_error)
@@ -2518,25 +3014,34 @@ class CAhandler:
             fault = _directory_fault(settings)
             if fault:
                 raise CMPError(fault)
+            what = f"poll of {_check_identifier(poll_identifier)}"
+            kept = _kept_result(settings, poll_identifier)
+            if kept:
+                leaf = _certificate(_decode(kept, "CERTIFICATE"))
+                if csr and _csr(csr, settings.san_types).key != leaf.key:
+                    raise CMPError("its certificate is for another CSR")
+                return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
             with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
                 transaction.keep = True
-                saved = _saved_profile(transaction, self._profile_keys())
-                transaction.settings = settings = self._checked({**self.section, **saved})
-                # Short, whatever checkAfter the CA asks for, but long enough for one answer.
-                settings.options["total_timeout"] = str(max(RESUMED_TIMEOUT, settings.seconds("msg_timeout") + 1))
                 request = _csr(transaction.read("csr.pem"), settings.san_types)
+                what += f" ({_wanted(request)})"
                 if csr and _csr(csr, settings.san_types).der != request.der:
-                    raise CMPError(f"transaction {poll_identifier} is for another CSR")
-                if not _saved_responses(transaction)[1]:  # without them, openssl would begin a second transaction
-                    what = f"the saved responses in {transaction.path} are"
-                    raise CMPError(f"{what} damaged: order the certificate again")
+                    raise CMPError("the transaction is for another CSR")
+                answers = _usable(transaction.answers())
+                if not answers:  # without them, openssl would begin a second transaction
+                    raise CMPError(f"the saved answers in {transaction.path} are damaged: order the certificate again")
+                if not self.ask_always and not _due(answers):
+                    return (None, None, None, poll_identifier, False)
+                saved = _saved_profile(transaction, self._profile_keys())
+                transaction.settings = self._checked({**self.section, **saved})
                 outcome, bundle, certificate = self._go_on(request, transaction)
-                if outcome.reason:
-                    self.logger.error("CMP poll of %s: %s", poll_identifier, outcome.reason)
+                if outcome.text:
+                    about = f"{_wanted(request)}, CMP transaction {transaction.cmp_id}"
+                    self.logger.error("CMP poll of %s (%s): %s", poll_identifier, about, outcome.text)
                 transaction.keep = not bundle and not outcome.final
-                return (outcome.reason or None, bundle, certificate, poll_identifier, outcome.final)
+                return (outcome.text or None, bundle, certificate, poll_identifier, outcome.final)
         except Exception as err:
-            return (self._failure("poll", err), None, None, poll_identifier, False)
+            return (self._failure(what, err), None, None, poll_identifier, False)
 
     def revoke(self, cert: str, rev_reason: str | None = None, rev_date: str | None = None) -> Revoked:
         """Revoke a certificate (base64url DER, or PEM) for a reason of RFC 5280, 5.3.1, by name or number.
@@ -2565,17 +3070,19 @@ class CAhandler:
         with closing(_begin(settings, self.logger)) as transaction:
             transaction.write("cert.pem", _pem(certificate.der))
             arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
+            if "rspout" in settings.binary.options:
+                arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
             run = _openssl_cmp(transaction, arguments)
+            newest = next(reversed(transaction.answers()), None)
         _log_messages(self.logger, run.messages, "$")
         what = f"serial={certificate.serial} issuer={_name_text(certificate.issuer)}"
-        errors = run.errors()
-        if run.code == 0 and not errors:
+        if run.code == 0 and not run.errors():
             code = next(name for name, known in REASONS.items() if known == number)
             self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
             return (200, None, None)
-        detail = _reason(run, settings.server)
+        detail = _failure_text(run, newest, settings)
         self.logger.error("CMP revocation failed: %s: %s", what, detail)
-        if any("PKIFailureInfo: certRevoked" in error for error in errors):
+        if newest and newest.protected and "certRevoked" in newest.failures and run.only(AFTER_ACCEPTANCE):
             return (400, ACME_ERROR + "alreadyRevoked", detail)
         return (500, ACME_ERROR + "serverInternal", detail)
 
@@ -2595,7 +3102,7 @@ class CAhandler:
     def _go_on(self, csr: CSR, transaction: Transaction) -> tuple[Outcome, str | None, str | None]:
         """Begin or resume the exchange; where that gets a certificate: bundle and leaf, and the log line about them."""
         _verify(csr, transaction)
-        outcome = _exchange(_request(csr, transaction), transaction)
+        outcome = _exchange(_request(csr, transaction), csr.key, transaction)
         if outcome.leaf is None:
             return outcome, None, None
         leaf = outcome.leaf
@@ -2604,11 +3111,14 @@ class CAhandler:
         if changes:
             self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", names, changes)
             if transaction.settings.refuse_changes:
-                return Outcome(reason=self._refuse(leaf, changes, transaction), final=True), None, None
+                return Outcome(text=self._refuse(leaf, changes, transaction), final=True), None, None
         chain = _chain(leaf, transaction)
-        seconds = time.monotonic() - transaction.started
-        self.logger.info("certificate issued: %s chain=%d seconds=%.2f", names, len(chain), seconds)
-        return outcome, "".join(_pem(cert.der) for cert in chain), base64.b64encode(leaf.der).decode()
+        bundle = "".join(_pem(cert.der) for cert in chain)
+        if os.path.exists(transaction.file("waiting")):
+            transaction.finish(bundle)
+        names += f" notAfter={leaf.not_after} chain={len(chain)} transaction={transaction.cmp_id or 'unknown'}"
+        self.logger.info("certificate issued: %s seconds=%.2f", names, time.monotonic() - transaction.started)
+        return outcome, bundle, base64.b64encode(leaf.der).decode()
 
     def _refuse(self, leaf: Certificate, changes: str, transaction: Transaction) -> str:
         """Revoke a certificate that nobody has asked for; the text for the error."""
@@ -2698,12 +3208,16 @@ class CAhandler:
             text = str(err)
         elif isinstance(err, OSError):
             text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
-            text += _hint(text)
+            hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
+            text += f" ({hint})" if hint else ""
         else:
             line = err.__traceback__.tb_lineno if err.__traceback__ else 0
             text = f"internal error: {type(err).__name__} {err} (line {line})"
         text = _one_line(text, 4 * MAX_TEXT)
-        self.logger.error("CMP %s failed: %s", what, text)
+        try:
+            self.logger.error("CMP %s failed: %s", what, text)
+        except Exception as fault:  # of a log handler: then the result has to say all
+            text += f" (and it could not be logged: {_one_line(str(fault))})"
         return text
 
 
@@ -2837,6 +3351,7 @@ def _handler_command(args: Any) -> int:
             if args.command == "enroll":
                 error, bundle, _, identifier = handler.enroll(argument)
             else:
+                handler.ask_always = True
                 error, bundle, _, identifier, _ = handler.poll("", args.identifier, "")
             return _result(error, bundle, identifier, output)
 
@@ -3057,42 +3572,9 @@ def _check_usage(name: str, about: str, idle: bool) -> Iterator[str]:
         yield f"warning: {name} is for {extended.group(1).strip()}, not for clients: the TLS server may refuse it"
 
 
-# What openssl says of an error message that it has accepted, and nothing else (measured with 3.0, 3.5 and 3.6).
-GENM_REFUSED = re.compile("received error|unexpected pkistatus|Did not receive response on genm")
 TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
 # Of PKIFailureInfo (RFC 4210, 5.2.3), what says that the CA does not take us for who we are.
-CREDENTIALS_REFUSED = {1, 12, 20}  # badMessageCheck, wrongIntegrity, signerNotTrusted
-MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
-
-
-class Answer(NamedTuple):
-    """A CMP message: whether it is protected at all, whether by a MAC, and the bits of its failInfo."""
-
-    protected: bool
-    mac: bool
-    failures: frozenset[int]
-
-
-def _answer(path: str) -> Answer | None:
-    """Read a saved answer (RFC 4210, 5.1 and 5.3.21), whoever has sent it. None where there is none."""
-    try:
-        with open(path, "rb") as file:
-            header, body, *rest = _sequence(file.read(MAX_DER))
-        algorithm = next((f.value for f in _sequence(header.raw) if f.tag == 0xA1), b"\x30\x02\x06\x00")
-        mac = _oid(_sequence(algorithm)[0].value) in MAC_ALGORITHMS
-        status = _sequence(_sequence(body.value)[0].raw) if body.tag & 0x1F == ERROR else []
-        bits = next((field.value[1:] for field in status if field.tag == 0x03), b"")
-        failures = frozenset(i for i in range(len(bits) * 8) if bits[i // 8] & 0x80 >> i % 8)
-        return Answer(any(field.tag == 0xA0 for field in rest), mac, failures)
-    except (CMPError, OSError, ValueError, IndexError):
-        return None
-
-
-def _accepted(run: Run) -> bool:
-    """Whether openssl has accepted the error message: every one of its error lines says so. None may be left out."""
-    found = [MESSAGE.match(line) for line in run.output.splitlines()]
-    errors = [m.group(2) for m in found if m and m.group(1) in ("fatal", "alert", "critical", "error")]
-    return "received error" in "".join(errors) and all(map(GENM_REFUSED.match, errors)) and not run.killed()
+CREDENTIALS_REFUSED = {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"}
 
 
 def _unreachable(settings: Settings) -> str:
@@ -3134,12 +3616,13 @@ def _check_server(settings: Settings) -> list[str]:
         for option, values in (("batch", []), ("rspout", [saved])):
             command += [f"-{option}", *values] if option in settings.binary.options else []
         run = _run(command, settings.limit(), settings.secrets)
-        answer = _answer(saved)
-    messages = _messages(run.output, settings.secrets.values())
+        answer = _response(saved)
+    words = [*answer.texts, *answer.details] if answer else []
+    messages = _messages(run.output, settings.secrets.values(), words)
     run = run._replace(messages=[m for m in messages if not m.text.startswith("Did not receive response")])
     contact = next((m.text[13:] for m in messages if m.text.lower().startswith("will contact ")), settings.server)
     print(_masked(f"connect   {_one_line(contact, 200)}", settings))
-    authentic = run.code == 0 or (answer is not None and answer.protected and _accepted(run))
+    authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
     proven = {"address": bool(answer) or not any("connect timeout" in text for text in run.errors())}
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
     tls = bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors()))
@@ -3151,10 +3634,10 @@ def _check_server(settings: Settings) -> list[str]:
     print("          proven: " + ", ".join(f"{what}: {'yes' if yes else 'no'}" for what, yes in proven.items()))
     if run.code == 0:
         return []
-    text = _reason(run, settings.server)
+    text = _failure_text(run, answer, settings)
     if not authentic:
         return [f"error: {text}"]
-    if answer and answer.failures & CREDENTIALS_REFUSED:
+    if answer and CREDENTIALS_REFUSED & {*answer.failures}:
         return [f"error: the CA does not accept the credentials: {text}"]
     return [f"warning: the CA answers, authentically, that it wants no general message; an enrolment may do: {text}"]
 
@@ -3179,7 +3662,7 @@ def _ca_certificates(settings: Settings) -> str:
         run = run._replace(messages=_messages(run.output, settings.secrets.values()))
         if run.code != 0:
             lacking = "does not include suitable value" in " ".join(run.errors())
-            raise CMPError(none if lacking else _reason(run, settings.server))
+            raise CMPError(none if lacking else _failure_text(run, None, settings))
         with open(path, "rb") as file:
             body = _sequence(file.read(MAX_DER))[1]
     found: list[Certificate] = []

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,6 +44,7 @@ POLLER = """
 import json, sys, cmp_ca_handler
 cmp_ca_handler.HELPERS = ()
 with cmp_ca_handler.CAhandler() as handler:
+    handler.ask_always = True
     json.dump(handler.poll("name", *sys.argv[1:]), sys.stdout)
 """
 
@@ -155,6 +157,12 @@ def test_finished_by_another_process(
     assert (found["ir"], found["certConf"]) == (1, 1)
     assert ca.messages[-1].request == "certConf"
 
+    # Whoever was killed before he had stored the result gets it again.
+    check_issued(poll_elsewhere(identifier, as_host(csr)), csr)
+    assert os.listdir(handlers.work / identifier) == ["issued"]
+    assert "another CSR" in str(handler.poll("name", identifier, as_host(csr_pem(["a.example"])))[0])
+    assert found == requests(ca)
+    shutil.rmtree(handlers.work / identifier)
     error, *nothing, rejected = handler.poll("name", identifier, as_host(csr))
     assert "no transaction" in str(error)
     assert nothing == [None, None, identifier]
@@ -325,24 +333,46 @@ def test_connection_lost_before_the_ca_got_the_request(
     assert handlers.left() == []
 
 
-@pytest.mark.parametrize("request_name", ["pollReq", "certConf"])
-def test_answer_lost(request_name: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
-    """The CA has answered, and the answer got lost: OpenSSL's server, unlike others, does not take a request twice.
+def lose(forward: Callable[[], bytes]) -> None:
+    """The CA gets the request, nobody gets its answer."""
+    forward()
+
+
+def test_answer_to_a_poll_lost(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """OpenSSL's server, unlike others, does not take a request twice, nor another one with an older nonce.
 
     So the CA's no ends it: an answer that nobody has seen holds the nonce that it expects next.
     """
-    ca.hold = request_name == "pollReq"
-    ca.check_after = 3600
-
-    def lose(forward: Callable[[], bytes]) -> None:
-        forward()
-
-    proxy.spoil_next(request_name, lose)
+    ca.hold, ca.check_after = True, 3600
+    proxy.spoil_next("pollReq", lose)
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
     error, bundle, certificate, _, rejected = handler.poll("name", identifier, "")
     assert "rejected" in str(error)
     assert (bundle, certificate, rejected) == (None, None, True)
+    assert handlers.left() == []
+
+
+@binaries
+@pytest.mark.parametrize("held", [False, True])
+def test_answer_to_the_confirmation_lost(
+    held: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The CA has issued, and counts the certificate as confirmed: it is handed out, with a warning."""
+    ca.hold, ca.check_after = held, 3600
+    csr = csr_pem(["a.example"])
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    if held:
+        identifier = begin(handler, csr)
+        ca.approve("all")
+        proxy.spoil_next("certConf", lose)
+        assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    else:
+        proxy.spoil_next("certConf", lose)
+        identifier = begin(handler, csr)
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert "its confirmation is not proven" in caplog.text
+    assert requests(ca)["ir"] == 1
     assert handlers.left() == []
 
 
