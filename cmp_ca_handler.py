@@ -753,7 +753,7 @@ def _messages(output: str, secrets: Collection[str] = (), words: Collection[str]
     that it has not accepted: who sends such a text wants that very line to disappear.
     """
     for text in words:
-        printed = text.partition("\0")[0]
+        printed = text.partition("\0")[0].replace("\r\n", "\n")  # as `output` is
         if printed.strip() and not NOT_ACCEPTED.search(printed):
             output = output.replace(printed, " ".join(printed.split()))
     messages: list[Message] = []

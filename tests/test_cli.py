@@ -164,7 +164,8 @@ def test_waiting(ca: DemoCA, desk: Desk) -> None:
     polled = desk("poll", identifier)
     assert polled.returncode == 0, polled.stderr
     assert len(bundle_certificates(polled.stdout)) == 3
-    unknown = desk("poll", identifier)
+    assert desk("poll", identifier).stdout == polled.stdout  # kept for a day
+    unknown = desk("poll", "0" * 32)
     assert unknown.returncode == 1 and "no transaction" in unknown.stderr
 
 

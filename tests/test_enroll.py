@@ -272,7 +272,7 @@ def test_the_secret_is_nowhere(
     assert "csr.pem" in files and any("-secret env:" in str(f) or "-keypass env:" in str(f) for f in files.values())
     assert "running" in caplog.text  # else the log was not at its most talkative
     # What the CA itself writes is in its response, which is saved as it arrives.
-    assert [name for name, content in files.items() if word.encode() in content and name[-4:] != ".der"] == []
+    assert [name for name, content in files.items() if word.encode() in content and name[-4:] != ".new"] == []
     assert [r for r in caplog.records if r.name == "test" and word in r.getMessage()] == []
     assert word not in str(error)
 

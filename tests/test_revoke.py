@@ -265,6 +265,6 @@ def test_arguments(openssl: str, kind: str, make_ca: Callable[..., DemoCA], hand
     (arguments,) = noting.revocations()
     flags = [argument for argument in arguments if argument.startswith("-")]
     expected = {"-" + key[4:] for key in everywhere} | {"-config", "-keep_alive", "-msg_timeout", "-total_timeout"}
-    assert sorted(flags) == sorted(expected | {"-cmd", "-oldcert", "-revreason", "-batch"})
+    assert sorted(flags) == sorted(expected | {"-cmd", "-oldcert", "-revreason", "-batch", "-rspout"})
     assert "demo-secret" not in noting.notes.read_text()
     assert handlers.left() == []
