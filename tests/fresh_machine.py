@@ -32,7 +32,7 @@ BARE = ("python3", "python3-venv", "openssl", "git", "ca-certificates")  # what 
 COMMANDS = ("python3 examples/demo.py", "python3 tests")
 CERTIFICATES = Path("etc/ssl/certs/ca-certificates.crt")
 # Mounts and processes of its own; they end with the first process, and that ends with us.
-NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child=KILL")
+NAMESPACES = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL")
 # What a machine has and a chroot lacks, a file system as its root among it. bash stays, to wait for orphans.
 INSIDE = """\
 set -e
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--without", action="append", default=[], metavar="PACKAGE", help="leave this out")
     parser.add_argument("--user", choices=("root", "user"), help="only as root, or only as an ordinary user")
     args = parser.parse_args()
-    lacking = [name for name in ("debootstrap", "unshare", "git") if not shutil.which(name)]
+    lacking = [name for name in ("debootstrap", "unshare", "setpriv", "git") if not shutil.which(name)]
     if os.geteuid() != 0 or lacking:
         print(f"fresh_machine.py: needs root, and {', '.join(lacking) or 'nothing else'}", file=sys.stderr)
         return 2
