@@ -601,6 +601,19 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
         raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
 
 
+def _check_yaml(path: str, section: Mapping[str, str]) -> None:
+    """Raise CMPError where YAML has made another number of a value: 0123 is 83 there, and 12:34 is 754."""
+    if not path.endswith((".yaml", ".yml")):
+        return
+    with open(path, encoding="utf-8-sig") as file:
+        written = re.findall(r"^\s+(cmp_\w+):[ \t]+([-+.\d][^\s#]*)[ \t]*(?:#.*)?$", file.read(), re.M)
+    values = {key: {value for name, value in written if name == key} for key, _ in written}
+    changed = [key for key in values.keys() & section.keys() if section[key] not in values[key]]
+    changed = sorted(key for key in changed if re.fullmatch(r"[-+.\de]+", section[key]))
+    if changed:
+        raise CMPError(f"{', '.join(changed)}: YAML has made another number of that: write it in quotes")
+
+
 def _is_ini(path: str) -> bool:
     """Whether the first line that says something begins a section, as acme2certifier tells INI and YAML apart."""
     with open(path, encoding="latin-1") as file:
@@ -1364,8 +1377,8 @@ _descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes
 
 def _read_descriptor(number: str) -> bytes:
     """What acme2certifier has inherited in a file descriptor."""
-    if not re.fullmatch(r"\d{1,6}", number):
-        raise CMPError("fd: wants the number of a file descriptor")
+    if sys.platform == "win32" or not re.fullmatch(r"\d{1,6}", number):
+        raise CMPError("fd: wants the number of a file descriptor, and not Windows")
     descriptor = int(number)
     info = os.fstat(descriptor)
     if stat.S_ISREG(info.st_mode):
@@ -1707,7 +1720,8 @@ def _check_credentials(settings: Settings, kind: str) -> None:
     report = settings.warnings if not kind and "secret" in options else settings.errors
     if (cert in options) != (key in options) and (kind or "secret" in options):
         have, lack = (cert, key) if cert in options else (key, cert)
-        report.append(f"cmp_{have} without cmp_{lack}: set both, or none")
+        what = "only the names in it are used" if have == "cert" else "set both, or none"
+        report.append(f"cmp_{have} without cmp_{lack}: {what}")
     if keypass in options and key not in options:
         settings.warnings.append(f"cmp_{keypass} without cmp_{key}: there is no key for it")
     found = _contents(options.get(key) or "")
@@ -1741,11 +1755,22 @@ def _check_weak(settings: Settings) -> None:
 # --- A transaction is a directory ---------------------------------------------------------------------------
 
 
+def _way(path: str, links: int = 0) -> Iterator[str]:
+    """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
+    here = os.path.abspath(path)
+    while True:
+        yield here
+        if os.path.islink(here) and links < 40:
+            yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), links + 1)
+        if here == os.path.dirname(here):
+            return
+        here = os.path.dirname(here)
+
+
 def _directory_fault(settings: Settings) -> str:
     """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
-    configured = settings.directory
+    configured, name = settings.directory, _one_line(settings.directory, 100)
     if re.search(r"[\s,\\\0]", configured):
-        name = _one_line(configured, 100)
         return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
     if settings.own_directory and os.path.islink(configured):
         return f"cmp_tmp_dir {configured} is a symbolic link: set cmp_tmp_dir to a directory of your own"
@@ -1755,15 +1780,11 @@ def _directory_fault(settings: Settings) -> str:
     if not os.path.isdir(path):
         return f"cmp_tmp_dir {_one_line(path, 100)} is not a directory"
     if not os.access(path, os.W_OK | os.X_OK):
-        return f"cmp_tmp_dir {path} cannot be written by this process: change its owner or mode"
+        user = _user()
+        return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    while True:
-        others = _open_to_others(path)
-        if others:
-            return f"cmp_tmp_dir: {path} {others}"
-        if path == os.path.dirname(path):
-            return ""
-        path = os.path.dirname(path)
+    places = (place for place in _way(configured) if os.path.lexists(place))
+    return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _open_to_others(p))), "")
 
 
 def _make_directory(path: str) -> None:
@@ -2945,6 +2966,7 @@ class CAhandler:
             if "CAhandler" not in self._config:
                 raise CMPError("the configuration has no [CAhandler] section")
             self.section = _our_keys(self._config["CAhandler"])
+            _check_yaml(os.environ.get("ACME_SRV_CONFIGFILE") or "", self.section)
         except Exception as err:
             self.config_error = self._failure("configuration", err)
         return self
@@ -3251,15 +3273,28 @@ def _openssl_path(path: str) -> str:
 
 
 def _open_to_others(path: str) -> str:
-    """Who else may rename what is in this directory, as the end of an error, or nothing. Windows tells only by ACLs."""
+    """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
     if sys.platform == "win32":
         return ""
-    info = os.stat(path)
+    info = os.lstat(path)
     if info.st_uid not in (os.geteuid(), 0):
-        return "belongs to another user: give it to the user of acme2certifier"
-    if info.st_mode & 0o002 and not info.st_mode & 0o1000:
+        what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else "give it to the user of acme2certifier"
+        return f"belongs to another user: {what}"
+    if stat.S_ISDIR(info.st_mode) and info.st_mode & 0o002 and not info.st_mode & 0o1000:
         return "can be written by every local user: chmod o-w"
     return ""
+
+
+def _user(number: int | None = None) -> str:
+    """The name of a user, or of the one who runs this process."""
+    if sys.platform == "win32":
+        return os.environ.get("USERNAME", "this user")
+    import pwd  # only for an error
+
+    try:
+        return pwd.getpwuid(os.geteuid() if number is None else number).pw_name
+    except KeyError:
+        return f"user {os.geteuid() if number is None else number}"
 
 
 # --- The command line: the same code paths as in the host ---------------------------------------------------

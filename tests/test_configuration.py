@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import pkcs7, pkcs12
 
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
-from conftest import BINARIES, OPENSSL, Handlers, binaries, csr_pem
+from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, binaries, csr_pem, needs_root
 from demo_ca import DemoCA
 from test_enroll import recorder, script
 
@@ -336,6 +338,11 @@ def make_files(directory: Path) -> None:
     )
     (directory / "crlf.txt").write_bytes(b"hush hush\r\n")
     (directory / "bom.txt").write_bytes(b"\xef\xbb\xbfhush hush\n")
+    (directory / "blank.txt").write_bytes(b"hush hush \n")
+    (directory / "open.txt").write_bytes(b"hush hush\n")
+    (directory / "open.pem").write_bytes((directory / "key.pem").read_bytes())
+    for made in directory.iterdir():
+        made.chmod(0o644 if made.name.startswith("open") else 0o600)
     (directory / "utf16.txt").write_text("hush hush\n", encoding="utf-16")
 
 
@@ -527,3 +534,179 @@ def test_a_root_that_the_answer_brings(openssl: str, handlers: Handlers, caplog:
         assert "in spite of cmp_trusted" in caplog.text
     else:
         assert "this openssl has no option -ta_in_ip_extracerts" in fault
+
+
+@needs_root
+@pytest.mark.parametrize("link", ["of theirs", "in their directory"])
+def test_a_link_that_somebody_else_can_change(link: str, command: Commands, tmp_path: Path) -> None:
+    """Where cmp_tmp_dir leads elsewhere, whoever can change the link chooses where requests are written."""
+    theirs, target = tmp_path / "theirs", tmp_path / "target"
+    for directory in (theirs, target):
+        directory.mkdir(mode=0o700)
+    (theirs / "work").symlink_to(target)
+    os.chown(theirs if link == "in their directory" else theirs / "work", 65534, 65534, follow_symlinks=False)
+    handler = command.handler(SECTION, tmp_dir=str(theirs / "work"))
+    for text in (handler.handler_check(), handler.enroll(CSR)[0]):
+        assert text and f"{theirs}" in text and "belongs to another user: run this as nobody" in text
+    assert os.listdir(target) == []
+
+
+def test_a_link_of_our_own(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert handlers(ca.options(), tmp_dir=str(tmp_path / "link" / "work")).enroll(CSR)[0] is None
+
+
+# --- Warnings, and what is hidden -----------------------------------------------------------------------------------
+
+WEAK = "unprotected_errors unprotected_requests no_check_time ignore_critical allow_proxy_certs"
+WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
+    **{key: ({key: "True"}, [f"cmp_{key} weakens security"]) for key in WEAK.split()},
+    "short secret": ({"secret": "hush"}, ["cmp_secret has less than 8 characters"]),
+    "blank behind the secret": ({"secret": "file:pki/blank.txt"}, ["begins or ends with a blank"]),
+    "secret for everybody": ({"secret": "file:pki/open.txt"}, ["cmp_secret: every local user can read pki/open.txt"]),
+    "key for everybody": ({"cert": "pki/cert.pem", "key": "pki/open.pem"}, ["cmp_key: every local user can read"]),
+    "configuration file": ({"config": "pki/open.txt"}, ["cmp_config", "not checked"]),
+    "section": ({"section": "cmp"}, ["cmp_section", "not checked"]),
+    "expires soon": ({"secret": None, "cert": "pki/soon.pem", "key": "pki/key.pem"}, ["cmp_cert", "expires on"]),
+    "expired, not used": ({"cert": "pki/expired.pem", "key": "pki/key.pem"}, ["cmp_cert", "expired on 2001-01-02"]),
+    "certificate without key, not used": ({"cert": "pki/cert.pem"}, ["cmp_cert without cmp_key"]),
+    "pass phrase without key": ({"keypass": "hush"}, ["cmp_keypass without cmp_key"]),
+    "TLS switched off": ({"tls_used": "False", "tls_trusted": "pki/cert.pem"}, ["cmp_tls_trusted", "plain HTTP"]),
+    "TLS with anybody": ({"tls_used": "True"}, ["cmp_tls_trusted is not set"]),
+    "no directory": ({"tmp_dir": None}, ["cmp_tmp_dir is not set", "PrivateTmp"]),
+}
+
+
+@pytest.mark.parametrize("what", WARNINGS)
+def test_warnings(
+    what: str, command: Commands, own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(command.handlers.directory)
+    make_files(Path("pki"))
+    changes, words = WARNINGS[what]
+    section: dict[str, str | None] = {**SECTION, **{f"cmp_{key}": value for key, value in changes.items()}}
+    unset = {key[4:]: None for key, value in section.items() if value is None}
+    handler = command.handler({key: value for key, value in section.items() if value is not None}, **unset)
+    assert handler.handler_check() is None
+    handler.enroll(CSR)
+    assert command.log.exists(), "it is a warning, no error"
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert any(all(word in warning for word in words) for warning in warnings), warnings
+    assert "hush" not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["CMP_EXPECT_SENDER", "cmp-expect_sender", "Cmp_Expect_Sender", "cmpexpect_sender"])
+def test_a_key_that_would_be_ignored(key: str, command: Commands) -> None:
+    command.handler(SECTION)
+    with command.handlers.config.open("a") as file:
+        file.write(f"{key}: CN=x\n")
+    with CAhandler(False, logging.getLogger("test")) as handler:
+        fault = handler.handler_check()
+        assert fault and f"{key}: " in fault and "cmp_expect_sender?" in fault
+
+
+@binaries
+def test_half_of_tls_in_the_address(openssl: str, handlers: Handlers, tmp_path: Path) -> None:
+    """OpenSSL 3.0 wants -tls_used for https://; 3.5 switches TLS on by itself, and trusts anybody."""
+    section = {**SECTION, "cmp_server": "https://127.0.0.1:1", "cmp_openssl_bin": openssl}
+    settings = cmp_ca_handler._settings(handlers(section).section)
+    said = [*settings.errors, *settings.warnings]
+    assert any(text.startswith("cmp_tls_") for text in said), said
+    tls = cmp_ca_handler._settings(handlers(section, tls_used="True").section)
+    assert tls.errors == []
+
+
+@binaries
+def test_no_proof_of_possession(openssl: str, handlers: Handlers, pair: Pair, mock: Callable[..., Mock]) -> None:
+    """`-popo -1` works with 3.0; 3.5 wants to save a key that the CA makes."""
+    server = mock(pair.certificate, "-accept_raverified", openssl=openssl)
+    handler = handlers(server.options(), openssl_bin=openssl, popo="-1")
+    fault = handler.handler_check()
+    error = handler.enroll(pair.csr)[0]
+    if fault:
+        assert "cmp_popo" in fault and fault in str(error)
+    else:
+        assert "newkeyout" not in str(error)
+
+
+PINS = ["pkcs11:token=x;pin-value=s3cret%21x", "pkcs11:token=x?pin-value=s3cret%21x&y"]
+
+
+@pytest.mark.parametrize("where", ["key", "tls_key", "path"])
+@pytest.mark.parametrize("value", PINS)
+def test_a_pin_is_shown_nowhere(value: str, where: str, command: Commands, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    handler = command.handler(SECTION, **{where: value})
+    texts = [str(handler.handler_check()), str(handler.enroll(CSR)[0]), caplog.text]
+    assert not re.search("s3cret", " ".join(texts))
+    assert "s3cret!x" in cmp_ca_handler._settings(handler.section).secrets.values()
+    assert not command.log.exists()
+
+
+def test_what_is_masked(
+    command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever openssl gets, wherever it comes from, and what only looks like a secret."""
+    (tmp_path / "secret").write_text("from a file\nmore\n")
+    read, write = os.pipe()
+    os.write(write, b"from a pipe\n")
+    os.close(write)
+    monkeypatch.setenv("KEYPASS", "from a variable")
+    monkeypatch.setenv("http_proxy", "http://me:from%20a%20proxy@127.0.0.1:1")
+    changes: dict[str, str | None] = {"secret": f"file:{tmp_path}/secret", "keypass": "env:KEYPASS"}
+    changes.update(otherpass=f"fd:{read}", tls_keypass="pass:from here", newkeypass="set anyway", secert="misspelt")
+    for _ in range(2):  # a pipe says it only once
+        secrets = cmp_ca_handler._settings(command.handler(SECTION, **changes).section).secrets
+        expected = ["a file", "a variable", "a pipe", "here", "a proxy"]
+        assert {f"from {where}" for where in expected} | {"set anyway", "misspelt"} <= set(secrets.values())
+    os.close(read)
+    text = "a from a file, FROM a from here from a proxy pin-value=12&x"
+    assert cmp_ca_handler._hide(text, secrets.values()) == "a ***, FROM a *** *** pin-value=***&x"
+
+
+def test_no_timeouts(ca: DemoCA, command: Commands, handlers: Handlers) -> None:
+    """For servers whose HTTP header comes in pieces: openssl gets no time-out, and the handler ends it."""
+    line = command(SECTION, msg_timeout="0", total_timeout="0")
+    assert (value_of(line, "-msg_timeout"), value_of(line, "-total_timeout")) == ("0", "0")
+    handler = handlers(ca.options(), msg_timeout="0", total_timeout="0")
+    assert cmp_ca_handler._settings(handler.section).limit() == 30
+    assert handler.enroll(CSR)[0] is None
+
+
+@binaries
+@pytest.mark.parametrize("format", ["pem", "der", "p12"])
+def test_formats_of_credentials(
+    format: str, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """openssl finds out by itself what is in a file."""
+    section = ca.options("certificate")
+    if format == "der":  # holds one certificate: the intermediate CA comes from elsewhere
+        section["cmp_extracerts"] = section["cmp_cert"]
+        for name in ("cert", "key"):
+            tool = ["x509"] if name == "cert" else ["pkey"]
+            words = [*tool, "-in", section[f"cmp_{name}"], "-outform", "DER", "-out", str(tmp_path / name)]
+            subprocess.run([openssl, *words], check=True, capture_output=True)
+            section[f"cmp_{name}"] = str(tmp_path / name)
+    if format == "p12":
+        words = ["-in", section["cmp_cert"], "-inkey", section["cmp_key"], "-out", str(tmp_path / "ra.p12")]
+        words += ["-certfile", section["cmp_trusted"], "-passout", "pass:demo-pass"]
+        subprocess.run([openssl, "pkcs12", "-export", *words], check=True, capture_output=True)
+        section.update(cmp_cert=str(tmp_path / "ra.p12"), cmp_key=str(tmp_path / "ra.p12"))
+        assert "cmp_key: the key is encrypted: set cmp_keypass" in str(handlers(section).handler_check())
+        section["cmp_keypass"] = "demo-pass"
+    handler = handlers(section, openssl_bin=openssl)
+    assert handler.handler_check() is None
+    assert handler.enroll(CSR)[0] is None
+
+
+def test_numbers_of_yaml(tmp_path: Path) -> None:
+    """acme2certifier reads YAML, and YAML reads numbers: the real fault, and no other."""
+    (tmp_path / "acme_srv.yaml").write_text(
+        "CAhandler:\n  cmp_server: 127.0.0.1:1\n  cmp_ref: 0123\n  cmp_secret: 12:34\n  cmp_days: 90\n"
+    )
+    command = [sys.executable, cmp_ca_handler.__file__, "--config", str(tmp_path / "acme_srv.yaml"), "check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: cmp_ref, cmp_secret: YAML has made another number of that: write it in quotes"]
+    assert "12:34" not in result.stdout + result.stderr and "754" not in result.stdout + result.stderr

@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.cfg"))
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Keys that the pages spell wrong on purpose, to show what the handler says to it.
-MISSPELT = {"cmp_trsted"}
+MISSPELT = {"cmp_secert", "cmp_trsted"}
 # "cmp_x" stands for any key; "cmp_main" begins lines of openssl's own output.
 NO_KEYS = {"cmp_x", "cmp_main"}
 
