@@ -224,7 +224,10 @@ class CMPError(Exception):
 HINTS = (
     ("certificate verify failed", "cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name"),
     ("wrong pbm value", "the shared secret does not fit: check cmp_ref and cmp_secret"),
-    ("missing protection", "the answer is not protected: check that the CA and you use the same kind of credentials"),
+    (
+        "missing protection",
+        "not protected, as many CAs refuse credentials: check cmp_ref and cmp_secret, or cmp_cert and cmp_key",
+    ),
     ("unable to get local issuer certificate", "cmp_trusted must hold the issuer of the CMP server's certificate"),
     ("self-signed certificate", "cmp_trusted must hold the CA's own root certificate"),
     ("missing key usage digitalSignature", "set cmp_ignore_keyusage: True if the CA's signer is like that"),
@@ -252,7 +255,10 @@ HINTS = (
     ("unexpected content type|content type mismatch", "that is no CMP service: check cmp_server and cmp_path"),
     ("header parse error", "that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS"),
     ("wrong version number", "the server does not speak TLS on this port: check cmp_server and cmp_tls_used"),
-    ("failed reading data|error sending", "the connection was closed: check cmp_tls_used, and the CA's log"),
+    (
+        "failed reading data|error sending",
+        "the connection was closed: check cmp_tls_used, cmp_tls_cert if the server wants one, and the CA's log",
+    ),
     ("redirection not enabled", "the server redirects: set cmp_server and cmp_path to the final address"),
     ("max resp len exceeded", "the answer is too large to be CMP: check cmp_server and cmp_path"),
     ("does not match our enrollment key", "the CA issued for another key: look into the CA's log"),
@@ -261,10 +267,14 @@ HINTS = (
         "the CA could not verify the request: check cmp_ref and cmp_secret (a CA by RFC 9483 also wants a cmp_cert with"
         " the subject CN=cmp_ref), or cmp_cert and cmp_key",
     ),
+    ("badAlg", "try cmp_digest: sha256, with a secret cmp_mac: hmacWithSHA256 too, else cmp_cert"),
     ("signerNotTrusted", "the CA does not trust the certificate in cmp_cert"),
-    ("notAuthorized", "the CA does not let this RA enrol: check the RA's rights at the CA"),
+    ("notAuthorized", "the CA does not let this RA do that: check the RA's rights at the CA"),
     ("badPOP", "let the CA accept raVerified from this RA, or set cmp_cmd: p10cr (some CAs drop names then)"),
-    ("badCertTemplate", "the CA refuses the subject, a name or an extension: compare them with its profile"),
+    (
+        "badCertTemplate",
+        "the CA refuses the subject, a name or an extension: compare them with its profile, or set cmp_profile",
+    ),
     ("PKIStatus: waiting", "only an enrolment can wait for the CA, and for all of its answers since OpenSSL 3.3"),
     ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
     ("key values mismatch", "cmp_key does not belong to cmp_cert"),

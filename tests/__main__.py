@@ -2,6 +2,7 @@
 
     python3 tests                       all of them, on all cores
     python3 tests -x -k chain           arguments go to pytest
+    python3 tests --servers             the tests with other makers' CMP servers, tests/servers, instead
     python3 tests --lint                ruff and mypy instead of the tests
 
 Works from any directory, as any user. The packages of the extra `test` in pyproject.toml go into
@@ -24,6 +25,7 @@ from pathlib import Path
 import openssl_versions
 import programs
 from openssl_versions import CACHE, Missing, locked, run
+from servers import fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv-tests"
@@ -47,9 +49,17 @@ def main(arguments: list[str]) -> int:
             announce(fetched_packages(), missing_venv(), {})
             make_venv()
             return lint()
-        announce_tests(arguments)
+        servers = arguments[:1] == ["--servers"]
+        if servers:
+            plans, needed = fetch.announcement()
+            announce([*fetched_packages(), *plans], {**missing_venv(), **needed}, {})
+            arguments = ["tests/servers", "--numprocesses=3", "--dist=loadfile", *arguments[1:]]
+        else:
+            announce_tests(arguments)
         make_venv()
         name_other_openssl()
+        if servers:
+            fetch.prepare()
     except Missing as missing:
         print(f"python3 tests: {missing}", file=sys.stderr)
         return 2

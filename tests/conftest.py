@@ -26,6 +26,7 @@ from cmp_ca_handler import CAhandler
 from demo_ca import DemoCA
 from proxy import Proxy
 
+collect_ignore = ["servers"]  # they need Java: `python3 tests --servers` names them
 OPENSSL = shutil.which("openssl") or "openssl"
 # The system's openssl, and the newer ones that `python3 tests` fetched.
 BINARIES = [OPENSSL, *filter(None, os.environ.get("CMP_TEST_OPENSSL", "").split(os.pathsep))]

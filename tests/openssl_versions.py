@@ -237,6 +237,6 @@ def run(command: list[str]) -> str:
         raise Missing(str(error)) from error
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
-        errors = [line for line in lines if line.startswith(("E: ", "ERROR: "))]  # as apt and pip mark them
+        errors = [line for line in lines if line.startswith(("E: ", "ERROR: ", "[ERROR] "))]  # as apt, pip and Maven do
         raise Missing((errors[:1] or lines[-1:] or [f"{command[0]}: exit code {done.returncode}"])[0].strip())
     return done.stdout

@@ -1,0 +1,1 @@
+"""Tests with other makers' CMP servers: `python3 tests --servers`."""
