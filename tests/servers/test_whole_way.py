@@ -56,7 +56,7 @@ def test_certbot_to_xipki(tmp_path: Path) -> None:
     with Xipki(tmp_path / "xipki") as ca, SiemensRa(tmp_path / "ra", ca.upstream()) as ra:
         section = {"handler_module": str(HANDLER), **ra.options("p10/acme/tls"), "cmp_cmd": "p10cr"}
         with Host(tmp_path, section) as host:
-            files = ["--fullchain-path", chain, "--chain-path", tmp_path / "issuers.pem"]
+            files: list[str | Path] = ["--fullchain-path", chain, "--chain-path", tmp_path / "issuers.pem"]
             ordered = host.certbot("certonly", "--csr", csr, "--cert-path", tmp_path / "leaf.pem", *files)
             assert ordered.returncode == 0, ordered.stdout + host.log() + ra.log() + ca.log()
             leaf = leaf_of(chain, ca.directory / "root.pem")
