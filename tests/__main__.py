@@ -25,7 +25,6 @@ from pathlib import Path
 import openssl_versions
 import programs
 from openssl_versions import CACHE, Missing, locked, run
-from servers import fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv-tests"
@@ -49,21 +48,28 @@ def main(arguments: list[str]) -> int:
             announce(fetched_packages(), missing_venv(), {})
             make_venv()
             return lint()
-        servers = arguments[:1] == ["--servers"]
-        if servers:
-            plans, needed = fetch.announcement()
-            announce([*fetched_packages(), *plans], {**missing_venv(), **needed}, {})
-            arguments = ["tests/servers", "--numprocesses=3", "--dist=loadfile", *arguments[1:]]
+        if arguments[:1] == ["--servers"]:
+            arguments = prepare_servers(arguments[1:])
         else:
             announce_tests(arguments)
-        make_venv()
-        name_other_openssl()
-        if servers:
-            fetch.prepare()
+            make_venv()
+            name_other_openssl()
     except Missing as missing:
         print(f"python3 tests: {missing}", file=sys.stderr)
         return 2
     return run_pytest(arguments)
+
+
+def prepare_servers(arguments: list[str]) -> list[str]:
+    """Fetch other makers' CMP servers, and give pytest's arguments for the tests with them."""
+    from servers import fetch  # only here: it is no part of the other runs
+
+    plans, needed = fetch.announcement()
+    announce([*fetched_packages(), *plans], {**missing_venv(), **needed}, {})
+    make_venv()
+    name_other_openssl()
+    fetch.prepare()
+    return ["tests/servers", "--numprocesses=3", "--dist=loadfile", *arguments]
 
 
 def announce_tests(arguments: list[str]) -> None:
