@@ -102,7 +102,7 @@ def test_wrong_secret(ra: SiemensRa, handlers: Handlers) -> None:
 
 def test_unknown_reference(ra: SiemensRa, handlers: Handlers) -> None:
     error = refused(handlers(ra.options("secret"), ref="nobody"))
-    assert "notAuthorized" in error, error
+    assert "notAuthorized" in error and "no shared secret is provided" in error, error
 
 
 def test_unknown_certificate_of_the_ra(ra: SiemensRa, handlers: Handlers) -> None:
