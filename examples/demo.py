@@ -175,14 +175,14 @@ def enroll(ca: DemoCA) -> None:
 def pending(ca: DemoCA) -> None:
     """The story of an order that waits for approval."""
     log = Log()
-    ca.hold, ca.check_after = True, 3600
+    ca.hold, ca.check_after = True, 4
     step(f"A CMP CA on {ca.server} that wants to approve each request")
     # A real set-up gives the CA more time before the order counts as waiting
     configure(ca, cmp_total_timeout="3")
     step("A key and a CSR, as certbot makes them")
     csr = make_csr()
     module = load_handler()
-    step("enroll(): the CA says wait, and come back in an hour")
+    step("enroll(): the CA says wait, and come back in 4 seconds")
     with module.CAhandler(False, log.logger) as handler:
         error, _, _, identifier = handler.enroll(csr)
     log.show()
@@ -207,11 +207,13 @@ def pending(ca: DemoCA) -> None:
     for request in ca.pending():
         show(f"{request.serial} {request.names[0]}")
     show(f"approved: {ca.approve('all')}")
-    bundle = poll("poll() goes on with the same CMP transaction")
+    time.sleep(ca.check_after)  # before that poll() does not ask the CA again
+    bundle = poll("4 seconds later: poll() goes on with the same CMP transaction")
     if not bundle:
         raise DemoFailed("the CA has approved, but there is no certificate")
     show("the CA has seen: " + ", ".join(message.request for message in ca.messages))
-    show(f"left in work/: {os.listdir('work')}")
+    # acme2certifier may be killed before it has stored what poll() returned
+    show(f"left in work/ for a day, the bundle: {os.listdir('work/' + identifier)}")
     show_chain(bundle)
 
 

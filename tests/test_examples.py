@@ -29,7 +29,10 @@ CONFIGURATIONS = {
     ("arguments", "said"),
     [
         ([], ["-secret env:", "cmp_secret: demo-secret", "INFO certificate issued: subject=CN=www.example.com"]),
-        (["--pending"], ["no error, no certificate, rejected False", "approved: 1", "certConf", "left in work/: []"]),
+        (
+            ["--pending"],
+            ["no error, no certificate, rejected False", "approved: 1", "certConf", "the bundle: ['issued']"],
+        ),
     ],
     ids=["enroll", "pending"],
 )
