@@ -126,7 +126,7 @@ def test_error_is_the_hosts_to_tell(ca: DemoCA, tmp_path: Path) -> None:
     assert ca.messages == []
 
 
-@pytest.mark.parametrize("version", [(3, 8, 10), (3, 7, 3)], ids=str)
+@pytest.mark.parametrize("version", [(3, 8, 10), (3, 8, 18)], ids=str)
 def test_old_python_is_named(version: tuple[int, ...], tmp_path: Path) -> None:
     """The host logs an exception's text, so that is what tells. The older Python is a pretended one here."""
     load = "import runpy, sys; sys.version_info = {0}; sys.version = '{1} (main)'; runpy.run_path({2!r})"
@@ -138,7 +138,7 @@ def test_old_python_is_named(version: tuple[int, ...], tmp_path: Path) -> None:
 
 def test_old_python_can_read_the_file() -> None:
     """As far as that line: no later syntax may stand anywhere in the file."""
-    ast.parse(HANDLER.read_text(encoding="utf-8"), feature_version=(3, 7))
+    ast.parse(HANDLER.read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 @needs("lego")
