@@ -24,7 +24,6 @@ import base64
 import binascii
 import contextlib
 import errno
-import fcntl
 import functools
 import importlib
 import io
@@ -41,6 +40,12 @@ import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import IO, Any, Callable, NamedTuple, Optional
+
+if sys.platform == "win32":  # mypy takes this very test for what it is
+    import ctypes
+    import msvcrt
+else:
+    import fcntl
 
 __all__ = ["CAhandler"]
 __version__ = "1.0.0"
@@ -703,17 +708,6 @@ class Run(NamedTuple):
         return f"openssl was killed by signal {-self.code}" if self.code < 0 else ""
 
 
-def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code, None while it runs. Popen.poll() says 0 where the status is lost, and 0 would be a yes."""
-    if process.returncode is None:
-        try:
-            pid, status = os.waitpid(process.pid, os.WNOHANG)
-            process.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        except ChildProcessError:
-            process.returncode = LOST
-    return process.returncode
-
-
 def _run(
     argv: Sequence[str],
     limit: float = 10,
@@ -726,29 +720,18 @@ def _run(
     `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked whenever the
     program has said something, and from time to time: where it says yes, the program is ended as well.
     """
-    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+    if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use a server that does not")
     try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **secrets} if secrets else None,
-            pass_fds=keep,
-            start_new_session=True,
-        )
+        child = _start(argv, secrets or {}, keep)
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
     output, cut, ended, deadline = b"", False, False, time.monotonic() + limit
-    assert process.stdout is not None  # noqa: S101 - it is a pipe
-    with process.stdout as pipe:
+    with child.output as pipe:
         try:
             # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
-            poller = select.poll()
-            poller.register(pipe, select.POLLIN | select.POLLHUP)
             while not ended and time.monotonic() < deadline:
-                if poller.poll(min(max(0, deadline - time.monotonic()), TICK) * 1000):
+                if _readable(pipe, min(max(0, deadline - time.monotonic()), TICK)):
                     chunk = os.read(pipe.fileno(), 65536)
                     if not chunk:
                         break
@@ -756,14 +739,12 @@ def _run(
                     output = (output + chunk)[:MAX_OUTPUT]
                 ended = asleep()
             tries = 0
-            while not ended and _exit_code(process) is None and time.monotonic() < deadline:
+            while not ended and _exit_code(child.process) is None and time.monotonic() < deadline:
                 tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
                 time.sleep(0 if tries < 100 else 0.01)
         finally:
-            code = _exit_code(process)
-            if code is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            code = _exit_code(child.process)
+            _kill(child)
     text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
     return Run(code, text, cut=cut, asleep=ended and code is None)
 
@@ -1817,7 +1798,7 @@ class Transaction:
 
     def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
         self.settings, self.identifier, self.lock, self.logger = settings, identifier, lock, logger
-        self.path = os.path.join(settings.directory, identifier)
+        self.path = f"{settings.directory}/{identifier}"
         self.keep = False
         self.started = time.monotonic()
         self.cmp_id = ""  # CMP's transactionID, once the CA has answered
@@ -1898,21 +1879,11 @@ class Transaction:
         try:
             if not self.keep:
                 os.remove(self.file("lock"))
-            fcntl.flock(self.lock, fcntl.LOCK_UN)  # for all who inherited it when the host forked
-            os.close(self.lock)
+            _unlock(self.lock)
             if not self.keep:
                 _delete(self.path, but="issued")
         except OSError as err:
             self.logger.error("cannot delete %s: %s", self.path, err.strerror)
-
-
-def _sync(path: str) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: str, but: str = "") -> None:
@@ -1942,32 +1913,11 @@ def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
     path = os.path.join(settings.directory, identifier)
     os.mkdir(path, 0o700)
     try:
-        lock = _locked(os.path.join(path, "lock"), os.O_CREAT | os.O_EXCL)
+        lock = _locked(os.path.join(path, "lock"), new=True)
     except OSError:
         _delete(path)
         raise
     return Transaction(settings, identifier, lock, logger)
-
-
-def _locked(path: str, flags: int) -> int:
-    """A descriptor of a lock file that we hold. Raises BlockingIOError where somebody else does."""
-    lock = _above_2(os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _above_2(descriptor: int) -> int:
-    """The descriptor, moved where openssl's standard files do not take its place: the host may have closed its own."""
-    if descriptor > 2:
-        return descriptor
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
-    finally:
-        os.close(descriptor)
 
 
 def _check_identifier(identifier: object) -> str:
@@ -1983,7 +1933,7 @@ def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> T
     base, path = settings.directory, os.path.join(settings.directory, identifier, "lock")
     unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
     try:
-        lock = _locked(path, 0)
+        lock = _locked(path)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise unknown from err
     except BlockingIOError as err:
@@ -2410,8 +2360,8 @@ def _resumed_timeouts(settings: Settings, newest: Response, more_seconds: int) -
 
 def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> Outcome:
     """Run openssl for an enrolment: from the start, or on from the answers that are saved in `transaction`."""
-    before, disk = _usable(transaction.answers()), os.statvfs(transaction.path)
-    if disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files and disk.f_favail < 8):
+    before = _usable(transaction.answers())
+    if _disk_full(transaction.path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), transaction.path)  # the answers could not be saved
     useless = {*transaction.saved()} - {os.path.basename(answer.path) for answer in before}
     transaction.remove("cert.pem", *useless)
@@ -2448,7 +2398,7 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
             files += ["-rspin", ",".join(replay)] if replay else []
         if "reqout" in known and "reqout" not in settings.options:
             requests = [transaction.file(f"{n:03d}.req") for n in numbers]
-            if os.path.exists("/dev/fd"):
+            if sys.platform != "win32" and os.path.exists("/dev/fd"):
                 gate = stack.enter_context(closing(Gate()))
                 requests[gated - number] = gate.file
             files += ["-reqout", ",".join([*scratch, *requests])]
@@ -2538,7 +2488,7 @@ def _keep_authentic(
     for answer in log:
         if answer.path.endswith(".new") and (known is not None or answer is not log[-1]):
             _sync(answer.path)
-            os.rename(answer.path, answer.path[:-4] + ".der")
+            os.replace(answer.path, answer.path[:-4] + ".der")
             answer = answer._replace(path=answer.path[:-4] + ".der")
         kept.append(answer)
     if kept:
@@ -3266,13 +3216,17 @@ def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str
 
 # --- What differs between operating systems ------------------------------------------------------------------
 
+if sys.platform == "win32":
+    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+
 
 def _default_directory() -> str:
     """Where transactions live if cmp_tmp_dir does not say: a directory of this user's."""
     import tempfile  # takes longer to import than this file does
 
-    user = re.sub(r"\W", "-", os.environ.get("USERNAME", ""))
-    if sys.platform != "win32":
+    if sys.platform == "win32":
+        user = re.sub(r"\W", "-", os.environ.get("USERNAME", ""))
+    else:
         user = str(os.getuid())
     return os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{user}")
 
@@ -3305,6 +3259,141 @@ def _user(number: int | None = None) -> str:
         return pwd.getpwuid(os.geteuid() if number is None else number).pw_name
     except KeyError:
         return f"user {os.geteuid() if number is None else number}"
+
+
+def _disk_full(path: str) -> bool:
+    """Whether there is no room for the CA's answers."""
+    if sys.platform == "win32":
+        return shutil.disk_usage(path).free < MAX_DER
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files > 0 and disk.f_favail < 8)
+
+
+def _sync(path: str) -> None:
+    """Wait until a file, or the names in a directory, are on the disk. Windows has no way to say the second."""
+    if sys.platform == "win32" and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(path: str, new: bool = False) -> int:
+    """A descriptor of a lock file that we hold, until this process ends. Raises BlockingIOError where another does."""
+    lock = _open_lock(path, new)
+    try:
+        if sys.platform == "win32":
+            try:
+                msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+            except OSError as err:
+                raise BlockingIOError from err
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _open_lock(path: str, new: bool) -> int:
+    """Open a lock file, or make it. Nobody follows a link there, and all may delete it while it is open."""
+    if sys.platform == "win32":  # Python's own functions do not share a file for deletion
+        access, share, disposition, flags = -0x40000000, 7, 1 if new else 3, 0x00200000  # read and write, all, no link
+        handle = _kernel32.CreateFileW(path, access, share, None, disposition, flags, None)
+        if handle == -1:
+            code = ctypes.get_last_error()
+            raise ctypes.WinError(2 if code == 5 else code)  # "access denied": it is being deleted
+        return msvcrt.open_osfhandle(handle, os.O_RDWR)
+    return _above_2(os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o600))
+
+
+def _above_2(descriptor: int) -> int:
+    """The descriptor, moved where openssl's standard files do not take its place: the host may have closed its own."""
+    if sys.platform != "win32" and descriptor <= 2:
+        try:
+            return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+        finally:
+            os.close(descriptor)
+    return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    """Let go of the lock, for all who have inherited it."""
+    if sys.platform == "win32":
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # when acme2certifier's process forked
+    os.close(descriptor)
+
+
+class Child(NamedTuple):
+    """A running program, with all that it starts: a process group, or on Windows a job."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    job: int = 0
+
+
+def _start(argv: Sequence[str], secrets: Mapping[str, str], keep: Sequence[int]) -> Child:
+    """Start a program that reads nothing, with `secrets` added to its environment. It inherits `keep`, if it can."""
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process: subprocess.Popen[bytes]
+    job = 0
+    if sys.platform == "win32":
+        environment = {**os.environ, **secrets, "OPENSSL_WIN32_UTF8": "1"}  # else it reads its arguments as ANSI
+        argv, flags = [os.path.abspath(argv[0]), *argv[1:]], subprocess.CREATE_NO_WINDOW
+        process = subprocess.Popen(argv, env=environment, creationflags=flags, **streams)
+        # No lock can be inherited. Instead, what is in the job ends when this process does.
+        job = _kernel32.CreateJobObjectW(None, None)
+        limits = ctypes.create_string_buffer(144 if sys.maxsize > 1 << 32 else 112)
+        limits[17] = b"\x20"  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+        _kernel32.SetInformationJobObject(job, 9, limits, len(limits))
+        _kernel32.AssignProcessToJobObject(job, int(process._handle))  # type: ignore[attr-defined]
+    else:
+        added = {**os.environ, **secrets} if secrets else None
+        process = subprocess.Popen(argv, env=added, pass_fds=keep, start_new_session=True, **streams)
+    assert process.stdout is not None  # noqa: S101 - it is a pipe
+    return Child(process, process.stdout, job)
+
+
+def _readable(pipe: IO[bytes], seconds: float) -> bool:
+    """Wait until there is something to read from a pipe, or its end is reached. False when the time has passed."""
+    if sys.platform == "win32":
+        handle, waiting = msvcrt.get_osfhandle(pipe.fileno()), ctypes.c_ulong()
+        deadline = time.monotonic() + seconds
+        while _kernel32.PeekNamedPipe(handle, None, 0, None, ctypes.byref(waiting), None) and not waiting.value:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)
+        return True
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN | select.POLLHUP)
+    return bool(poller.poll(seconds * 1000))
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code, None while it runs. Popen.poll() says 0 where the status is lost, and 0 would be a yes."""
+    if sys.platform == "win32":
+        return process.poll()
+    if process.returncode is None:
+        try:
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+            process.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        except ChildProcessError:
+            process.returncode = LOST
+    return process.returncode
+
+
+def _kill(child: Child) -> None:
+    """End what still runs of it."""
+    if sys.platform == "win32":
+        _kernel32.CloseHandle(child.job)
+        child.process.kill()
+    elif child.process.returncode is None:
+        os.killpg(child.process.pid, signal.SIGKILL)
+    child.process.wait()
 
 
 # --- The command line: the same code paths as in the host ---------------------------------------------------
@@ -3727,6 +3816,7 @@ def _typed_words() -> list[str]:
     import shlex
 
     text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
+    text = text.replace("\\", "\\\\") if os.sep == "\\" else text  # in a path, and no quote
     try:
         return shlex.split(text.lstrip("$# \t"))
     except ValueError as err:

@@ -4,6 +4,7 @@
     python3 tests -x -k chain           arguments go to pytest
     python3 tests --servers             the tests with other makers' CMP servers, tests/servers, instead
     python3 tests --lint                ruff and mypy instead of the tests
+    python3 tests --windows             the handler in a Python for Windows, by wine; further arguments go to pytest
 
 Works from any directory, as any user. The packages of the extra `test` in pyproject.toml go into
 `.venv-tests`, the OpenSSL binaries that the machine has not got into `.cache`; both are made once, and later
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import openssl_versions
 import programs
+import windows
 from openssl_versions import CACHE, Missing, locked, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,8 @@ def main(arguments: list[str]) -> int:
             return lint()
         if arguments[:1] == ["--servers"]:
             arguments = prepare_servers(arguments[1:])
+        elif arguments[:1] == ["--windows"]:
+            arguments = prepare_windows(arguments[1:])
         else:
             announce_tests(arguments)
             make_venv()
@@ -183,6 +187,14 @@ def lint() -> int:
     """Run every linter, also after one that found something."""
     codes = [subprocess.run([PYTHON, "-m", *command], cwd=ROOT).returncode for command in LINTERS]
     return max(map(abs, codes))
+
+
+def prepare_windows(arguments: list[str]) -> list[str]:
+    """Make what the tests with wine need, and say how to run them. Raises Missing."""
+    announce([*fetched_packages(), *windows.plans()], {**missing_venv(), **windows.missing()}, {})
+    make_venv()
+    windows.make()
+    return [str(windows.CASES), *arguments]
 
 
 def run_pytest(arguments: list[str]) -> int:

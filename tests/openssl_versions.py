@@ -170,15 +170,23 @@ def download_from(archive: str, suite: str, packages: list[str], work: Path) -> 
 
     That brings the C library too, and follows when a library's package changes its name.
     """
+    apt_get = own_apt_get(archive, suite, work)
+    run([*apt_get, "install", "--yes", "--download-only", "--no-install-recommends", *packages])
+    return sorted((work / "archives").glob("*.deb"))
+
+
+def own_apt_get(archive: str, suite: str, work: Path, kind: str = "deb") -> list[str]:
+    """The beginning of a command: apt-get with all of its files in `work`, and the lists of `suite` fetched."""
     for directory in ("lists/partial", "archives/partial"):
         (work / directory).mkdir(parents=True, exist_ok=True)
     (work / "status").touch()
     keyrings = [path for path in (Path("/usr/share/keyrings", name) for name in KEYRINGS) if path.exists()]
-    marks = f"arch={run(['dpkg', '--print-architecture']).strip()} target=Packages"
+    target = "Sources" if kind == "deb-src" else "Packages"
+    marks = f"arch={run(['dpkg', '--print-architecture']).strip()} target={target}"
     if keyrings:
         marks += f" signed-by={keyrings[0]}"
     suites = ["sid", suite] if suite == "experimental" else [suite]
-    (work / "sources.list").write_text("".join(f"deb [{marks}] {archive} {name} main\n" for name in suites))
+    (work / "sources.list").write_text("".join(f"{kind} [{marks}] {archive} {name} main\n" for name in suites))
     (work / "preferences").write_text(EXPERIMENTAL)
     settings = {
         "Dir::Etc::sourcelist": work / "sources.list",
@@ -196,10 +204,9 @@ def download_from(archive: str, suite: str, packages: list[str], work: Path) -> 
         "APT::Update::Error-Mode": "any",  # else an archive that cannot be reached is only a warning
         "Acquire::Retries": 2,
     }
-    options = [f"--option={key}={value}" for key, value in settings.items()]
-    run(["apt-get", *options, "update"])
-    run(["apt-get", *options, "install", "--yes", "--download-only", "--no-install-recommends", *packages])
-    return sorted((work / "archives").glob("*.deb"))
+    apt_get = ["apt-get", *(f"--option={key}={value}" for key, value in settings.items())]
+    run([*apt_get, "update"])
+    return apt_get
 
 
 def wrapper_text(suite: str) -> str:
