@@ -773,11 +773,7 @@ def _messages(output: str, secrets: Collection[str] = (), words: Collection[str]
 
 def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
     """Somebody else's text for a log line or an error: secrets masked, on one line, and only then cut."""
-    for secret in secrets:
-        for form in (secret, " ".join(secret.split())):
-            if len(form) > 3:
-                text = text.replace(form, "***")
-    return _one_line(text, limit)
+    return _one_line(_hide(text, secrets), limit)
 
 
 # OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
@@ -2405,6 +2401,8 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
 
         def asleep() -> bool:
             """Whether openssl can do no more for us now: the CA wants to be asked later than there is time for."""
+            if not os.path.exists(transaction.file(f"{number:03d}.new")):
+                return False
             saved = [name for name in transaction.saved() if int(name[:-4]) >= number]
             newest = _response(transaction.file(saved[-1])) if saved else None
             if newest is None:
@@ -3792,7 +3790,7 @@ def _ca_certificates(settings: Settings) -> str:
         # Read out of the saved answer: the file is empty with 3.0, and later ones insist on it.
         path = f"{directory}/answer.der"
         command += ["-rspout", path, "-cacertsout", f"{directory}/cacerts.pem"]
-        run = _run(command, settings.seconds("total_timeout") + GRACE, settings.secrets)
+        run = _run(command, settings.limit(), settings.secrets)
         run = run._replace(messages=_messages(run.output, settings.secrets.values()))
         if run.code != 0:
             lacking = "does not include suitable value" in " ".join(run.errors())
