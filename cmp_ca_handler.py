@@ -693,10 +693,12 @@ class Run(NamedTuple):
 
     def only(self, lines: re.Pattern[str]) -> bool:
         """Whether it has said why it failed, and every line of that is one of these. Who is on the way to the CA can
-        add lines (by the names in his certificate, by HTTP headers), but cannot take one away.
+        add lines (by the names in his certificate, by HTTP headers), but cannot take one away. So this looks at the
+        output itself: in `messages`, texts that he may have chosen are put on one line, and openssl's own with them.
         """
-        errors = [error for error in self.errors() if not error.startswith("polling failed")]  # with each of them
-        sender = any("does not match expected sender" in message.text for message in self.messages)  # no error in 3.0
+        run = self._replace(messages=_messages(self.output))
+        errors = [error for error in run.errors() if not error.startswith("polling failed")]  # with each of them
+        sender = any("does not match expected sender" in message.text for message in run.messages)  # no error in 3.0
         return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
 
     def killed(self) -> str:
@@ -753,8 +755,8 @@ def _messages(output: str, secrets: Collection[str] = (), words: Collection[str]
     """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
 
     `words` are texts from the saved answers: openssl prints them as they are once it has accepted the answer, so they
-    are put on one line, and cannot look like lines of openssl's. But not those that hold openssl's words for an answer
-    that it has not accepted: who sends such a text wants that very line to disappear.
+    are put on one line, and do not look like lines of openssl's in the log. But not those that hold openssl's words for
+    an answer that it has not accepted: who sends such a text wants that very line to disappear.
     """
     for text in words:
         printed = text.partition("\0")[0].replace("\r\n", "\n")  # as `output` is
