@@ -988,7 +988,10 @@ def _binary(name: str) -> Binary:
             fault = (
                 "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
             )
-        _binaries[key] = Binary(path, _one_line(version, 60), options, spelled, fault)
+        asked = Binary(path, _one_line(version, 60), options, spelled, fault)
+        if not asked.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
+            options.pop("rspin", None)
+        _binaries[key] = asked
     binary = _binaries[key]
     if binary.fault:
         raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
