@@ -225,39 +225,92 @@ class CMPError(Exception):
     """What went wrong, on one line, in words for the administrator."""
 
 
-# What openssl says (a regular expression) -> what to do. A test holds docs/troubleshooting.md to the same list.
+# What openssl says (a regular expression) -> what to do. The first one that fits counts, so special ones come first.
+# A test holds docs/troubleshooting.md to the same list.
 HINTS = (
     ("certificate verify failed", "cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name"),
+    (
+        "failed to validate newly enrolled",
+        "cmp_out_trusted must hold the root of the certificates that the CA issues, cmp_untrusted their intermediates",
+    ),
+    ("does not match the TLS certificate", "cmp_tls_key does not belong to cmp_tls_cert"),
+    (
+        "TLS client private key",
+        "check cmp_tls_key and cmp_tls_keypass, and for a token its name, the PIN and that openssl finds the module",
+    ),
     ("wrong pbm value", "the shared secret does not fit: check cmp_ref and cmp_secret"),
     (
         "missing protection",
         "not protected, as many CAs refuse credentials: check cmp_ref and cmp_secret, or cmp_cert and cmp_key",
     ),
-    ("unable to get local issuer certificate", "cmp_trusted must hold the issuer of the CMP server's certificate"),
+    (
+        "unable to get local issuer certificate",
+        "cmp_trusted must hold the root of the CMP server's certificate, and cmp_untrusted its intermediates",
+    ),
+    (
+        "unable to get issuer certificate",
+        "cmp_trusted holds an intermediate: add its root, or set cmp_partial_chain: True",
+    ),
     ("self-signed certificate", "cmp_trusted must hold the CA's own root certificate"),
     ("missing key usage digitalSignature", "set cmp_ignore_keyusage: True if the CA's signer is like that"),
     ("expected sender", "cmp_expect_sender does not fit the sender of the answer"),
     ("srvcert does not validate", "cmp_srvcert is not the certificate that signs the CA's answers"),
     ("missing trust", "the answer is signed: set cmp_trusted to its root, and cmp_expect_sender"),
-    ("no suitable sender cert", "set cmp_trusted, and cmp_untrusted for intermediates, or cmp_srvcert"),
+    (
+        "no suitable sender cert",
+        "the CA did not send the certificate that signed its answer: name it in cmp_untrusted, with its intermediates,"
+        " or in cmp_srvcert",
+    ),
+    (
+        "recipnonce unmatched",
+        "the answer is to another request: somebody repeats it, or the CA delays it as RFC 9483 (4.4) has it, which"
+        " OpenSSL 3.0 does not understand and 3.5 does",
+    ),
+    ("transactionid unmatched", "the answer is of another transaction: does something on the way mix up answers?"),
+    (
+        "unexpected pvno",
+        "the CA speaks another version of CMP than 2 (RFC 4210), which openssl wants: ask for another cmp_path",
+    ),
+    ("checkafter", "the CA gives no usable number of seconds after which to ask again: ask its operator"),
     ("connect timeout", "nothing answers there: check cmp_server, the firewall and that the CMP service runs"),
     ("transfer timeout", "no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server"),
+    (
+        "code=401|http code 401",
+        "the web server wants a user and password, which openssl cmp cannot send: let it take CMP requests without",
+    ),
+    (
+        "code=403|http code 403",
+        "the web server does not let this machine in: check cmp_path, its rules of access, and cmp_tls_cert",
+    ),
     ("code=404|http code 404", "no CMP service under this path: check cmp_path"),
+    (
+        "code=407|http code 407",
+        "the proxy wants a user and password, which openssl cmp cannot send: let it pass this machine, or set"
+        " cmp_no_proxy",
+    ),
+    (
+        "code=413|http code 413",
+        "the web server takes no request of this size: raise its limit (nginx: client_max_body_size)",
+    ),
     ("code=500|http code 500", "the server failed: look into its log"),
     (
         "code=405|code=501|http code 405|http code 501",
         "a web server that takes no CMP requests: check cmp_server and cmp_path",
     ),
     (
-        "code=502|code=503|http code 502|http code 503|connect failure",
-        "a proxy on the way cannot reach the CMP server, or may not: check cmp_server, and the proxy",
+        "code=502|code=503|code=504|http code 502|http code 503|http code 504|connect failure",
+        "a proxy on the way cannot reach the CMP server, or may not, or the server is busy: check cmp_server, and the"
+        " proxy",
     ),
     (
         "missing content type",
-        "a proxy sends its header in pieces, as openssl with time-outs cannot read it:"
-        " set cmp_msg_timeout: 0 and cmp_total_timeout: 0",
+        "the server sends no Content-Type, or a proxy sends its header in pieces, which openssl with time-outs cannot"
+        " read: set cmp_msg_timeout: 0 and cmp_total_timeout: 0",
     ),
-    ("unexpected content type|content type mismatch", "that is no CMP service: check cmp_server and cmp_path"),
+    (
+        "unexpected content type|content type mismatch",
+        "check cmp_server and cmp_path; a CMP server must send application/pkixcmp, for OpenSSL 3.0 without a charset",
+    ),
     ("header parse error", "that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS"),
     ("wrong version number", "the server does not speak TLS on this port: check cmp_server and cmp_tls_used"),
     (
@@ -266,28 +319,65 @@ HINTS = (
     ),
     ("redirection not enabled", "the server redirects: set cmp_server and cmp_path to the final address"),
     ("max resp len exceeded", "the answer is too large to be CMP: check cmp_server and cmp_path"),
+    ("nested asn1 error|missing asn1 encoding", "the answer is no CMP message: check cmp_server and cmp_path"),
     ("does not match our enrollment key", "the CA issued for another key: look into the CA's log"),
     (
         "badMessageCheck",
         "the CA could not verify the request: check cmp_ref and cmp_secret (a CA by RFC 9483 also wants a cmp_cert with"
         " the subject CN=cmp_ref), or cmp_cert and cmp_key",
     ),
-    ("badAlg", "try cmp_digest: sha256, with a secret cmp_mac: hmacWithSHA256 too, else cmp_cert"),
-    ("signerNotTrusted", "the CA does not trust the certificate in cmp_cert"),
+    (
+        "wrongIntegrity",
+        "the CA wants the other kind of credentials: cmp_cert and cmp_key in place of cmp_ref and cmp_secret, or the"
+        " reverse",
+    ),
+    (
+        "signerNotTrusted",
+        "the CA does not trust the certificate in cmp_cert: register it there, send its intermediates (cmp_extracerts)",
+    ),
     ("notAuthorized", "the CA does not let this RA do that: check the RA's rights at the CA"),
     ("badPOP", "let the CA accept raVerified from this RA, or set cmp_cmd: p10cr (some CAs drop names then)"),
     (
         "badCertTemplate",
         "the CA refuses the subject, a name or an extension: compare them with its profile, or set cmp_profile",
     ),
+    (
+        "unacceptedExtension",
+        "the CA refuses an extension of the CSR: let the client ask for less, or change the CA's profile",
+    ),
+    ("badAlg", "try cmp_digest: sha256, with a secret cmp_mac: hmacWithSHA256 too, else cmp_cert"),
+    ("badTime", "the clocks of this machine and of the CA differ: set them"),
+    ("badDataFormat", "the CA cannot read the request: check cmp_path, then look into the CA's log"),
+    (
+        "badRecipientNonce|badSenderNonce",
+        "an answer got lost, or two servers share a transaction: order again; raise cmp_msg_timeout if it comes back",
+    ),
+    (
+        "transactionIdInUse",
+        "the CA has got this request twice: does a proxy on the way repeat it? Order the certificate again",
+    ),
+    (
+        "duplicateCertReq",
+        "the CA has such a request or certificate already: finish it there, or let the client make a new key",
+    ),
+    ("systemUnavail|systemFailure", "the CA cannot work now: ask its operator, and try again later"),
     ("PKIStatus: waiting", "only an enrolment can wait for the CA, and for all of its answers since OpenSSL 3.3"),
     ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
-    ("key values mismatch", "cmp_key does not belong to cmp_cert"),
+    ("cert and key do not match", "cmp_key does not belong to cmp_cert"),
+    (
+        "unsupported key type",
+        "this openssl cannot sign with such a key (Ed25519 needs OpenSSL 3.5): use an RSA or EC key for cmp_cert",
+    ),
+    (
+        "cannot use the CSR",
+        "the CSR is damaged, or its key is of a kind that is newer than this openssl (ML-DSA needs OpenSSL 3.5)",
+    ),
     ("bad decrypt", "the pass phrase does not fit the key: check cmp_keypass"),
     ("PIN incorrect", "check cmp_keypass, or the pin-source in cmp_key: a token locks itself after a few wrong PINs"),
     (
-        "object not found|could not find private key",
-        "there is no such key: check cmp_key, and for a token its name, the PIN and that openssl finds the module",
+        "object not found|could not find private key|could not read private key",
+        "there is no such key, or of a kind that this openssl does not know: check cmp_key, and for a token its name,"
+        " the PIN and that openssl finds the module",
     ),
     ("No space left on device", "make room on the disk of cmp_tmp_dir"),
 )
@@ -923,10 +1013,12 @@ def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
     if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
         verb = "answered" if newest.status == WAITING else "rejected the request:"
         failures = " ".join(newest.failures) or f"PKIStatus: {'waiting' if newest.status == WAITING else 'rejection'}"
-        return f"CMP server {server} {verb} {newest.words(secrets)}" + _hint(failures)
+        # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
+        told = failures == "signerNotTrusted" and (newest.details or newest.error_code is not None)
+        return f"CMP server {server} {verb} {newest.words(secrets)}" + ("" if told else _hint(failures))
     unverified = f"; an unverified answer says: {newest.words(secrets)}" if newest and newest.refuses() else ""
-    if run.killed():
-        return f"{run.killed()} (CMP server {server}){unverified}" + _hint(run.killed())
+    if run.killed() and not run.asleep:
+        return f"{run.killed()} (CMP server {server}){unverified}"
     # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
     errors = [error for error in run.errors() if not unverified or not re.match(ACCEPTED, error)]
     searched = " ".join(HTTP_WORDS.sub("", error) for error in errors)
@@ -938,6 +1030,10 @@ def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
         )
         errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
         searched = " ".join(m.text for m in run.messages)
+    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
+        usable = newest is not None and 0 <= newest.check_after < 1 << 63
+        errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
+        searched = errors[0]
     said = _one_line("; ".join(errors[:4])) or "openssl gave no reason"
     return f"CMP with {server} failed: {said}{unverified}" + _hint(searched)
 
@@ -2273,7 +2369,8 @@ def _verify(csr: CSR, transaction: Transaction) -> None:
         raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused")
     if run.code != 0 or not verified or not key:
         said = [m.text for m in _messages(run.output)]
-        raise CMPError(f"openssl cannot use the CSR: {run.killed() or _one_line('; '.join(said[:2]))}")
+        hint = "" if run.killed() else _hint("cannot use the CSR")
+        raise CMPError(f"openssl cannot use the CSR: {run.killed() or _one_line('; '.join(said[:2]))}{hint}")
     transaction.write("pubkey.pem", key.group(0))
 
 
