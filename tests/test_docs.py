@@ -14,6 +14,7 @@ from conftest import BINARIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPTIONS = ROOT / "docs" / "options.md"
 EXAMPLES = sorted((ROOT / "examples").glob("*.cfg"))
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -63,7 +64,7 @@ def options() -> set[str]:
 def known(options: set[str]) -> set[str]:
     """The keys that exist: ours, those of the binaries, and those that are newer than these, by the page's own word."""
     newer = set()
-    for cells in rows(ROOT / "docs" / "configuration.md"):
+    for cells in rows(OPTIONS):
         since = re.findall(r"(\d)\.(\d+)", cells[2]) if len(cells) >= 4 else []  # "3.4", "3.0 to 3.4"
         if since and tuple(map(int, since[-1])) > newest_version():
             newer.update(re.findall(r"`cmp_([\w-]+)`", cells[0]))
@@ -94,9 +95,9 @@ def test_keys(page: Path, known: set[str]) -> None:
 
 
 def test_every_option_has_its_row(options: set[str]) -> None:
-    """configuration.md names each option once, and says "set" and "refused" of those that the handler treats so."""
+    """options.md names each option once, and says "set" and "refused" of those that the handler treats so."""
     verdicts: dict[str, str] = {}
-    for cells in rows(ROOT / "docs" / "configuration.md"):
+    for cells in rows(OPTIONS):
         if len(cells) < 4 or not re.match(r"[`\w-]+(, `cmp_[\w-]+`)*$", cells[0]):
             continue
         for key in re.findall(r"`cmp_([\w-]+)`", cells[0]):
@@ -108,15 +109,20 @@ def test_every_option_has_its_row(options: set[str]) -> None:
     assert {key for key in options if verdicts[key].strip() == "refused"} == options & cmp_ca_handler.FORBIDDEN_KEYS
 
 
-def test_since(options: set[str]) -> None:
-    """An option that the oldest binary has is "since 3.0", and no other."""
-    oldest = options_of(BINARIES[0])
-    version = subprocess.run([BINARIES[0], "version"], capture_output=True, text=True).stdout.split()[1]
-    for cells in rows(ROOT / "docs" / "configuration.md"):
-        key = re.fullmatch(r"`cmp_([\w-]+)`", cells[0])
-        if key and len(cells) >= 4 and re.fullmatch(r"\d\.\d+", cells[2]) and key.group(1) in options:
-            since = tuple(map(int, cells[2].split(".")))
-            assert (since <= tuple(map(int, version.split(".")[:2]))) == (key.group(1) in oldest), cells[0]
+def test_since() -> None:
+    """A binary has an option if, and only if, the page says so of its version: "3.0", "3.0 to 3.6"."""
+    claims: dict[str, list[tuple[int, ...]]] = {}
+    for cells in rows(OPTIONS):
+        keys = re.findall(r"`cmp_([\w-]+)`", cells[0])
+        versions = [tuple(map(int, pair)) for pair in re.findall(r"(\d)\.(\d+)", cells[2])] if len(cells) >= 4 else []
+        if versions and (len(keys) == 1 or len(versions) == 1):  # a row of many, "3.0 to 3.5", only says when it grew
+            claims.update({key: [*versions, (9, 9)][:2] for key in keys})
+    assert len(claims) > 80
+    for binary in BINARIES:
+        release = subprocess.run([binary, "version"], capture_output=True, text=True).stdout.split()[1]
+        version, has = tuple(map(int, release.split(".")[:2])), options_of(binary)
+        for key, (first, last) in claims.items():
+            assert (first <= version <= last) == (key in has), (key, version)
 
 
 def test_protected_keys() -> None:
