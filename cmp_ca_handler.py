@@ -772,6 +772,7 @@ class Run(NamedTuple):
     messages: Sequence[Message] = ()  # openssl cmp's
     cut: bool = False  # it said more than is kept
     asleep: bool = False  # ended by us while it slept: nothing was in flight
+    words: Sequence[str] = ()  # texts in the saved answers
 
     def errors(self) -> list[str]:
         """The texts of openssl's error messages, each once."""
@@ -782,11 +783,19 @@ class Run(NamedTuple):
         return self.code is not None and 0 <= self.code < LOST and not self.cut and not self.asleep
 
     def only(self, lines: re.Pattern[str]) -> bool:
-        """Whether it has said why it failed, and every line of that is one of these. Who is on the way to the CA can
-        add lines (by the names in his certificate, by HTTP headers), but cannot take one away. So this looks at the
-        output itself: in `messages`, texts that he may have chosen are put on one line, and openssl's own with them.
+        """Whether it has said why it failed, and every line of that is one of these.
+
+        Who is on the way to the CA can add lines (by the names in his certificate, by HTTP headers), but cannot take
+        one away. The CA's own text may hold line breaks, too. It is put on one line, but only where openssl prints it
+        (in quotes, or at the end of a line), and not if it holds openssl's words for an answer that is not accepted:
+        else he would send a text that makes these lines disappear.
         """
-        run = self._replace(messages=_messages(self.output))
+        output = self.output
+        for text in self.words:
+            if not NOT_ACCEPTED.search(text):
+                for before, after in (('"', '"'), ("errorDetails: ", "\n")):
+                    output = output.replace(before + text + after, before + " ".join(text.split()) + after)
+        run = self._replace(messages=_messages(output))
         errors = [error for error in run.errors() if not error.startswith("polling failed")]  # with each of them
         sender = any("does not match expected sender" in message.text for message in run.messages)  # no error in 3.0
         return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
@@ -844,14 +853,10 @@ def _run(
 def _messages(output: str, secrets: Collection[str] = (), words: Collection[str] = ()) -> list[Message]:
     """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
 
-    `words` are texts from the saved answers: openssl prints them as they are once it has accepted the answer, so they
-    are put on one line, and do not look like lines of openssl's in the log. But not those that hold openssl's words for
-    an answer that it has not accepted: who sends such a text wants that very line to disappear.
+    `words` are texts from the saved answers, which openssl prints as they are: in the log they are on one line.
     """
     for text in words:
-        printed = text.partition("\0")[0].replace("\r\n", "\n")  # as `output` is
-        if printed.strip() and not NOT_ACCEPTED.search(printed):
-            output = output.replace(printed, " ".join(printed.split()))
+        output = output.replace(text, " ".join(text.split())) if text.strip() else output
     messages: list[Message] = []
     for line in output.split("\n"):
         match = MESSAGE.match(line)
@@ -918,6 +923,11 @@ class Response(NamedTuple):
         if self.body == RP:
             return self.status not in (*GOOD, WAITING)
         return self.body in (IP, CP, KUP, ERROR) and not self.waits() and not self.grants()
+
+    def printed(self) -> list[str]:
+        """Its texts, as they are in openssl's output."""
+        texts = [*self.texts, ", ".join(self.details)]
+        return [text.partition("\0")[0].replace("\r\n", "\n") for text in texts if text]
 
     def words(self, secrets: Collection[str]) -> str:
         """What it says, for people: `badCertTemplate, 'unknown extension'`."""
@@ -2673,8 +2683,8 @@ def _openssl_cmp(
     answers = transaction.answers()
     if answers:
         transaction.cmp_id = answers[-1].transaction
-    words = [text for answer in answers for text in (*answer.texts, *answer.details)]
-    return run._replace(messages=_messages(run.output, settings.secrets.values(), words))
+    words = [word for answer in answers for word in answer.printed()]
+    return run._replace(messages=_messages(run.output, settings.secrets.values(), words), words=words)
 
 
 # --- The chain ----------------------------------------------------------------------------------------------
@@ -3851,9 +3861,9 @@ def _check_server(settings: Settings) -> list[str]:
             command += [f"-{option}", *values] if option in settings.binary.options else []
         run = _run(command, settings.limit(), settings.secrets)
         answer = _response(saved)
-    words = [*answer.texts, *answer.details] if answer else []
+    words = answer.printed() if answer else []
     messages = _messages(run.output, settings.secrets.values(), words)
-    run = run._replace(messages=[m for m in messages if not m.text.startswith("Did not receive response")])
+    run = run._replace(words=words, messages=[m for m in messages if not m.text.startswith("Did not receive response")])
     contact = next((m.text[13:] for m in messages if m.text.lower().startswith("will contact ")), settings.server)
     print(_masked(f"connect   {_one_line(contact, 200)}", settings))
     authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
