@@ -8,16 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cmp_ca_handler import CAhandler
-from conftest import as_host, bundle_certificates, csr_pem
-from demo_ca import DemoCA
+from conftest import Handlers, as_host, bundle_certificates, csr_pem
+from demo_ca import DemoCA, Work
 from host import ROOT
 
+CSR = csr_pem(["a.example"])
 CONFIGURATIONS = {
     "acme_srv.cfg": ("cmp_secret", "127.0.0.1:8080"),
     "acme_srv_certificate.cfg": ("cmp_cert", "127.0.0.1:8080"),
@@ -102,3 +104,72 @@ def test_configurations_are_complete() -> None:
         assert not config.getboolean("Nonce", "nonce_check_disable")
         # a client's request must outlast the handler's time-out, else every slow enrolment looks pending
         assert config.getint("Certificate", "enrollment_timeout") > config.getint("CAhandler", "cmp_total_timeout")
+
+
+class WatchedCA(DemoCA):
+    """The demo CA; it writes down in which state each answer leaves the transaction."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.states: list[str] = []
+        self.requests: list[bytes] = []
+
+    def _answer(self, request: int, work: Work) -> bytes:
+        answer = super()._answer(request, work)
+        line = f"{work.envelope.name}: {type(work.transaction.state).__name__}"
+        if line not in self.states[-1:]:  # a client polls as often as it likes
+            self.states.append(line)
+        self.requests.append(work.envelope.message)
+        return answer
+
+
+@pytest.fixture
+def watched(ca_directory: Path, tmp_path: Path) -> Iterator[WatchedCA]:
+    shutil.copytree(ca_directory, tmp_path / "watched")
+    ca = WatchedCA(tmp_path / "watched")
+    with ca:
+        yield ca
+
+
+HELD, POLLS = {"hold": True, "check_after": 3600}, {"polls": 3, "check_after": 0}
+WAITING, ISSUED = ["ir: Waiting", "pollReq: Waiting"], ["pollReq: Issued", "certConf: Issued"]
+STATES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "at once": ({}, "", ["ir: Issued", "certConf: Issued"]),
+    "rejected": ({"reject": "badRequest"}, "", ["ir: Decided"]),
+    "third poll": (POLLS, "", WAITING + ISSUED),
+    "third poll rejects": ({**POLLS, "reject": "badRequest"}, "", [*WAITING, "pollReq: Decided"]),
+    "approved": (HELD, "approve", WAITING + ISSUED),
+    "approved in spite of reject": ({**HELD, "reject": "badRequest"}, "approve", WAITING + ISSUED),
+    "refused": (HELD, "refuse", [*WAITING, "pollReq: Decided"]),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_states_of_the_demo_ca(case: str, watched: WatchedCA, handlers: Handlers) -> None:
+    """From New to the end; and at the end neither a transaction nor a request at the desk is left."""
+    settings, verdict, states = STATES[case]
+    for name, value in settings.items():
+        setattr(watched, name, value)
+    handler = handlers(watched.options())
+    error, bundle, _, identifier = handler.enroll(CSR)
+    if verdict:
+        assert len(watched.pending()) == 1 and getattr(watched, verdict)("all") == 1
+        assert watched.pending() == [] and getattr(watched, verdict)("all") == 0
+    while not (error or bundle):
+        assert identifier and len(watched.requests) < 9
+        error, bundle, _, _, _ = handler.poll("x", identifier, CSR)
+    assert watched.states == states
+    assert bool(bundle) == (states[-1] == "certConf: Issued") == (not error)
+    assert watched._transactions == {} and os.listdir(watched.directory / "held") == []
+
+
+def test_a_client_that_begins_again_waits_once(watched: WatchedCA, handlers: Handlers) -> None:
+    """OpenSSL takes the first request for aborted: nobody can be given its certificate, so it leaves the desk."""
+    watched.hold, watched.check_after = True, 3600
+    handlers(watched.options()).enroll(CSR)
+    first = watched.pending()
+    watched.answer(watched.requests[0])
+    second = watched.pending()
+    assert len(first) == len(second) == 1 and first != second
+    watched.forget()
+    assert watched.pending() == [] and os.listdir(watched.directory / "held") == []
