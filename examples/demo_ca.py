@@ -623,7 +623,7 @@ class Envelope(NamedTuple):
 def read_envelope(message: bytes) -> Envelope:
     """PKIMessage ::= SEQUENCE { header, body, .. }, RFC 4210 section 5.1. Raises ValueError, IndexError."""
     header, body = read_der(message).parts()[:2]
-    # after pvno, sender and recipient
+    # without pvno, sender and recipient: those two have tags of GeneralName, which mean something else here
     fields = {field.tag: read_der(field.content) for field in header.parts()[3:]}
     if 0xA4 not in fields:
         raise ValueError("no transactionID")
@@ -1239,7 +1239,13 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("directory", metavar="DIR", help="its keys, certificates, index and CRL; made the first time")
     commands = ("serve", "pending", "approve", "refuse")
-    add("command", choices=commands, nargs="?", default="serve", help="serve, or decide what --hold lets wait")
+    add(
+        "command",
+        choices=commands,
+        nargs="?",
+        default="serve",
+        help="serve, or list and decide what waits because of --hold",
+    )
     add("what", metavar="WHAT", nargs="?", help="all, a serial number, a transaction ID or a name")
     add("--port", type=int, default=8080)
     add("--openssl", default="openssl", help="the program that makes the certificates")
@@ -1249,7 +1255,7 @@ def parser() -> argparse.ArgumentParser:
     add("--check-after", type=int, default=1, metavar="S", help="tell those who wait to poll in S seconds")
     add("--reject", choices=FailInfo.__members__, default="", metavar="FAILINFO", help="reject requests")
     add("--text", default="", help="the statusString of the rejection")
-    add("--junk", action="store_true", help="fill the extraCerts with what nobody needs")
+    add("--junk", action="store_true", help="send needless certificates in the extraCerts")
     add("--ca-pubs-only", action="store_true", help="send the issuing CA in the caPubs only")
     return result
 
