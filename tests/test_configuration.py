@@ -151,6 +151,20 @@ def test_configured_credentials_precede_variables(command: Commands, monkeypatch
     assert value_of(line, "-ref") == "from the variable"
 
 
+@pytest.mark.parametrize("key", ["ref", "secret"])
+def test_an_empty_credential_leaves_it_to_the_variable(
+    key: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cmp_ref:` without a value is no value, and so is a variable without one."""
+    monkeypatch.setenv("TEST_CREDENTIAL", getattr(ca, key))
+    changes = {key: "", f"{key}_variable": "TEST_CREDENTIAL"}
+    assert handlers(ca.options(), **changes).enroll(CSR)[0] is None
+    monkeypatch.setenv("TEST_CREDENTIAL", "")
+    assert f"cmp_{key}_variable: the environment variable TEST_CREDENTIAL is not set" in str(
+        handlers(ca.options(), **changes).enroll(CSR)[0]
+    )
+
+
 @pytest.mark.parametrize("form", ["demo:secret", "pass:demo:secret", "env:TEST_SECRET", "file:secret.txt"])
 def test_sources_of_a_secret(
     form: str,
