@@ -1984,9 +1984,11 @@ class Transaction:
         that has opened the lock before, and gets it after we let go, sees that its file is gone (`_resume`).
         """
         try:
-            if not self.keep:
-                os.remove(self.file("lock"))
-            _unlock(self.lock)
+            try:
+                if not self.keep:
+                    os.remove(self.file("lock"))
+            finally:
+                _unlock(self.lock)  # also where somebody has deleted the directory: or else a descriptor is lost
             if not self.keep:
                 _delete(self.path, but="issued")
         except OSError as err:

@@ -184,6 +184,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     # subjectAltNames
     "long length of the names": (csr(request(extension(SAN, ber(0x30, SEQUENCE_OF_NAMES[2:])))), "BER, not DER"),
     "long length of a name": (csr(request(names(ber(0x82, b"a.example")))), "BER, not DER"),
+    "one octet too many for a length": (csr(request(names(b"\x82\x81\x09a.example"))), "BER, not DER"),
     "indefinite length": (csr(request(extension(SAN, b"\x30\x80" + SEQUENCE_OF_NAMES[2:] + b"\0\0"))), "malformed"),
     "cut short": (csr(request(extension(SAN, SEQUENCE_OF_NAMES[:-1]))), "subjectAltName is malformed"),
     "trailing octets": (csr(request(extension(SAN, SEQUENCE_OF_NAMES + b"\x05\x00"))), "subjectAltName is malformed"),

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Callable, NamedTuple
 
 import pytest
 
+import cmp_ca_handler
 from conftest import Handlers, as_host, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA
 from proxy import Proxy
@@ -152,6 +154,17 @@ def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:
         holder.kill()
     ca.approve("all")
     check_issued(handlers(options, **SHORT).poll("name", identifier, ""), csr)
+
+
+def test_sweep_of_an_enrolment_that_begins_to_wait(ca: DemoCA, handlers: Handlers) -> None:
+    """The sweep saw no `waiting`, then the enrolment began to wait and let go of its lock, then the sweep got it."""
+    csr = csr_pem(["waiting.example"])
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr)
+    settings = cmp_ca_handler._settings(handler.section)
+    cmp_ca_handler._sweep_enrolment(settings, identifier, handler.logger)  # what comes after the first look
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
 
 
 @contextlib.contextmanager
@@ -315,6 +328,22 @@ def test_directory_between_enroll_and_poll(accident: str, ca: DemoCA, handlers: 
         result = handler.poll("name", identifier, "")
     check_issued(result, csr)
     assert handlers.left() == []
+
+
+def test_directory_deleted_during_an_enrolment(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """An error, and no descriptor stays open: of a worker that runs for months, they are the first thing to run out."""
+
+    def delete(forward: Callable[[], bytes]) -> bytes:
+        shutil.rmtree(handlers.work)
+        return forward()
+
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, **SHORT)
+    proxy.spoil_next("ir", delete)
+    error, *rest = handler.enroll(as_host(csr_pem(["deleted.example"])))
+    assert "No such file or directory" in str(error)
+    assert rest == [None, None, None]
+    opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in opened if path.startswith(str(handlers.work))]
 
 
 @needs_root

@@ -19,6 +19,7 @@ from typing import Any, Callable
 import pytest
 from cryptography import x509
 
+import cmp_ca_handler
 import demo_ca
 from cmp_ca_handler import CAhandler
 from conftest import (
@@ -501,6 +502,50 @@ def test_one_poll_at_a_time(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> Non
             release.set()
         check_issued(first.result(60), csr)
     assert requests(ca)["certConf"] == 1
+    assert handlers.left() == []
+
+
+def test_finished_between_open_and_lock(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """We have opened the lock file; the poll that holds it finishes and deletes it; we get the lock of no file."""
+    csr = csr_pem(["a.example"])
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr)
+    ca.approve("all")
+    real = cmp_ca_handler._open_lock
+    results: list[Any] = []
+
+    def open_late(path: str, new: bool) -> int:
+        descriptor = real(path, new)
+        results.append(poll_elsewhere(identifier))
+        return descriptor
+
+    monkeypatch.setattr(cmp_ca_handler, "_open_lock", open_late)
+    error, *rest = handler.poll("name", identifier, "")
+    check_issued(results[0], csr)
+    assert "no transaction" in str(error)
+    assert rest == [None, None, identifier, False]
+    assert os.listdir(handlers.work / identifier) == ["issued"]
+    check_issued(handler.poll("name", identifier, ""), csr)
+
+
+def test_nobody_polls_what_is_being_deleted(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll that comes while the files of a refused order are deleted finds nothing, not the half of it."""
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr_pem(["a.example"]))
+    ca.refuse("all")
+    real = cmp_ca_handler._delete
+    results: list[Any] = []
+
+    def delete_late(path: str, but: str = "") -> None:
+        results.append(handler.poll("name", identifier, ""))
+        real(path, but)
+
+    monkeypatch.setattr(cmp_ca_handler, "_delete", delete_late)
+    assert handler.poll("name", identifier, "")[4] is True
+    ((error, *rest),) = results
+    assert "no transaction" in str(error)
+    assert rest == [None, None, identifier, False]
+    assert requests(ca)["pollReq"] == 2
     assert handlers.left() == []
 
 
