@@ -50,7 +50,9 @@ def test_certbot_orders_renews_and_revokes(ca: DemoCA, tmp_path: Path) -> None:
         assert sorted(names.get_values_for_type(x509.DNSName)) == ["example.com", "www.example.com"]
         (line,) = host.log("certificate issued").splitlines()
         assert f"subject=CN=www.example.com serial={first.serial_number:x} " in line
-        assert re.search(r" issuer=C=DE, O=Demo, CN=Demo Issuing CA chain=3 seconds=\d+\.\d\d$", line)
+        assert re.search(
+            r" issuer=C=DE, O=Demo, CN=Demo Issuing CA notAfter=\S+ chain=3 transaction=\w+ seconds=\d+\.\d\d$", line
+        )
 
         renewed = host.certbot("renew", "--force-renewal", "--no-random-sleep-on-renew")
         assert renewed.returncode == 0, renewed.stdout + host.log()
