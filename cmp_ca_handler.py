@@ -399,6 +399,11 @@ def _one_line(text: str, limit: int = MAX_TEXT) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def _utf8(text: str) -> str:
+    """`text` as Python hands it to the system in UTF-8, whatever the locale: openssl's arguments, names of files."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def _did_you_mean(word: str, known: Iterable[str], prefix: str) -> str:
     """The end of an error about an unknown `word`: the nearest known one, if any is near."""
     import difflib  # only needed for a typo
@@ -1013,6 +1018,8 @@ NOT_TAKEN = (
 AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED}|{NOT_TAKEN}", re.I)
 # Lines that say no more than that the time is up while the CA lets us wait.
 TIME_IS_UP = re.compile("total timeout", re.I)
+# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
+TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
 # What an HTTP server may write is not searched for hints, or they would be its choice.
 HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
 
@@ -1143,7 +1150,8 @@ class Settings(NamedTuple):
 
     def keep_secret(self, value: str) -> None:
         """Note a value that must appear nowhere: not a credential of ours, but found where it should not be."""
-        for secret in (value, re.sub("%([0-9A-Fa-f]{2})", lambda code: chr(int(code.group(1), 16)), value)):
+        unquoted = re.sub(b"%([0-9A-Fa-f]{2})", lambda code: bytes([int(code.group(1), 16)]), os.fsencode(value))
+        for secret in (value, os.fsdecode(unquoted)):
             if secret and "\0" not in secret:
                 self.secrets[f"CMP_CA_HANDLER_HIDDEN_{len(self.secrets)}"] = secret
 
@@ -1322,7 +1330,8 @@ def _our_keys(section: Mapping[str, Any]) -> dict[str, str]:
 def _hide(text: str, secrets: Iterable[str]) -> str:
     """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
     for secret in sorted(secrets, key=len, reverse=True):
-        for spelled in {secret, _one_line(secret, len(secret) + 1)}:
+        printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
+        for spelled in {secret, printed, _one_line(printed, len(printed) + 1)}:
             if len(spelled) > 3:
                 text = text.replace(spelled, "***")
     return re.sub(r"(?i)(pin-value=)[^;&?\s]+", r"\1***", text)
@@ -1654,19 +1663,21 @@ def _option_value(option: str, value: str, settings: Settings) -> str | None:
     _check_value(option, value)
     if option in SECRET_KEYS:
         return _secret_source(option, value, settings)
-    return _slash_dn(value, settings.binary) if option in DN_KEYS else ",".join(_file_list(option, value))
+    return _utf8(_slash_dn(value, settings.binary)) if option in DN_KEYS else ",".join(_file_list(option, value))
 
 
 def _settings(section: Mapping[str, str]) -> Settings:
     """Turn the section into openssl's options, with every error and warning that it deserves."""
     errors: list[str] = []
     section = {key: str(value).strip() for key, value in section.items()}
+    # A distinguished name is read first, as characters: see _option_value().
+    section = {key: value if key[4:] in DN_KEYS else _utf8(value) for key, value in section.items()}
     name, directory, binary = section.get("cmp_openssl_bin") or "openssl", section.get("cmp_tmp_dir"), NO_BINARY
     try:
         binary = _binary(name)
     except (CMPError, OSError) as err:
         errors.append(str(err))
-    directory = _openssl_path(directory or _default_directory())
+    directory = _openssl_path(os.path.abspath(directory or _default_directory()))  # the process may change its own
     own = not section.get("cmp_tmp_dir")
     refuse = section.get("cmp_refuse_changes", "").lower()
     if refuse not in ("", *ON, *OFF):
@@ -1890,6 +1901,8 @@ def _make_directory(path: str) -> None:
     if not os.path.isdir(path):
         _make_directory(os.path.dirname(os.path.abspath(path)))
         os.makedirs(path, 0o700, exist_ok=True)  # somebody may have been quicker
+        with contextlib.suppress(OSError):  # who may write into a directory need not be allowed to open it
+            _sync(os.path.dirname(os.path.abspath(path)))
 
 
 class Transaction:
@@ -1914,11 +1927,13 @@ class Transaction:
         """The path of one of its files."""
         return f"{self.path}/{name}"
 
-    def write(self, name: str, text: str) -> None:
-        """Make one of its files: whole, or not at all."""
+    def write(self, name: str, text: str, sync: bool = False) -> None:
+        """Make one of its files: whole, or not at all; with `sync` so that a power failure changes nothing of that."""
         part = self.file(name + ".part")
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        if sync:
+            _sync(part)
         os.replace(part, self.file(name))
 
     def read(self, name: str) -> str:
@@ -1971,8 +1986,7 @@ class Transaction:
     def finish(self, bundle: str) -> None:
         """Keep the result: acme2certifier may be killed before it has stored what poll() returned."""
         try:
-            self.write("issued", bundle)
-            _sync(self.file("issued"))
+            self.write("issued", bundle, sync=True)
             _sync(self.path)
         except OSError as err:
             self.logger.warning("cannot keep the result of %s for a second poll: %s", self.identifier, err.strerror)
@@ -2326,13 +2340,14 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
         if text is None and not converts:
             version, subject = settings.binary.version, _name_text(csr.subject)
             raise CMPError(f"{version} cannot carry the subject {subject}, OpenSSL 3.0 can")
-        return text
+        return text and _utf8(text)
     if "subject" in settings.options:
         return settings.options["subject"]
     # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
     for kind, name in _alternative_names(csr):
         if kind == "DNS" and 0 < len(name) <= 64:
-            return _slash_form([[Attribute("2.5.4.3", UTF8, name, b"")]], exact=True)
+            text = _slash_form([[Attribute("2.5.4.3", UTF8, name, b"")]], exact=True)
+            return text and _utf8(text)
     return None
 
 
@@ -2355,10 +2370,11 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
         if lost:
             transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
         if any(name for _, name in names):
-            arguments += ["-sans", ",".join(name for _, name in names if name)]
+            arguments += ["-sans", _utf8(",".join(name for _, name in names if name))]
     if subject is not None and settings.options.get("cmd") != "p10cr":
-        transaction.write("subject", subject)
         arguments += ["-subject", subject]
+        if not transaction.read("subject"):
+            transaction.write("subject", subject)
     return arguments
 
 
@@ -2373,7 +2389,6 @@ def _verify(csr: CSR, transaction: Transaction) -> None:
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
     argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
     run = _run(argv, 10 + GRACE)
-    # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
     # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
     verified = re.search(r"^(Certificate request self-signature )?verify OK$", run.output, re.M)
     key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
@@ -2636,7 +2651,7 @@ def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequenc
         transaction.remove(*requests)
         overrides = {**nowhere, "total_timeout": str(total)}
         run = _openssl_cmp(transaction, request, files, overrides, asleep=lambda: transaction.asked(number + 1))
-        if transaction.asked(number + 1) or (transaction.asked(number) and run.only(TIME_IS_UP)):
+        if transaction.asked(number + 1) or (transaction.asked(number) and run.only(TAKEN)):
             return True
         if not run.complete():
             return None
@@ -3012,6 +3027,23 @@ ACME_ERROR = "urn:ietf:params:acme:error:"
 _warned: set[str] = set()
 
 
+class Log(logging.Logger):
+    """acme2certifier's logger. A log handler that raises does not cost the order that the line is about."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger.name)
+        self.parent = self.inner = logger
+
+    def isEnabledFor(self, level: int) -> bool:
+        """As the logger behind it."""
+        return self.inner.isEnabledFor(level)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Hand the record on."""
+        with contextlib.suppress(Exception):
+            self.inner.handle(record)
+
+
 class CAhandler:
     """What acme2certifier calls: a context manager, made anew for each call.
 
@@ -3022,7 +3054,7 @@ class CAhandler:
 
     def __init__(self, debug: bool | None = None, logger: logging.Logger | None = None) -> None:
         self.debug = debug
-        self.logger = logger or logging.getLogger("cmp_ca_handler")
+        self.logger: logging.Logger = Log(logger or logging.getLogger("cmp_ca_handler"))
         self.cahandler_registry_name: str | None = None  # set by the host where it has several CAs
         self._helper: types.ModuleType | None = None
         self._config: Any = {}
@@ -3308,10 +3340,7 @@ class CAhandler:
             line = err.__traceback__.tb_lineno if err.__traceback__ else 0
             text = f"internal error: {type(err).__name__} {err} (line {line})"
         text = _one_line(text, 4 * MAX_TEXT)
-        try:
-            self.logger.error("CMP %s failed: %s", what, text)
-        except Exception as fault:  # of a log handler: then the result has to say all
-            text += f" (and it could not be logged: {_one_line(str(fault))})"
+        self.logger.error("CMP %s failed: %s", what, text)
         return text
 
 
@@ -3388,6 +3417,9 @@ def _sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as err:
+        if err.errno != errno.EINVAL:  # of a file system that has no fsync for directories
+            raise
     finally:
         os.close(descriptor)
 
@@ -3433,11 +3465,13 @@ def _above_2(descriptor: int) -> int:
 
 def _unlock(descriptor: int) -> None:
     """Let go of the lock, for all who have inherited it."""
-    if sys.platform == "win32":
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # when acme2certifier's process forked
-    os.close(descriptor)
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # when acme2certifier's process forked
+    finally:
+        os.close(descriptor)
 
 
 class Child(NamedTuple):

@@ -198,7 +198,6 @@ def in_test_environment(script: str) -> None:
 
     main_module = runpy.run_path(str(ROOT / "tests" / "__main__.py"))
     try:
-        main_module["check_openssl"]()
         main_module["make_venv"]()
     except main_module["Missing"] as missing:
         sys.exit(f"tests/{script}.py: {missing}")

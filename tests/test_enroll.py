@@ -167,7 +167,7 @@ def test_configuration_of_the_document(
         f"cmp -cmd ir -popo 0 -server {ca.server} -path pkix/ -cert acme_srv/cmp/ra_cert.pem -ref 1234 -secret env:"
     )
     assert " -trusted acme_srv/cmp/capubs.pem -recipient /C=DE/CN=tst_sub_ca -ignore_keyusage " in call
-    for option in ("-newkey acme_srv/cmp/tmp/", "-extracertsout", "-certout", "-subject /CN=test-cert"):
+    for option in (f"-newkey {os.getcwd()}/acme_srv/cmp/tmp/", "-extracertsout", "-certout", "-subject /CN=test-cert"):
         assert f" {option}" in call
 
 
