@@ -341,6 +341,7 @@ CROSS, EVIL_ROOT = certificate(KNOWN, EVIL), certificate(EVIL, EVIL)
 CA_PEM, LEAF_KNOWN = certificate(KNOWN, GOOD_ROOT), certificate(LEAF, KNOWN)
 ROOT_CROSS = certificate(GOOD_ROOT, EVIL)
 EXPIRED = certificate(KNOWN, GOOD_ROOT, OLD)
+ROOT_OLD = certificate(GOOD_ROOT, GOOD_ROOT, OLD)
 
 
 @binaries
@@ -355,6 +356,12 @@ EXPIRED = certificate(KNOWN, GOOD_ROOT, OLD)
         ({"trusted": [ROOT_PEM]}, [], [ROOT_CROSS, CROSS, EVIL_ROOT, CA_PEM], [CA_PEM, ROOT_PEM]),
         ({"trusted": [ROOT_PEM], "untrusted": [EXPIRED]}, [], [CROSS, EVIL_ROOT], [EXPIRED, ROOT_PEM]),
         ({"out_trusted": [ROOT_PEM]}, [], [CA_PEM], [CA_PEM, ROOT_PEM]),  # openssl itself is misled by the others
+        # An authority higher up has expired, so the other way is better though it comes later.
+        ({"untrusted": [CA_PEM, ROOT_OLD, CROSS, EVIL_ROOT]}, [], [], [CROSS, EVIL_ROOT]),
+        # The anchor was renewed: the same name, the same key.
+        ({"trusted": [ROOT_OLD]}, [], [CA_PEM, ROOT_PEM], [CA_PEM, ROOT_PEM]),
+        # A known root is less than a trusted one.
+        ({"trusted": [EVIL_ROOT], "untrusted": [CA_PEM, ROOT_PEM, CROSS]}, [], [], [CROSS, EVIL_ROOT]),
         # Here it is the cross-certificate that leads to what the administrator trusts.
         ({"trusted": [EVIL_ROOT], "untrusted": [CA_PEM]}, [], [CROSS], [CROSS, EVIL_ROOT]),
     ],

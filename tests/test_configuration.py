@@ -679,6 +679,31 @@ def test_what_is_masked(
     assert cmp_ca_handler._hide(text, secrets.values()) == "a ***, FROM a *** *** pin-value=***&x"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("CMP_SECRET", "h4rd-to-guess"),
+        ("cmp_secret_variable", "h4rd-to-guess"),
+        ("cmp_keypass", "env:h4rd-to-guess"),
+        ("cmp_server", "me:h4rd-to-guess@127.0.0.1:1"),
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_masked(key: str, value: str, handlers: Handlers) -> None:
+    """It is an error that does not show it, and whatever text repeats it does not show it either."""
+    section = {name: text for name, text in SECTION.items() if name != "cmp_secret"}
+    settings = cmp_ca_handler._settings(handlers({**section, key: value}).section)
+    assert "h4rd" not in " ".join([*settings.errors, *settings.warnings])
+    assert cmp_ca_handler._hide("it is h4rd-to-guess", settings.secrets.values()) == "it is ***"
+
+
+def test_masked_before_cut() -> None:
+    """The longest one first, also where its blanks are not those that were configured, and before the text is cut."""
+    assert cmp_ca_handler._hide("a long secret", ["long", "long secret"]) == "a ***"
+    assert cmp_ca_handler._hide("two blanks", ["two  blanks"]) == "***"
+    text = cmp_ca_handler._foreign("x" * (cmp_ca_handler.MAX_TEXT - 10) + " s3cret-words", ["s3cret-words"])
+    assert text.endswith("x ***")
+
+
 def test_no_timeouts(ca: DemoCA, command: Commands, handlers: Handlers) -> None:
     """For servers whose HTTP header comes in pieces: openssl gets no time-out, and the handler ends it."""
     line = command(SECTION, msg_timeout="0", total_timeout="0")

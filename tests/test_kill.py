@@ -167,6 +167,26 @@ def test_sweep_of_an_enrolment_that_begins_to_wait(ca: DemoCA, handlers: Handler
     check_issued(handler.poll("name", identifier, ""), csr)
 
 
+def test_nothing_old_is_deleted_before_the_new_is_on_the_disk(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorder, for most file systems keep this order anyway: the new answer's name is synced, then the old goes."""
+    handler = handlers(hold(ca).options(), **SHORT)
+    path = str(handlers.work / begin(handler, csr_pem(["a.example"])))
+    steps: list[tuple[str, str]] = []
+    for module, name in ((os, "replace"), (cmp_ca_handler, "_sync"), (os, "remove")):
+
+        def noted(*paths: str, name: str = name, real: Callable[..., None] = getattr(module, name)) -> None:
+            steps.append((name, str(paths[-1])))
+            real(*paths)
+
+        monkeypatch.setattr(module, name, noted)
+    assert handler.poll("name", os.path.basename(path), "")[0] is None
+    (new,) = [step for step in steps if step[0] == "replace" and step[1].endswith(".der")]
+    (old,) = [step for step in steps if step[0] == "remove" and step[1].endswith(".der")]
+    assert steps.index(new) < steps.index(("_sync", path)) < steps.index(old)
+
+
 @contextlib.contextmanager
 def tmpfs(path: Path, size: str) -> Iterator[Path]:
     """A small file system."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Callable
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+import cmp_ca_handler
 from conftest import Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
 from proxy import Forward, Proxy, forge, name, nested, signed, with_body
@@ -88,3 +90,19 @@ def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handler
         error, *rest = handler.poll("name", identifier, "")
         assert error
         assert rest == [None, None, identifier, False]
+
+
+def test_run_that_proves_nothing() -> None:
+    """Where openssl did not end by itself, or not all it said is here, the line that matters may be missing."""
+    run = cmp_ca_handler.Run(1, f"CMP error: {FORGED}\n")
+    assert run.only(cmp_ca_handler.AFTER_ACCEPTANCE)
+    for change in ({"code": None}, {"code": -9}, {"code": cmp_ca_handler.LOST}, {"cut": True}, {"asleep": True}):
+        assert not run._replace(**change).only(cmp_ca_handler.AFTER_ACCEPTANCE), change
+
+
+def test_more_output_than_is_kept() -> None:
+    """A certificate's details can be longer than what is kept, and openssl's own lines come last."""
+    size = cmp_ca_handler.MAX_OUTPUT
+    for length, cut in ((size, False), (size + 1, True)):
+        run = cmp_ca_handler._run([sys.executable, "-c", f"print(end='x' * {length})"], 60)
+        assert (run.code, len(run.output), run.cut) == (0, size, cut)
