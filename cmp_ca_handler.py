@@ -190,8 +190,8 @@ DN_ALIASES = dict(
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 
-# PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers.
-IP, CP, KUP, RP, PKICONF, ERROR, POLLREP = 1, 3, 8, 12, 19, 23, 26
+# PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers, and of the request that confirms a certificate.
+IP, CP, KUP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 8, 12, 19, 23, 24, 26
 # PKIStatus, 5.2.3. The two warnings come with the certificate.
 GRANTED, WAITING, GOOD = (0, 1), 3, (0, 1, 4, 5)
 # PKIFailureInfo, 5.2.3, in the order of the bits.
@@ -204,6 +204,7 @@ FAILURES = (
 
 MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
 MAX_OUTPUT = 1 << 18  # of openssl's messages
+MAX_MESSAGES = 400  # of one run of openssl in the log
 MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
 MAX_RESPONSES = 200  # that one run of openssl can save
 NO_TIMEOUT = 30  # seconds for openssl where it is told of no time-out
@@ -885,7 +886,9 @@ ONE_WAY_TLS = "-tls_used given without -tls_key;"
 def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str) -> None:
     """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
     levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
-    for level, text in messages:
+    if len(messages) > MAX_MESSAGES:  # a stranger's certificate may hold any number of lines
+        logger.warning("openssl cmp: %s of its %s messages left out", len(messages) - MAX_MESSAGES, len(messages))
+    for level, text in [*messages[: MAX_MESSAGES // 2], *messages[MAX_MESSAGES // 2 :][-MAX_MESSAGES // 2 :]]:
         lowest = level in ("debug", "trace") or text.startswith(ONE_WAY_TLS) or re.match(expected, text, re.I)
         logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
 
@@ -973,6 +976,9 @@ def _body(kind: int, value: bytes) -> dict[str, Any]:
         codes = [_integer(field) for field in more if field.tag == 0x02]
         details = _free_text([field for field in more if field.tag == 0x30])
         return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
+    if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
+        _, _, *info = _elements(_sequence(value)[0].value)
+        return _status_info(info[0]) if info else {"status": 0}
     if kind in (IP, CP, KUP):  # CertRepMessage, 5.3.4: caPubs may come first
         responses = [field for field in _sequence(value) if field.tag == 0x30]
         _, status, *pair = _elements(next(_elements(responses[0].value)).value)
@@ -1955,7 +1961,8 @@ class Transaction:
 
     def saved(self) -> list[str]:
         """The names of the saved answers, in order, whole or not."""
-        return sorted(name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
+        names = (name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
+        return sorted(names, key=lambda name: (len(name), name))  # 1000 comes after 999
 
     def asked(self, number: int) -> bool:
         """Whether openssl has made the request for this answer, that is, has accepted the one before."""
@@ -2495,6 +2502,7 @@ def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> O
     if before and run.only(TIME_IS_UP) and not transaction.asked(_next_number(before)):
         # openssl counts whole seconds: one may have been over before it was asleep. Nothing was sent.
         run = _ask(request, transaction, before, more_seconds=2)
+    _copy_requests(transaction, _next_number(before))
     outcome = _verdict(run, request, key, transaction, before)
     transaction.remove_requests()
     expected = ["-server option|too few -rspin"] if before else []
@@ -2521,12 +2529,12 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
         if "rspin" in known:
             files += ["-rspout", ",".join([*scratch, *(transaction.file(f"{n:03d}.new") for n in numbers)])]
             files += ["-rspin", ",".join(replay)] if replay else []
-        if "reqout" in known and "reqout" not in settings.options:
+        if "reqout" in known:
             requests = [transaction.file(f"{n:03d}.req") for n in numbers]
             if sys.platform != "win32" and os.path.exists("/dev/fd"):
                 gate = stack.enter_context(closing(Gate()))
                 requests[gated - number] = gate.file
-            files += ["-reqout", ",".join([*scratch, *requests])]
+            files += ["-reqout", ",".join([*(path[:-4] + ".req" for path in replay), *requests])]
 
         def asleep() -> bool:
             """Whether openssl can do no more for us now: the CA wants to be asked later than there is time for."""
@@ -2544,7 +2552,22 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
                 gate.open(transaction.file(f"{gated:03d}.req"))
             return False
 
-        return _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], asleep)
+        run = _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], asleep)
+        if gate:  # what has passed it last may still be in the pipe
+            gate.open(transaction.file(f"{gated:03d}.req"))
+        return run
+
+
+def _copy_requests(transaction: Transaction, number: int) -> None:
+    """Save the requests where cmp_reqout wants them, from the one for the answer `number` on."""
+    wanted = re.split(r"[,\s]+", transaction.settings.options.get("reqout") or "")
+    for path, source in zip(wanted, range(number, number + MAX_RESPONSES)):
+        saved = transaction.file(f"{source:03d}.req")
+        try:
+            if path and os.path.exists(saved):
+                shutil.copyfile(saved, path)
+        except OSError as err:
+            transaction.logger.warning("cmp_reqout: cannot write %s: %s", path, err.strerror)
 
 
 def _verdict(
@@ -2572,13 +2595,23 @@ def _verdict(
         return Outcome(text=text, final=True)
     log = _keep_authentic(run, request, transaction, before, answers)
     progress = newest is not None and _number(newest) in map(_number, log)
-    if repeated and not progress and not not_taken and run.complete():
+    if repeated and not progress and not not_taken and run.complete() and _confirmed(transaction, before):
         issued = next(answer for answer in before if answer.grants())
         if _certificate(issued.certificate).key == key and (newest or _asked_in_vain(run, transaction)):
             transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
             return Outcome(_certificate(issued.certificate))
     undecided = progress and (run.asleep or run.only(TIME_IS_UP))
     return Outcome(waiting=bool(log), text="" if undecided else text)
+
+
+def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
+    """Whether openssl takes the certificate in these answers: its certConf says so (RFC 4210, 5.3.18)."""
+    if "reqout" not in transaction.settings.binary.options:
+        return True  # then only its text says when it does not
+    replay, issued = _replay(before), next(answer.path for answer in before if answer.grants())
+    followed = [*replay, transaction.file(f"{_next_number(before):03d}.new")][replay.index(issued) + 1]
+    request = _response(followed[:-4] + ".req")
+    return request is not None and request.body == CERTCONF and request.status in GRANTED
 
 
 def _asked_in_vain(run: Run, transaction: Transaction) -> bool:
@@ -2608,7 +2641,9 @@ def _keep_authentic(
         fits = _fits(log, _response(answers[-1].path[:-4] + ".req"))
         known = run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, log))
     elif log and not answers and log[-1].path.endswith(".new"):
-        known = True if transaction.asked(_next_number(log)) else False if run.complete() else None
+        # What openssl has not come to, it has not refused: the secret may be another one now, for example.
+        refused = run.complete() and transaction.asked(_number(log[-1]))
+        known = True if transaction.asked(_next_number(log)) else False if refused else None
     if known is False:
         log = log[:-1]
     kept = []
@@ -2643,19 +2678,21 @@ def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequenc
     number = _number(log[-1])
     requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
     files += ["-reqout", ",".join(map(transaction.file, requests))]
+    for option in ("certout", "extracertsout", "cacertsout"):  # the disk may be full, which says nothing of the answer
+        files += [f"-{option}", os.devnull] if option in known else []
     nowhere = {"server": "127.0.0.1:9", "msg_timeout": "1"}
     nowhere.update({"no_proxy": "127.0.0.1"} if "no_proxy" in known else {})
 
+    complete = True
     # With so little time openssl gives up on a pollRep at once, and says so. Where it says more, it has to go on.
     for total in [1, 1 + settings.binary.margin()] if log[-1].body == POLLREP else [1]:
         transaction.remove(*requests)
         overrides = {**nowhere, "total_timeout": str(total)}
         run = _openssl_cmp(transaction, request, files, overrides, asleep=lambda: transaction.asked(number + 1))
-        if transaction.asked(number + 1) or (transaction.asked(number) and run.only(TAKEN)):
+        if run.code == 0 or transaction.asked(number + 1) or (transaction.asked(number) and run.only(TAKEN)):
             return True
-        if not run.complete():
-            return None
-    return False
+        complete = complete and run.complete()
+    return False if complete else None
 
 
 def _due(answers: Sequence[Response]) -> bool:
@@ -3208,7 +3245,9 @@ class CAhandler:
             return (200, None, None)
         detail = _failure_text(run, newest, settings)
         self.logger.error("CMP revocation failed: %s: %s", what, detail)
-        if newest and newest.protected and "certRevoked" in newest.failures and run.only(AFTER_ACCEPTANCE):
+        # Not from an error message: there it may mean the certificate that has signed the request.
+        revoked = newest is not None and newest.body == RP and newest.protected and "certRevoked" in newest.failures
+        if revoked and run.only(AFTER_ACCEPTANCE):
             return (400, ACME_ERROR + "alreadyRevoked", detail)
         return (500, ACME_ERROR + "serverInternal", detail)
 

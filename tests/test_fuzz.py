@@ -26,15 +26,17 @@ from types import ModuleType
 from typing import Any, Callable, NamedTuple
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import cmp_ca_handler
+import proxy
 from cmp_ca_handler import CAhandler
 from conftest import OPENSSL, csr_pem, wait_until
-from demo_ca import read_der, write_der
+from demo_ca import decide, read_der, write_der
 from soak import children, demo_ca
 
 # Cases of the long run, for all of the tests together; without it, the short one.
@@ -87,6 +89,7 @@ class Arena:
         self.logger.setLevel(logging.DEBUG)
         self.server = HostileServer(section["cmp_server"])
         self.verdicts: Counter[str] = Counter()
+        self.bundle, self.identifier = "", ""  # of the last call
         self.configure()
         self.own = children()  # the demo CA
         self.descriptors = len(os.listdir("/proc/self/fd"))
@@ -106,7 +109,7 @@ class Arena:
         config.read_dict({"CAhandler": self.section})
         return config
 
-    def enroll(self, csr: Any) -> str:
+    def enroll(self, csr: Any, keep: bool = False) -> str:
         """Enrol, look at all that must be true, and give the verdict: issued, waiting or failed."""
         with self._watched() as result, CAhandler(False, self.logger) as handler:
             result.extend(handler.enroll(csr))
@@ -114,7 +117,9 @@ class Arena:
         self._one_line(result[0])
         verdict = verdict_of(result[0], result[1:4])
         assert self._left() == ([result[3]] if verdict == "waiting" else [])
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.bundle, self.identifier = result[1] or "", result[3] or ""
+        if not keep:
+            shutil.rmtree(self.work, ignore_errors=True)
         self.verdicts[verdict] += 1
         return verdict
 
@@ -135,6 +140,7 @@ class Arena:
         else:
             assert raw is None
             assert self._left() == before
+        self.bundle = bundle or ""
         verdict = "rejected" if rejected else "issued" if bundle else "failed" if error else "waiting"
         self.verdicts[verdict] += 1
         return verdict
@@ -220,6 +226,7 @@ class HostileServer(socketserver.ThreadingTCPServer):
         self.replay: bytes | None = None  # answer with this instead of asking the CA
         self.last: int | None = None  # from this message on the connection breaks off before it reaches the CA
         self.seen: list[bytes] = []
+        self.play: Callable[[bytes], bytes | None] | None = None  # has the whole say: request -> raw HTTP response
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def set(
@@ -227,8 +234,10 @@ class HostileServer(socketserver.ThreadingTCPServer):
         alter: Callable[[int, bytes], bytes] | None = None,
         replay: bytes | None = None,
         last: int | None = None,
+        play: Callable[[bytes], bytes | None] | None = None,
     ) -> None:
         """For the next call."""
+        self.play = play
         self.number, self.alter, self.replay, self.last, self.seen = 0, alter, replay, last, []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -250,6 +259,9 @@ class HostileConnection(socketserver.StreamRequestHandler):
             if line.lower().startswith(b"content-length:"):
                 length = int(line.split(b":")[1])
         request = self.rfile.read(length)
+        if server.play is not None:
+            self.wfile.write(server.play(request) or b"")
+            return
         if server.last is not None and server.number >= server.last:
             return
         message = server.replay if server.replay is not None else ask(server.target, request)
@@ -879,3 +891,292 @@ def test_saved_transaction(fresh: Arena, pending: tuple[Path, str, str], recorde
     other()
     fresh.server.target = target
     assert fresh.verdicts["failed"]
+
+
+# --- A CA that says everything, and a man in the middle without credentials
+
+SWALLOWING = [
+    "\nCMP error: ",
+    "\n",
+    'x"\nCMP error: total timeout\n"',
+    "missing protection",
+    f"you are {Arena.secret}" + "\nCMP error: request rejected by server" * 900,
+    "y" * 90_000,
+]
+SAID = st.sampled_from([*WORDS, *SWALLOWING]).map(lambda text: text.encode("utf-8", "replace"))
+
+
+def integer(number: int) -> bytes:
+    """An INTEGER."""
+    return write_der(2, number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True))
+
+
+def free_text(*texts: bytes) -> bytes:
+    """PKIFreeText (RFC 4210, 5.1.1)."""
+    return write_der(0x30, b"".join(write_der(0x0C, text) for text in texts))
+
+
+def status_info(status: int, texts: Sequence[bytes], bits: bytes) -> bytes:
+    """PKIStatusInfo (5.2.3)."""
+    return write_der(
+        0x30, integer(status) + (free_text(*texts) if texts else b"") + (write_der(3, bits) if bits else b"")
+    )
+
+
+def body(tag: int, content: bytes) -> bytes:
+    """A PKIBody of one SEQUENCE."""
+    return write_der(0xA0 | tag, write_der(0x30, content))
+
+
+def cert_response(tag: int, info: bytes, certificate: bytes, number: int = 0) -> bytes:
+    """CertRepMessage (5.3.4) with one response."""
+    pair = write_der(0x30, write_der(0xA0, certificate)) if certificate else b""
+    return body(tag, write_der(0x30, write_der(0x30, integer(number) + info + pair)))
+
+
+def poll_rep(after: int, texts: Sequence[bytes]) -> bytes:
+    """PollRepContent (5.3.22)."""
+    return body(26, write_der(0x30, integer(0) + integer(after) + (free_text(*texts) if texts else b"")))
+
+
+PKICONF = bytes.fromhex("b3020500")
+ACCEPTED = write_der(0x30, integer(0))
+
+
+class Reply(NamedTuple):
+    """What the CA says to one request: a body, and how it is protected."""
+
+    kind: str  # waiting, pollRep, certificate, other, refusal, strange
+    body: bytes
+    protection: str = "good"
+    nonce: str = "good"
+
+    def fair(self, request: int) -> bool:
+        """Whether an honest CA could say this, or else openssl refuses it: an order survives it."""
+        if self.protection != "good":
+            return True
+        return self.nonce == "good" and (request, self.kind) in {(0, "waiting"), (25, "pollRep"), (24, "pkiConf")}
+
+
+class Talker:
+    """A CA that says what it is told to, and then is honest. It checks nothing."""
+
+    def __init__(self, template: bytes, certificate: bytes) -> None:
+        self.template, self.certificate = read_der(template).parts()[0], certificate
+        self.replies: list[Reply] = []
+        self.fair = True
+        self.first = b""
+
+    def __call__(self, request: bytes) -> bytes:
+        """The raw HTTP response."""
+        header, told = read_der(request).parts()[:2]
+        fields = {field.tag: field for field in header.parts()[3:]}
+        nonce, tag = fields[0xA5].content, told.tag & 0x1F
+        self.first = self.first or nonce
+        reply = self.replies.pop(0) if self.replies else self.honest(tag)
+        self.fair = self.fair and (reply.fair(tag) or reply.kind == "honest")
+        nonces = {"good": nonce, "first": self.first, "wrong": write_der(4, b"n" * 16)}
+        changed = {0xA4: fields[0xA4].content, 0xA5: write_der(4, os.urandom(16)), 0xA6: nonces[reply.nonce]}
+        parts = self.template.parts()
+        new = [write_der(part.tag, changed.get(part.tag, part.content)) for part in parts[3:]]
+        new_header = write_der(0x30, b"".join([*(part.whole for part in parts[:3]), *new]))
+        if reply.protection == "none":
+            return as_http(write_der(0x30, new_header + reply.body))
+        message = protected(self.template.whole, new_header, reply.body, b"")
+        return as_http(message if reply.protection == "good" else message[:-1] + bytes([message[-1] ^ 1]))
+
+    def honest(self, request: int) -> Reply:
+        """What it says when it has nothing else to say."""
+        granted = cert_response(1, ACCEPTED, self.certificate)
+        return Reply("honest", granted if request in (0, 25) else PKICONF)
+
+
+def replies(certificate: bytes, other: bytes) -> st.SearchStrategy[Reply]:
+    """Every body, status, failInfo and text; the likely ones more often."""
+    texts = st.lists(SAID, max_size=2)
+    infos = st.builds(
+        status_info,
+        st.sampled_from([2, 2, 3, 3, 0, 1, 4, 5, 6, 7, 9, -1, 1 << 70]),
+        texts,
+        st.sampled_from([b"", b"\x05\x20", b"\0", b"\x04\x00\x10", b"\0" + b"\xff" * 40, b"\x09"]),
+    )
+    waiting = st.builds(status_info, st.just(3), texts, st.just(b""))
+    certificates = st.sampled_from([b"", certificate, other, certificate[:-9], b"\x30\x00"])
+    after = st.sampled_from([0, 0, 0, 1, 3600, 1 << 31, 1 << 63, 1 << 80, -1, -(1 << 40)])
+    sides = (
+        st.sampled_from(["good", "good", "good", "none", "bad"]),
+        st.sampled_from(["good", "good", "first", "wrong"]),
+    )
+    errors = st.builds(
+        lambda info, code, details: body(23, info + code + details),
+        infos,
+        st.sampled_from([b"", integer(7), integer(1 << 90)]),
+        st.just(b"") | texts.map(lambda found: free_text(*found)),
+    )
+    odd = st.binary(max_size=30).map(lambda data: body(1, data))
+    odd |= infos.map(lambda info: body(12, write_der(0x30, info)))
+    odd |= st.sampled_from([PKICONF, body(22, b""), body(20, b""), b"\xb3\x00", body(26, b"")])
+    return st.one_of(
+        st.builds(Reply, st.just("waiting"), waiting.map(lambda info: cert_response(1, info, b""))),
+        st.builds(Reply, st.just("waiting"), waiting.map(lambda info: cert_response(1, info, b"")), *sides),
+        st.builds(Reply, st.just("pollRep"), st.builds(poll_rep, st.sampled_from([0, 0, 3600]), texts)),
+        st.builds(Reply, st.just("strange"), st.builds(poll_rep, after, texts), *sides),
+        st.builds(
+            Reply,
+            st.just("strange"),
+            st.builds(
+                cert_response, st.sampled_from([1, 1, 3, 8]), infos, certificates, st.sampled_from([0, 0, -1, 1])
+            ),
+            *sides,
+        ),
+        st.builds(Reply, st.just("refusal"), errors, *sides),
+        st.builds(Reply, st.just("strange"), odd, *sides),
+    )
+
+
+def leaf_of(bundle: str) -> bytes:
+    """The DER of a bundle's first certificate."""
+    return base64.b64decode(bundle.split("-----")[2])
+
+
+def test_a_ca_that_says_everything(fresh: Arena, recorded: list[bytes]) -> None:
+    """At each step, protected or not. What it takes back by no authentic word, it can still fulfil afterwards."""
+    fresh.enroll(CSRS[0])
+    other = leaf_of(fresh.bundle)
+    fresh.enroll(CSRS[1])
+    certificate = leaf_of(fresh.bundle)
+    assert certificate != other
+    finished = Counter[bool]()
+
+    @cases(50, 0.05)
+    @given(st.lists(replies(certificate, other), min_size=1, max_size=5), st.booleans())
+    def run(said: list[Reply], unprotected: bool) -> None:
+        fresh.configure(**({"unprotected_errors": "True"} if unprotected else {}))
+        talker = Talker(recorded[0], certificate)
+        fresh.server.set(play=talker)
+        talker.replies = said[:]
+        verdict = fresh.enroll(CSRS[1], keep=True)
+        identifier = fresh.identifier
+        for _ in range(5):
+            if verdict in ("issued", "rejected") or not identifier:
+                break
+            verdict = fresh.poll(identifier)
+            assert verdict != "rejected" or not talker.fair or unprotected
+        if verdict == "issued":
+            assert leaf_of(fresh.bundle) == certificate
+        elif identifier and not unprotected:
+            assert not talker.fair
+        finished[verdict == "issued"] += 1
+
+    run()
+    assert finished[True]
+    assert finished[False]
+
+
+class Wire:
+    """What a man in the middle sees and does. He has no credentials, but a certificate of his own making."""
+
+    def __init__(self, target: str, tricks: list[tuple[str, int, bytes]]) -> None:
+        self.target, self.tricks = target, tricks
+        self.recorded: list[bytes] = []
+        self.lost = False  # an answer of the CA's did not arrive: no client can know its nonce
+        self.refused = False  # the CA itself has said no
+
+    def __call__(self, request: bytes) -> bytes | None:
+        """The raw HTTP response, or none."""
+        how, number, data = self.tricks.pop(0) if self.tricks else ("pass", 0, b"")
+        if how == "pass":
+            return as_http(self.forward(request))
+        if how == "lose" or (how == "replace" and self.recorded):
+            self.forward(request)
+            self.lost = True
+        if how in ("repeat", "replace") and self.recorded:
+            return as_http(self.recorded[number % len(self.recorded)])
+        if how == "forge" and self.recorded:
+            return as_http(forgery(self.recorded[-1 - number % len(self.recorded)], number, data))
+        return data if how == "http" else None
+
+    def forward(self, request: bytes) -> bytes:
+        """The CA's own answer."""
+        answer = ask(self.target, request)
+        self.recorded.append(answer)
+        told = read_der(answer).parts()[1]
+        refusal = told.tag & 0x1F == 23 or (told.tag & 0x1F == 1 and b"\x30\x03\x02\x01\x02" in told.whole)
+        self.refused = self.refused or refusal
+        return answer
+
+
+def forgery(answer: bytes, number: int, text: bytes) -> bytes:
+    """A message that looks like the one that follows `answer`, as well as one can make it without a secret."""
+    rejected = status_info(2, [text], b"\x05\x20")
+    bodies = [body(23, rejected), cert_response(1, rejected, b""), poll_rep(0, [text]), PKICONF, body(12, rejected)]
+    bodies += [cert_response(1, status_info(3, [text], b""), b""), body(23, status_info(3, [text], b""))]
+    told = bodies[number % len(bodies)]
+    header, _, protection, *_ = read_der(answer).parts()
+    if number % 3 == 0:
+        return write_der(0x30, header.whole + told)
+    if number % 3 == 1:
+        return write_der(0x30, header.whole + told + protection.whole)
+    return proxy.signed(answer, told, KEY, [STRANGERS[number % len(STRANGERS)]])
+
+
+def stranger(text: str) -> x509.Certificate:
+    """The demo CA's name on somebody's own certificate. What it calls its issuer, openssl prints as it is."""
+    ca = x509.Name(
+        [
+            x509.NameAttribute(x509.NameOID.COUNTRY_NAME, "DE"),
+            x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "Demo"),
+            x509.NameAttribute(x509.NameOID.COMMON_NAME, "Demo Issuing CA"),
+        ]
+    )
+    issuer = x509.AuthorityKeyIdentifier(None, [x509.UniformResourceIdentifier(text)], 7)
+    return x509.load_der_x509_certificate(proxy.forge(KEY, ca, proxy.name("nobody"), issuer))
+
+
+REFUSED = "request rejected by server:PKIStatus: rejection; PKIFailureInfo: badRequest"
+STRANGERS = [
+    stranger(f"x\n\nCMP error: {line}\n\nCMP error: {line}\n" + "\n" * size)
+    for line in (REFUSED, "received error", "total timeout", "certificate not accepted", "CMP info: x" * 500)
+    for size in (0, 9000)
+]
+LINES = [
+    b"HTTP/1.1 200 CMP error: " + REFUSED.encode() + b"\r\nContent-Type: CMP error: total timeout\r\n\r\n",
+    b"HTTP/1.1 503 received error\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/pkixcmp\r\nContent-Length: 9\r\n\r\nx\nCMP err",
+    b"",
+]
+TRICKS_ON_THE_WAY = st.tuples(
+    st.sampled_from(["pass", "pass", "drop", "repeat", "repeat", "forge", "forge", "http", "replace", "lose"]),
+    st.integers(0, 70),
+    SAID | st.sampled_from(LINES),
+)
+
+
+def test_a_man_in_the_middle(fresh: Arena, pending: tuple[Path, str, str]) -> None:
+    """He replaces, repeats, drops and delays messages, and gives openssl lines to print.
+
+    Nothing of it ends an order that waits, and when he is gone, the CA can finish it; unless an answer of the CA's was
+    lost, for OpenSSL's server insists on its nonce.
+    """
+    directory, target = pending[0].parent / "ca", pending[2]
+    finished = Counter[bool]()
+
+    @cases(30, 0.05)
+    @given(st.lists(TRICKS_ON_THE_WAY, min_size=1, max_size=7), st.integers(0, 4))
+    def run(tricks: list[tuple[str, int, bytes]], decided: int) -> None:
+        fresh.configure()
+        wire = Wire(target, [("pass", 0, b""), *tricks])
+        fresh.server.set(play=wire)
+        verdict = fresh.enroll(CSRS[1], keep=True)
+        assert verdict == "waiting"
+        identifier, polls = fresh.identifier, 0
+        while verdict in ("waiting", "failed") and polls < 12 and (polls < decided or not wire.lost):
+            if polls == decided:
+                decide(directory, "all", "approve")
+            verdict, polls = fresh.poll(identifier), polls + 1
+            assert verdict != "rejected" or wire.refused
+        assert verdict == "issued" or wire.lost or wire.refused
+        finished[verdict == "issued"] += 1
+
+    run()
+    assert finished[True]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Callable
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
-from conftest import Handlers, as_host, binaries, bundle_certificates, csr_pem
+import demo_ca
+from conftest import BINARIES, Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
 from proxy import Forward, Proxy, forge, name, nested, signed, with_body
-from test_poll import SHORT, begin, hold
+from test_fuzz import PKICONF, body, protected, status_info
+from test_poll import SHORT, begin, check_issued, hold, requests, version
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 REJECTED = bytes.fromhex("020102")  # PKIStatus
@@ -78,13 +82,13 @@ def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handler
     chain = ordinary if attack == "ordinary certificate" else [stranger("x", sender_of(ca, "secret"))]
     forgers: dict[str, Callable[[bytes, bytes], bytes]] = {"unprotected": with_body, "wrong MAC": with_protection}
 
-    def forged(answer: bytes, body: bytes) -> bytes:
-        return forgers[attack](answer, body) if attack in forgers else signed(answer, body, KEY, chain)
+    def forged(answer: bytes, told: bytes) -> bytes:
+        return forgers[attack](answer, told) if attack in forgers else signed(answer, told, KEY, chain)
 
-    for body in (error_body("no"), REFUSAL):
+    for told in (error_body("no"), REFUSAL):
 
-        def forge_answer(_: str, forward: Forward, body: bytes = body) -> bytes:
-            return forged(forward(), body)
+        def forge_answer(_: str, forward: Forward, told: bytes = told) -> bytes:
+            return forged(forward(), told)
 
         proxy.spoil = forge_answer
         error, *rest = handler.poll("name", identifier, "")
@@ -106,3 +110,328 @@ def test_more_output_than_is_kept() -> None:
     for length, cut in ((size, False), (size + 1, True)):
         run = cmp_ca_handler._run([sys.executable, "-c", f"print(end='x' * {length})"], 60)
         assert (run.code, len(run.output), run.cut) == (0, size, cut)
+
+
+# --- An openssl that is not as we know it
+
+
+def wrapped(directory: Path, openssl: str, script: str) -> str:
+    """A fake: runs `cmp` as the shell script says, where $OPENSSL is the real program and "$@" its arguments."""
+    path = directory / "openssl-wrapped"
+    other = f'export OPENSSL={openssl}\n[ "$1" = cmp ] && [ "$2" != -help ] || exec $OPENSSL "$@"\n'
+    path.write_text(f"#!/bin/sh\n{other}{script}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+OTHER_WORDS = (
+    """{ $OPENSSL "$@"; echo "$?" > "$0.$$"; } 2>&1 | sed 's/\\(CMP [a-z]*:\\).*/\\1 words that nobody knows/'\n"""
+    """code=$(cat "$0.$$"); rm "$0.$$"; exit "$code"\n"""
+)
+CRASH = '$OPENSSL "$@"; kill -SEGV $$'
+
+
+@binaries
+@pytest.mark.parametrize("script", [OTHER_WORDS, CRASH], ids=["words", "crash"])
+@pytest.mark.parametrize("check_after", [0, 3600])
+def test_an_order_that_waits_finishes(
+    check_after: int, script: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Whatever openssl says about it, and however it ends; and with a forged answer in between."""
+    ca.hold, ca.check_after = True, check_after
+    strange = wrapped(tmp_path, openssl, script)
+    csr = csr_pem(["a.example"])
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=strange, **SHORT)
+    identifier = begin(handler, csr)
+    for _ in range(2):
+        assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    proxy.spoil = lambda _, forward: with_body(b"0\x04" + bytes(4), b"")
+    assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    proxy.spoil = lambda _, forward: forward()
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert requests(ca)["ir"] == 1
+    assert handlers.left() == []
+
+
+@binaries
+def test_a_crash_after_the_certificate(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    csr = csr_pem(["a.example"])
+    handler = handlers(ca.options(), openssl_bin=wrapped(tmp_path, openssl, CRASH))
+    error, bundle, certificate, _ = handler.enroll(as_host(csr))
+    check_issued((error, bundle, certificate, None, False), csr)
+    assert handlers.left() == []
+
+
+@binaries
+@pytest.mark.parametrize("implicit", [True, False])
+def test_certificate_that_cannot_be_saved(
+    implicit: bool, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
+    """The CA has issued, so its answer is not thrown away."""
+    csr = csr_pem(["a.example"])
+    option = "implicit_confirm" if implicit else "disable_confirm"
+    full = f'$OPENSSL "$@"; code=$?; for f in {handlers.work}/*/cert.pem; do [ -f $f ] && rm $f && code=1; done'
+    strange = wrapped(tmp_path, openssl, full + "; exit $code")
+    handler = handlers(ca.options(), openssl_bin=strange, **{option: "True"})
+    identifier = begin(handler, csr)
+    handler = handlers(ca.options(), openssl_bin=openssl, **{option: "True"})
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert requests(ca)["ir"] == 1
+    assert handlers.left() == []
+
+
+@binaries
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"implicit_confirm": "True"},
+        {"disable_confirm": "True"},
+        {"verbosity": "3"},
+        {"verbosity": "8"},
+        {"cmd": "cr"},
+        {"cmd": "p10cr"},
+    ],
+    ids=lambda c: "-".join(*c.items()),
+)
+def test_waiting_with(changes: dict[str, str], openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+    csr = csr_pem(["a.example"])
+    handler = handlers(hold(ca).options(), openssl_bin=openssl, **SHORT, **changes)
+    identifier = begin(handler, csr)
+    for _ in range(2):
+        assert handler.poll("name", identifier, "") == (None, None, None, identifier, False)
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert handlers.left() == []
+
+
+@binaries
+def test_reqout_of_the_administrator(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
+) -> None:
+    """It is served, and nothing else is lost by it: a CA without a pause, and one that is away for a while."""
+    ca.hold, ca.check_after = True, 0
+    saved = tmp_path / "request.der"
+    csr = csr_pem(["a.example"])
+    changes = {"openssl_bin": openssl, "reqout": str(saved), **SHORT}
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, **changes)
+    identifier = begin(handler, csr)
+    assert demo_ca.read_envelope(saved.read_bytes()).name == "ir"
+    for _ in range(2):
+        assert handler.poll("name", identifier, "") == (None, None, None, identifier, False)
+        assert demo_ca.read_envelope(saved.read_bytes()).name == "pollReq"
+    proxy.spoil = lambda _, forward: None
+    assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    proxy.spoil = lambda _, forward: forward()
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert requests(ca)["ir"] == 1
+
+
+@binaries
+def test_a_recorded_first_answer(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """OpenSSL 3.5 takes it: the next poll goes on from what was there before."""
+    answers: list[bytes] = []
+
+    def record(_: str, forward: Forward) -> bytes:
+        answers.append(forward())
+        return answers[-1]
+
+    proxy.spoil = record
+    csr = csr_pem(["a.example"])
+    handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    assert len(answers) == 2
+    for answer in answers:
+        proxy.spoil = lambda request, forward, answer=answer: answer if request == "pollReq" else None  # type: ignore
+        assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    proxy.spoil = lambda _, forward: forward()
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+
+
+@binaries
+def test_secret_that_is_wrong_for_a_while(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+    """An answer of which nobody knows yet is not thrown away for it."""
+    csr = csr_pem(["a.example"])
+    handler = handlers(hold(ca).options(), openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    newest = max((handlers.work / identifier).glob("*.der"))
+    newest.rename(newest.with_suffix(".new"))  # as a process leaves it that is killed in this moment
+    error, *rest = handlers(ca.options(), openssl_bin=openssl, secret="wrong", **SHORT).poll("name", identifier, "")
+    assert error
+    assert rest == [None, None, identifier, False]
+    ca.approve("all")
+    check_issued(handlers(ca.options(), openssl_bin=openssl, **SHORT).poll("name", identifier, ""), csr)
+
+
+def test_the_thousandth_answer(ca: DemoCA, handlers: Handlers) -> None:
+    """Its name is longer."""
+    csr = csr_pem(["a.example"])
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr)
+    newest = max((handlers.work / identifier).glob("*.der"))
+    old = newest.with_name("999.der")
+    newest.rename(old)
+    content = old.read_bytes()
+    assert handler.poll("name", identifier, "") == (None, None, None, identifier, False)
+    assert old.with_name("1000.der").exists()
+    old.write_bytes(content)  # as if the process had been killed before it was deleted
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+
+
+# --- What the CA says to the confirmation of a certificate
+
+
+def saying(answer: bytes, told: bytes) -> bytes:
+    """The CA's message with another body, protected by its secret."""
+    header = read_der(answer).parts()[0].whole
+    return protected(header, header, told, b"")
+
+
+def error_of(failure: int, *texts: str, status: int = 2) -> bytes:
+    """An error message with one bit of failInfo."""
+    bits = bytearray(4)
+    bits[failure // 8] = 0x80 >> failure % 8
+    return body(23, status_info(status, [text.encode() for text in texts], b"\0" + bytes(bits)))
+
+
+CERT_CONFIRMED, CERT_REVOKED = 11, 10  # bits of failInfo
+GENP = nested(b"", 0xB6, 0x30)
+CONFIRMATIONS: dict[str, Callable[[Forward], bytes | None]] = {
+    "unprotected": lambda forward: with_body(forward(), PKICONF),
+    "certConfirmed": lambda forward: saying(forward(), error_of(CERT_CONFIRMED, "again?")),
+    "unexpected body": lambda forward: saying(forward(), GENP),
+    "waiting": lambda forward: saying(forward(), error_of(CERT_CONFIRMED, status=3)),
+    "never": lambda forward: None,
+}
+
+
+@binaries
+@pytest.mark.parametrize("how", CONFIRMATIONS)
+def test_confirmation_that_is_not_confirmed(
+    how: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The certificate is issued: after some polls it is handed out, with a warning."""
+    asked: list[str] = []
+    recorded: list[bytes] = []
+
+    def answer(request: str, forward: Forward) -> bytes | None:
+        asked.append(request)
+        if request == "ir":
+            recorded.append(forward())
+            return recorded[0]
+        if request != "certConf" or asked.count("certConf") == 1:
+            return None
+        return CONFIRMATIONS[how](forward)
+
+    proxy.spoil = answer
+    csr = csr_pem(["a.example"])
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    for _ in range(4):
+        result = handler.poll("name", identifier, "")
+        if result[1]:
+            break
+        assert result[1:] == (None, None, identifier, False)
+    check_issued(result, csr)
+    assert "its confirmation is not proven" in caplog.text
+    assert asked.count("ir") == 1
+
+
+@binaries
+@pytest.mark.parametrize("held", [True, False])
+def test_no_to_the_first_confirmation(held: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    ca.hold, ca.check_after = held, 3600
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    csr = csr_pem(["a.example"])
+    identifier = begin(handler, csr) if held else ""
+    proxy.spoil_next("certConf", lambda forward: saying(forward(), error_of(2, "not this one")))
+    ca.approve("all")
+    error, *rest = handler.poll("name", identifier, "") if held else handler.enroll(as_host(csr))
+    assert rest == ([None, None, identifier, True] if held else [None, None, None])
+    assert "rejected the request: badRequest, 'not this one'" in str(error)
+    assert handlers.left() == []
+
+
+@binaries
+@pytest.mark.parametrize("words", [True, False])
+def test_certificate_that_is_not_trusted(
+    words: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
+) -> None:
+    """By cmp_out_trusted. It is not handed out later either, when its refusal does not arrive at the CA."""
+    pem = stranger("x", name("other root")).public_bytes(serialization.Encoding.PEM)
+    (tmp_path / "other.pem").write_bytes(pem)
+    program = openssl if words else wrapped(tmp_path, openssl, OTHER_WORDS)
+    changes = {"openssl_bin": program, "out_trusted": str(tmp_path / "other.pem"), **SHORT}
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, **changes)
+    proxy.spoil = lambda request, forward: None if request == "certConf" else forward()
+    identifier = begin(handler, csr_pem(["a.example"]))
+    for _ in range(4):
+        assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    proxy.spoil = lambda _, forward: forward()
+    assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, words)
+
+
+# --- Other answers
+
+
+@pytest.mark.parametrize("openssl", [path for path in BINARIES if version(path) >= (3, 3)])
+def test_an_error_message_that_waits(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """As the first answer of all. (An ip that waits may not follow it: to OpenSSL that is an unexpected status.)"""
+    proxy.spoil_next("ir", lambda forward: saying(forward(), error_of(0, "later", status=3)))
+    csr = csr_pem(["a.example"])
+    handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    for _ in range(2):
+        assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+
+
+@binaries
+def test_a_flood(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """Of text, by the CA and by a stranger: the log stays short, and the order goes on."""
+    csr = csr_pem(["a.example"])
+    handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    lines = "\nCMP error: forged" * 4000
+    text = write_der(0x30, write_der(0x0C, lines.encode()))
+    proxy.spoil_next(
+        "pollReq", lambda forward: saying(forward(), nested(bytes.fromhex("02010002020e10") + text, 0xBA, 0x30, 0x30))
+    )
+    assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    newest = max((handlers.work / identifier).glob("*.der"))
+    chain = [stranger(lines, sender_of(ca, "secret"))]
+    proxy.spoil_next("pollReq", lambda _: signed(newest.read_bytes(), error_body("x"), KEY, chain))
+    assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
+    assert len(caplog.records) < 1000
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+
+
+@binaries
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("authentic", 400), ("unprotected", 500), ("wrong MAC", 500), ("error", 500), ("waiting", 500), ("garbage", 500)],
+)
+def test_revocation(how: str, code: int, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """alreadyRevoked, which ends the matter, is said by an authentic rp alone."""
+    revoked = nested(status_info(2, [b"before"], b"\x05\x08\x20"), 0xAC, 0x30, 0x30)  # badCertId and certRevoked
+    answers: dict[str, Callable[[bytes], bytes]] = {
+        "authentic": lambda answer: saying(answer, revoked),
+        "unprotected": lambda answer: with_body(answer, revoked),
+        "wrong MAC": lambda answer: with_protection(answer, revoked),
+        "error": lambda answer: saying(answer, error_of(CERT_REVOKED, "your certificate")),
+        "waiting": lambda answer: saying(answer, nested(b"\x02\x01\x03", 0xAC, 0x30, 0x30, 0x30)),
+        "garbage": lambda _: b"PKIFailureInfo: certRevoked",
+    }
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    certificate = handler.enroll(as_host(csr_pem(["a.example"])))[2]
+    proxy.spoil = lambda _, forward: answers[how](forward())
+    result = handler.revoke(str(certificate), "keyCompromise")
+    assert result[0] == code, result
+    assert ("alreadyRevoked" in str(result[1])) == (code == 400)
+    assert ("waiting" in str(result[2])) == (how == "waiting")
+    assert handlers.left() == []
