@@ -2190,10 +2190,13 @@ class CSR(NamedTuple):
     extensions: dict[str, bytes]
 
 
+CSR_LABEL = "(?:NEW )?CERTIFICATE REQUEST"
+
+
 def _csr(argument: object, kinds: Collection[str] = CHECKED_KINDS) -> CSR:
     """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
     try:
-        der = _decode(argument, "(?:NEW )?CERTIFICATE REQUEST")
+        der = _decode(argument, CSR_LABEL)
         _check_der(der, values=False)
         try:
             information, _, _ = _sequence(der)
@@ -3188,7 +3191,7 @@ class CAhandler:
                 transaction.keep = True
                 request = _csr(transaction.read("csr.pem"), settings.san_types)
                 what += f" ({_wanted(request)})"
-                if csr and _csr(csr, settings.san_types).der != request.der:
+                if csr and _decode(csr, CSR_LABEL) != request.der:
                     raise CMPError("the transaction is for another CSR")
                 answers = _usable(transaction.answers())
                 if not answers:  # without them, openssl would begin a second transaction
