@@ -1111,11 +1111,13 @@ def forgery(answer: bytes, number: int, text: bytes) -> bytes:
     rejected = status_info(2, [text], b"\x05\x20")
     bodies = [body(23, rejected), cert_response(1, rejected, b""), poll_rep(0, [text]), PKICONF, body(12, rejected)]
     bodies += [cert_response(1, status_info(3, [text], b""), b""), body(23, status_info(3, [text], b""))]
-    told = bodies[number % len(bodies)]
+    number, which = divmod(number, 10)
+    told = bodies[which] if which < len(bodies) else bodies[which % 2]  # most often a refusal
+    number, how = divmod(number, 4)
     header, _, protection, *_ = read_der(answer).parts()
-    if number % 3 == 0:
+    if how == 0:
         return write_der(0x30, header.whole + told)
-    if number % 3 == 1:
+    if how == 1:
         return write_der(0x30, header.whole + told + protection.whole)
     return proxy.signed(answer, told, KEY, [STRANGERS[number % len(STRANGERS)]])
 
@@ -1146,9 +1148,9 @@ LINES = [
     b"",
 ]
 TRICKS_ON_THE_WAY = st.tuples(
-    st.sampled_from(["pass", "pass", "drop", "repeat", "repeat", "forge", "forge", "http", "replace", "lose"]),
-    st.integers(0, 70),
-    SAID | st.sampled_from(LINES),
+    st.sampled_from(["pass", "pass", "drop", "repeat", "repeat", "forge", "forge", "forge", "http", "replace", "lose"]),
+    st.integers(0, 9999),
+    st.sampled_from(SWALLOWING[:3]).map(str.encode) | SAID | st.sampled_from(LINES),
 )
 
 
