@@ -122,7 +122,7 @@ def test_header(
 @binaries
 @pytest.mark.parametrize("check_after", [-3, 1 << 70])
 def test_check_after(check_after: int, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
-    """openssl is ended as soon as there is such an answer, at times before it says anything."""
+    """openssl is ended as soon as there is such an answer, at times before it says anything: then the order waits."""
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
     identifier = begin(handler, CSR)
     number = write_der(0x02, check_after.to_bytes(9, "big", signed=True))
@@ -131,7 +131,7 @@ def test_check_after(check_after: int, openssl: str, ca: DemoCA, handlers: Handl
     pollrep = nested(bytes.fromhex("020100") + number, 0xBA, 0x30, 0x30)
     proxy.spoil = lambda _, forward: protected(forward(), ca.secret, pollrep)
     error, *rest = handler.poll("name", identifier, "")
-    assert str(error).endswith(f"({hint('checkafter')})")
+    assert error is None or error.endswith(f"({hint('checkafter')})")
     assert rest == [None, None, identifier, False]
 
 
