@@ -125,6 +125,16 @@ class Host:
         """Run one of the programs that are installed with the host."""
         return self._run(self.python.parent / arguments[0], *arguments[1:])
 
+    def poll_until(self, words: str, tries: int = 30) -> str:
+        """Run the poller, as cron does, until it says this: a CA is not asked before its checkAfter has passed."""
+        for _ in range(tries):
+            polled = self.tool("a2c-cert-poll")
+            assert polled.returncode == 0, polled.stdout
+            if re.search(words, polled.stdout):
+                return polled.stdout
+            time.sleep(0.5)
+        raise AssertionError(f"no '{words}' in {polled.stdout}")
+
     def certbot(self, command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """Run certbot, as an administrator's script does."""
         own = self.directory / "certbot"
