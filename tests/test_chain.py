@@ -359,7 +359,7 @@ ROOT_OLD = certificate(GOOD_ROOT, GOOD_ROOT, OLD)
         # An authority higher up has expired, so the other way is better though it comes later.
         ({"untrusted": [CA_PEM, ROOT_OLD, CROSS, EVIL_ROOT]}, [], [], [CROSS, EVIL_ROOT]),
         # The anchor was renewed: the same name, the same key.
-        ({"trusted": [ROOT_OLD]}, [], [CA_PEM, ROOT_PEM], [CA_PEM, ROOT_PEM]),
+        ({"trusted": [ROOT_OLD], "untrusted": [CROSS, EVIL_ROOT, CA_PEM]}, [], [ROOT_PEM], [CA_PEM, ROOT_PEM]),
         # A known root is less than a trusted one.
         ({"trusted": [EVIL_ROOT], "untrusted": [CA_PEM, ROOT_PEM, CROSS]}, [], [], [CROSS, EVIL_ROOT]),
         # Here it is the cross-certificate that leads to what the administrator trusts.

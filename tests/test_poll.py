@@ -377,6 +377,24 @@ def test_answer_to_the_confirmation_lost(
     assert handlers.left() == []
 
 
+def test_ca_away_before_the_confirmation(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CA that is away has not left the confirmation without an answer: it gets it when it is back, however late."""
+    csr = csr_pem(["a.example"])
+    options = {**ca.options(), "cmp_server": proxy.server}
+    proxy.spoil_next("certConf", lambda _: None)
+    identifier = begin(handlers(options, **SHORT), csr)
+    away = handlers(options, **SHORT, server=f"127.0.0.1:{free_port()}")
+    for _ in range(3):
+        error, *rest = away.poll("name", identifier, "")
+        assert error
+        assert rest == [None, None, identifier, False]
+    check_issued(handlers(options, **SHORT).poll("name", identifier, ""), csr)
+    assert "not proven" not in caplog.text
+    assert (requests(ca)["ir"], requests(ca)["certConf"]) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("authentication", "how"),
     [("secret", how) for how in ("garbage", "empty", "cut short")]
