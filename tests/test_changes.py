@@ -7,6 +7,7 @@ import logging
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
@@ -181,6 +182,23 @@ def test_another_key(ca: DemoCA, handlers: Handlers) -> None:
     assert leaf.public_key() == key.public_key()
     assert cmp_ca_handler._changes(cmp_ca_handler._csr(csr_pem(["a.tld"], key=key)), read, "") == ""
     assert cmp_ca_handler._changes(cmp_ca_handler._csr(csr_pem(["a.tld"])), read, "") == "another key"
+
+
+def test_another_subject(ca: DemoCA, handlers: Handlers) -> None:
+    """The demo CA takes the subject as it is, and OpenSSL writes no compressed points: the comparison by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    bundle = handlers(ca.options()).enroll(csr_pem(["a.tld"], key=key))[1]
+    leaf = cmp_ca_handler._certificate(cmp_ca_handler._decode(leaf_pem(bundle), "CERTIFICATE"))
+    csr = cmp_ca_handler._csr(csr_pem(["a.tld"], key=key))
+    without_names = cmp_ca_handler._csr(csr_pem([], "b.tld", key=key))
+    other = [[cmp_ca_handler.Attribute("2.5.4.3", cmp_ca_handler.UTF8, "evil.example", b"")]]
+    assert cmp_ca_handler._changes(csr, leaf._replace(subject=other), "") == "added CN=evil.example"
+    assert cmp_ca_handler._changes(without_names, leaf, "").startswith("missing b.tld; added DNS:a.tld")
+    form = serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
+    point = b"\0" + key.public_key().public_bytes(*form)
+    algorithm = cmp_ca_handler._sequence(leaf.key)[0].raw
+    compressed = demo_ca.write_der(0x30, algorithm + demo_ca.write_der(0x03, point))
+    assert cmp_ca_handler._changes(csr, leaf._replace(key=compressed), "") == ""
 
 
 def leaf_pem(bundle: str | None) -> str:

@@ -704,6 +704,29 @@ def test_masked_before_cut() -> None:
     assert text.endswith("x ***")
 
 
+@pytest.mark.parametrize(
+    ("message", "total", "used"),
+    [
+        (None, None, ("5", "10")),
+        ("20", None, ("20", "25")),
+        (None, "3", ("3", "3")),
+        ("9", "8", "cmp_total_timeout must not be less than cmp_msg_timeout"),
+        ("9", "0", "cmp_total_timeout: 0 would wait for ever"),
+        (None, "0", "cmp_total_timeout: 0 would wait for ever"),
+    ],
+)
+def test_timeouts_fit_each_other(
+    message: str | None, total: str | None, used: tuple[str, str] | str, handlers: Handlers
+) -> None:
+    """openssl takes no -total_timeout below -msg_timeout."""
+    settings = cmp_ca_handler._settings(handlers(SECTION, msg_timeout=message, total_timeout=total).section)
+    if isinstance(used, str):
+        assert [error for error in settings.errors if error.startswith(used)]
+    else:
+        assert settings.errors == []
+        assert (settings.options["msg_timeout"], settings.options["total_timeout"]) == used
+
+
 def test_no_timeouts(ca: DemoCA, command: Commands, handlers: Handlers) -> None:
     """For servers whose HTTP header comes in pieces: openssl gets no time-out, and the handler ends it."""
     line = command(SECTION, msg_timeout="0", total_timeout="0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import hashlib
 import logging
 import subprocess
@@ -235,6 +236,14 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     "more behind the signature": (
         sequence(read_der(csr(request(MINE))).content, b"\x05\x00"),
         "not a PKCS #10 request",
+    ),
+    "nested without end": (
+        csr(
+            sequence(
+                oid("1.2.3.4"), write_der(0x31, functools.reduce(lambda inner, _: sequence(inner), range(3000), b""))
+            )
+        ),
+        "nested too deeply",
     ),
     "long length of all": (ber(0x30, read_der(csr(request(MINE))).content), "BER, not DER"),
     # keys

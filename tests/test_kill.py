@@ -127,6 +127,29 @@ def test_killed(step: Step, victim: str, ca: DemoCA, handlers: Handlers, proxy: 
     assert handlers.left() == []
 
 
+def test_killed_at_each_confirmation(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An openssl that was killed has not found the CA silent: the certificate is not handed out without a pkiConf."""
+    csr = csr_pem(["killed.example"])
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, **SHORT)
+
+    def kill(_: Callable[[], bytes]) -> None:
+        for process in processes(handlers.work):
+            os.kill(process, signal.SIGKILL)
+
+    proxy.spoil_next("certConf", kill)
+    identifier = begin(handler, csr)
+    for _ in range(3):
+        proxy.spoil_next("certConf", kill)
+        error, *rest = handler.poll("name", identifier, "")
+        assert "killed by signal 9" in str(error)
+        assert rest == [None, None, identifier, False]
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert "not proven" not in caplog.text
+    assert (requests(ca)["ir"], requests(ca)["certConf"]) == (1, 1)
+
+
 def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:
     """Older than an hour, not waiting for the CA, not locked, and one of ours."""
     options = hold(ca).options()

@@ -192,6 +192,18 @@ def test_ca_away(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixtur
     assert handlers.left() == []
 
 
+def test_exit_code_of_a_wrapper(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """A program around openssl that ends with 0 whatever happens: openssl's errors count."""
+    program = tmp_path / "openssl"
+    program.write_text(f'#!/bin/sh\n{OPENSSL} "$@"\nexit 0\n')
+    program.chmod(0o755)
+    certificate = enrolled(handlers(ca.options()))
+    handler = handlers(ca.options(), openssl_bin=str(program), secret="wrong-secret")
+    assert handler.revoke(certificate)[0] == 500
+    assert crl_entry(ca, certificate) is None
+    assert handlers(ca.options(), openssl_bin=str(program)).revoke(certificate) == (200, None, None)
+
+
 @binaries
 @pytest.mark.parametrize(
     ("options", "code", "message", "said"),

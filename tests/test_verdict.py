@@ -96,6 +96,58 @@ def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handler
         assert rest == [None, None, identifier, False]
 
 
+@binaries
+@pytest.mark.parametrize("attack", ["unprotected", "wrong MAC", "unknown signer"])
+def test_already_revoked_says_somebody_else(
+    attack: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
+    """acme2certifier would take the certificate for revoked."""
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, unprotected_errors="True")
+    certificate = str(handler.enroll(as_host(csr_pem(["a.example"])))[2])
+    info = REJECTED + bytes.fromhex("0303050020")  # certRevoked
+    body = nested(info, 0xAC, 0x30, 0x30, 0x30)  # rp
+    forgers: dict[str, Callable[[bytes], bytes]] = {
+        "unprotected": lambda answer: with_body(answer, body),
+        "wrong MAC": lambda answer: with_protection(answer, body),
+        "unknown signer": lambda answer: signed(answer, body, KEY, [stranger("x", sender_of(ca, "secret"))]),
+    }
+    proxy.spoil = lambda _, forward: forgers[attack](forward())
+    code, message, detail = handler.revoke(certificate, "superseded")
+    assert (code, message) == (500, "urn:ietf:params:acme:error:serverInternal")
+    assert "an unverified answer says: certRevoked" in str(detail)
+
+
+def answer(body: int, status: int | None = None, certificate: bytes = b"") -> cmp_ca_handler.Response:
+    return cmp_ca_handler.Response("001.der", body, status=status, certificate=certificate)
+
+
+WAITS, ERROR_WAITS, GRANTS, REFUSES = answer(1, 3), answer(23, 3), answer(1, 0, b"certificate"), answer(1, 2)
+POLL_REP, PKI_CONF = answer(26), answer(19)
+
+
+@pytest.mark.parametrize(
+    ("answers", "usable"),
+    [
+        ([WAITS, POLL_REP, POLL_REP, GRANTS, PKI_CONF], 5),
+        ([WAITS, POLL_REP, GRANTS, ERROR_WAITS, POLL_REP, PKI_CONF], 6),  # the confirmation takes its time, too
+        ([GRANTS, ERROR_WAITS], 2),
+        ([WAITS, WAITS], 1),
+        ([WAITS, ERROR_WAITS], 1),
+        ([WAITS, REFUSES], 1),
+        ([WAITS, PKI_CONF], 1),
+        ([GRANTS, WAITS], 1),
+        ([GRANTS, GRANTS], 1),
+        ([GRANTS, POLL_REP], 1),
+        ([POLL_REP], 0),
+        ([PKI_CONF], 0),
+        ([REFUSES], 0),
+    ],
+)
+def test_order_of_answers(answers: list[cmp_ca_handler.Response], usable: int) -> None:
+    """What comes out of turn is not the CA's answer to what was asked, so it is not replayed."""
+    assert cmp_ca_handler._usable(answers) == answers[:usable]
+
+
 def test_run_that_proves_nothing() -> None:
     """Where openssl did not end by itself, or not all it said is here, the line that matters may be missing."""
     run = cmp_ca_handler.Run(1, f"CMP error: {FORGED}\n")
