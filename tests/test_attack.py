@@ -122,6 +122,13 @@ def test_exit_status_that_gets_lost(how: str, ca: DemoCA, handlers: Handlers) ->
         assert ca.messages == []
 
 
+def test_lost_exit_status_is_no_yes() -> None:
+    """`openssl verify` says nothing else that counts: 0 would make an issuer of anybody."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitpid(process.pid, 0)
+        assert cmp_ca_handler._exit_code(process) == cmp_ca_handler.LOST != 0
+
+
 FORKING = """
 import json, logging, os, sys, cmp_ca_handler
 cmp_ca_handler.HELPERS = ()

@@ -79,6 +79,7 @@ def test_what_the_handler_adds(command: Commands) -> None:
     for option in ("-newkey", "-csr", "-certout", "-extracertsout", "-cacertsout", "-rspout"):
         assert value_of(line, option).startswith(f"{command.handlers.work}/")
     assert value_of(line, "-subject") == "/CN=a.example"
+    assert value_of(line, "-config") == "", "the section cmp of the system's openssl.cnf is nobody's wish"
     assert "-san_nodefault" in line and "-batch" in line and "-sans" not in line
 
 
@@ -563,6 +564,17 @@ def test_a_link_that_somebody_else_can_change(link: str, command: Commands, tmp_
     for text in (handler.handler_check(), handler.enroll(CSR)[0]):
         assert text and f"{theirs}" in text and "belongs to another user: run this as nobody" in text
     assert os.listdir(target) == []
+
+
+def test_a_link_into_a_directory_of_everybody(command: Commands, tmp_path: Path) -> None:
+    """Our own link, but where it leads to somebody else can put another directory."""
+    (tmp_path / "open" / "target").mkdir(parents=True, mode=0o700)
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "open" / "target")
+    handler = command.handler(SECTION, tmp_dir=str(tmp_path / "link" / "work"))
+    for text in (handler.handler_check(), handler.enroll(CSR)[0]):
+        assert f"{tmp_path}/open can be written by every local user" in str(text)
+    assert os.listdir(tmp_path / "open" / "target") == []
 
 
 def test_a_link_of_our_own(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:

@@ -176,10 +176,15 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     "CA TRUE": (csr(request(MINE, extension(BASIC_CONSTRAINTS, sequence(TRUE)))), "asks for a CA certificate"),
     "keyCertSign": (csr(request(MINE, extension(KEY_USAGE, b"\x03\x02\x01\x06"))), "asks for a CA certificate"),
     "bits that are no bits": (csr(request(MINE, extension(KEY_USAGE, b"\x03\x02\x05\xbf"))), "keyUsage"),
+    "bits behind the last one": (csr(request(MINE, extension(KEY_USAGE, b"\x03\x02\x05\xa2"))), "keyUsage is malf"),
     "encipherOnly alone": (csr(request(MINE, extension(KEY_USAGE, b"\x03\x02\x00\x01"))), "keyUsage"),
     "decipherOnly alone": (csr(request(MINE, extension(KEY_USAGE, b"\x03\x03\x07\x00\x80"))), "keyUsage"),
     "no key purpose": (csr(request(MINE, extension("2.5.29.37", sequence()))), "extKeyUsage"),
     "unknown TLS feature": (csr(request(MINE, extension("1.3.6.1.5.5.7.1.24", sequence(b"\x02\x01\x06")))), "tlsfe"),
+    "number with a zero before it": (
+        csr(request(MINE, extension("1.3.6.1.4.1.311.21.7", sequence(oid("1.2.3"), b"\x02\x02\x00\x05")))),
+        "certificate template is malformed",
+    ),
     "name constraints": (csr(request(MINE, extension("2.5.29.30", sequence()))), "nameConstraints"),
     "SID": (csr(request(MINE, extension("1.3.6.1.4.1.311.25.2", sequence()))), "Active Directory SID"),
     # subjectAltNames

@@ -15,7 +15,7 @@ import cmp_ca_handler
 import demo_ca
 from conftest import BINARIES, Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
-from proxy import Forward, Proxy, forge, name, nested, signed, with_body
+from proxy import Forward, Proxy, forge, name, nested, signed, spoilt, with_body
 from test_fuzz import PKICONF, body, protected, status_info
 from test_poll import SHORT, begin, check_issued, hold, requests, version
 
@@ -94,6 +94,37 @@ def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handler
         error, *rest = handler.poll("name", identifier, "")
         assert error
         assert rest == [None, None, identifier, False]
+
+
+@pytest.mark.parametrize("how", ["unprotected", "tampered"])
+def test_still_waiting_says_somebody_else(how: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """With the nonce of our request, which he sees. Were it kept as the CA's, no later poll could go on from it."""
+    answers: list[bytes] = []
+
+    def note(forward: Forward) -> bytes:
+        answers.append(forward())
+        return answers[0]
+
+    proxy.spoil_next("pollReq", note)
+    handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, **SHORT)
+    csr = csr_pem(["a.example"])
+    identifier = begin(handler, csr)
+    directory = handlers.work / identifier
+
+    def forge_answer(_: Forward) -> bytes:
+        recorded = cmp_ca_handler._response(str(max(directory.glob("*.der"))))
+        request = cmp_ca_handler._response(str(max(directory.glob("*.req"))))
+        assert recorded and request
+        forged = answers[0].replace(recorded.nonces[1], request.nonces[0])
+        assert forged != answers[0]
+        return spoilt(how, forged)
+
+    proxy.spoil_next("pollReq", forge_answer)
+    error, *rest = handler.poll("name", identifier, "")
+    assert error
+    assert rest == [None, None, identifier, False]
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
 
 
 @binaries
