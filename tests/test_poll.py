@@ -697,6 +697,17 @@ def test_damaged_files(ca: DemoCA, handlers: Handlers) -> None:
     assert own == set()
 
 
+def test_saved_profile_sets_what_a_profile_may(ca: DemoCA, handlers: Handlers) -> None:
+    """The file outlives the configuration that it was made under, and the version of the handler."""
+    csr = csr_pem(["a.example"])
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr)
+    profile = {"cmp_openssl_bin": "/nonexistent", "cmp_secret": "another", "cmp_unprotected_errors": "True"}
+    (handlers.work / identifier / "profile").write_text(json.dumps(profile))
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+
+
 def test_links_are_not_followed(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """Deleting a transaction takes nothing with it that somebody has linked into it."""
     treasure = tmp_path / "treasure"
