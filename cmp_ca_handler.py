@@ -2664,11 +2664,14 @@ def _keep_authentic(
 
 
 def _fits(log: Sequence[Response], request: Response | None) -> bool:
-    """Whether the newest answer has the nonce of its request, or, as RFC 9483 (4.4) has it, that of the first one.
-
-    A recorded answer has not. When it is replayed, openssl does not see that: it takes the nonces of the answers then.
+    """Whether the newest answer is one to its request: by the transaction, and by the nonce of that request or, as
+    RFC 9483 (4.4) has it, of the first one. A recorded answer is not. When it is replayed, openssl does not see that:
+    then it takes transaction and nonces from the answers.
     """
-    return request is None or log[-1].nonces[1] in (request.nonces[0], log[0].nonces[1])
+    newest, nonces = log[-1], [answer.nonces[1] for answer in log[:-1][:1]]
+    return request is None or (
+        newest.transaction == request.transaction and newest.nonces[1] in [*nonces, request.nonces[0]]
+    )
 
 
 def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequence[Response]) -> bool | None:

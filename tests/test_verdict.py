@@ -518,3 +518,23 @@ def test_revocation(how: str, code: int, openssl: str, ca: DemoCA, handlers: Han
     assert ("alreadyRevoked" in str(result[1])) == (code == 400)
     assert ("waiting" in str(result[2])) == (how == "waiting")
     assert handlers.left() == []
+
+
+@binaries
+def test_a_first_answer_to_another_request(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A recorded ip with a certificate for the same key, as a renewal has it: it is no part of this order."""
+    csr = csr_pem(["a.example"])
+    recorded: list[bytes] = []
+
+    def note(forward: Callable[[], bytes]) -> bytes:
+        recorded.append(forward())
+        return recorded[0]
+
+    proxy.spoil_next("ir", note)
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    assert handler.enroll(csr)[1]
+    proxy.spoil_next("ir", lambda _: recorded[0])
+    error, *rest = handler.enroll(csr)
+    assert error and "unmatched" in error
+    assert rest == [None, None, None]
+    assert handlers.left() == []
