@@ -25,11 +25,21 @@ import cmp_ca_handler
 from cmp_ca_handler import CAhandler
 from conftest import OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA, read_der, write_der
+from host import ROOT
 from proxy import Forward, Proxy, TcpServer, forge, name, nested, signed, spoilt, with_body, with_certificates
-from test_cli import run
-from test_kill import ENROLLER
-from test_poll import ROOT, SHORT, begin, check_issued, hold, processes, python, requests
-from test_profiles import knows_profiles, requested_profile
+from shared import (
+    ENROLLER,
+    SHORT,
+    begin,
+    check_issued,
+    hold,
+    knows_profiles,
+    processes,
+    python,
+    requested_profile,
+    requests,
+    run,
+)
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 ACCEPTED, REJECTED = bytes.fromhex("020100"), bytes.fromhex("020102")  # PKIStatus, and 0 as certReqId

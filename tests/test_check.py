@@ -18,9 +18,10 @@ import pytest
 import demo_ca
 from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, free_port
 from demo_ca import DemoCA, read_der
+from host import HANDLER
 from proxy import Proxy, TcpServer, spoilt
 from proxy import name as common_name
-from test_cli import HANDLER, Desk, run
+from shared import Desk, run
 
 EVERYTHING = "address: yes, path: yes, trust: yes, credentials: yes"
 MakeCA = Callable[..., DemoCA]

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA
-
-HANDLER = Path(__file__).resolve().parent.parent / "cmp_ca_handler.py"
+from host import HANDLER
+from shared import Desk, run
 
 # The user's document, word for word: its command line, and the section that it says this gives. The document's
 # section has the directory of the files, and cmp_tmp_dir, which no command line knows.
@@ -42,37 +42,10 @@ cmp_ignore_keyusage: True
 """
 
 
-def run(
-    *arguments: str, stdin: str = "", cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the handler's file without the packages beside the tests: it stands alone."""
-    clean = {key: value for key, value in os.environ.items() if key != "ACME_SRV_CONFIGFILE"}
-    command = [sys.executable, "-S", str(HANDLER), *arguments]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, cwd=cwd, env={**clean, **environment}, timeout=60
-    )
-
-
 def section_of(text: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(text)
     return dict(parser["CAhandler"])
-
-
-class Desk:
-    """An administrator's directory with a configuration in it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def configure(self, section: dict[str, str], **changes: str | None) -> None:
-        options: dict[str, str | None] = {"cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": "work", **section}
-        options.update({f"cmp_{key}": value for key, value in changes.items()})
-        lines = [f"{key}: {value}" for key, value in options.items() if value is not None]
-        (self.directory / "acme_srv.cfg").write_text("\n".join(["[CAhandler]", *lines, ""]))
-
-    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run("--config", "acme_srv.cfg", *arguments, cwd=self.directory, **environment)
 
 
 @pytest.fixture

@@ -24,10 +24,9 @@ import cmp_ca_handler
 from cmp_ca_handler import CAhandler
 from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, binaries, csr_pem, needs_root
 from demo_ca import DemoCA
-from test_enroll import recorder, script
+from shared import SECTION, recorder, script
 
 CSR = csr_pem(["a.example"], "a.example")
-SECTION = {"cmp_server": "127.0.0.1:1", "cmp_ref": "1234", "cmp_secret": "hush"}
 
 
 class Commands:

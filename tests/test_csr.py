@@ -28,8 +28,7 @@ import programs
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs
 from demo_ca import DemoCA, read_der, write_der
 from host import CONTACT, HANDLER, Host
-from test_fuzz import CHANGES, LONG, cases, changed
-from test_request import (
+from shared import (
     BMP,
     DNS,
     IA5,
@@ -46,6 +45,7 @@ from test_request import (
     on_wire,
     wire,
 )
+from test_fuzz import CHANGES, LONG, cases, changed
 
 __all__ = ["wire"]  # a fixture
 

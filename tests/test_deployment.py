@@ -16,8 +16,7 @@ import pytest
 from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA
 from host import GUNICORN, HANDLER, ROOT, Host, write_configuration
-from test_host import BY_PATH, check_chain
-from test_old_host import LOAD_CONFIG
+from shared import BY_PATH, LOAD_CONFIG, check_chain
 
 pytestmark = pytest.mark.e2e
 HOST = ROOT / "tests" / "host.py"

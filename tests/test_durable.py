@@ -31,9 +31,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 import cmp_ca_handler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA, read_der, write_der
+from host import ROOT
 from proxy import Proxy, TcpServer, nested, signed
-from test_kill import ENROLLER, age, sweep, unlocked
-from test_poll import POLLER, ROOT, SHORT, begin, check_issued, hold, processes, python, requests
+from shared import ENROLLER, POLLER, SHORT, age, begin, check_issued, hold, processes, python, requests, sweep, unlocked
 
 DAY = 24 * 3600
 

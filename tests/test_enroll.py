@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import logging
 import os
 import re
@@ -19,34 +17,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from cmp_ca_handler import CAhandler
-from conftest import OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, wait_until
+from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem, wait_until
 from demo_ca import DemoCA
-
-ISSUERS = ["CN=Demo Issuing CA,O=Demo,C=DE", "CN=Demo Root CA,O=Demo,C=DE"]
-
-
-def script(path: Path, body: str) -> str:
-    """An executable shell script; its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("#!/bin/sh\n" + body)
-    path.chmod(0o755)
-    return str(path)
-
-
-def recorder(path: Path, log: Path) -> str:
-    """An openssl that writes the arguments of each call to a line of `log`."""
-    return script(path, f'echo "$*" >>{log}\nexec {OPENSSL} "$@"\n')
-
-
-def enrolled(handler: CAhandler, csr: str) -> list[x509.Certificate]:
-    """The bundle of an enrolment that must succeed, leaf first."""
-    error, bundle, raw, identifier = handler.enroll(csr)
-    assert (error, identifier) == (None, None)
-    assert bundle and raw
-    certificates = bundle_certificates(bundle)
-    assert raw == base64.b64encode(certificates[0].public_bytes(serialization.Encoding.DER)).decode()
-    return certificates
+from shared import ISSUERS, enrolled, recorder, script
+from soak import children
 
 
 def public_key(owner: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
@@ -169,15 +143,6 @@ def test_configuration_of_the_document(
     assert " -trusted acme_srv/cmp/capubs.pem -recipient /C=DE/CN=tst_sub_ca -ignore_keyusage " in call
     for option in (f"-newkey {os.getcwd()}/acme_srv/cmp/tmp/", "-extracertsout", "-certout", "-subject /CN=test-cert"):
         assert f" {option}" in call
-
-
-def children() -> set[str]:
-    """The processes that this one has started and not waited for."""
-    found: set[str] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # the thread has ended in the meantime
-            found.update((task / "children").read_text().split())
-    return found
 
 
 @pytest.mark.parametrize("outcome", ["issued", "refused"])

@@ -26,7 +26,8 @@ import cmp_ca_handler
 from cmp_ca_handler import CAhandler
 from conftest import OPENSSL, Handlers, Mock, Pair, as_host, csr_pem, free_port, needs_root, wait_until
 from demo_ca import DemoCA
-from test_enroll import children, script
+from shared import script
+from soak import children
 
 CSR = csr_pem(["a.example"])
 LIMIT = 20  # seconds, far beyond what any of this takes: a bound against a hang

@@ -16,7 +16,7 @@ import cmp_ca_handler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
 from proxy import Proxy, TcpServer, nested, signed, spoilt, with_body
-from test_poll import SHORT, begin, hold
+from shared import SHORT, begin, hold
 from test_verdict import FORGED, KEY, REJECTED, error_body, sender_of, stranger
 
 CSR = csr_pem(["a.example"])

@@ -18,22 +18,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509 import ocsp
 
-from conftest import OPENSSL, Handlers, as_host, bundle_certificates, csr_pem, needs, wait_until
+from conftest import OPENSSL, Handlers, as_host, csr_pem, needs, wait_until
 from demo_ca import DemoCA
 from host import HANDLER, ROOT, Host, write_configuration
+from shared import BY_PATH, check_chain
 
 pytestmark = pytest.mark.e2e
-BY_PATH = {"handler_module": str(HANDLER)}
-
-
-def check_chain(chain: Path, ca: DemoCA) -> x509.Certificate:
-    """The leaf of what a client has saved, once order and signatures of the chain are checked."""
-    command = [OPENSSL, "verify", "-CAfile", str(ca.directory / "root.pem"), "-untrusted", str(chain), str(chain)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, f"{chain}: OK\n"), result.stderr
-    leaf, issuer, *_ = bundle_certificates(chain.read_text())
-    leaf.verify_directly_issued_by(issuer)
-    return leaf
 
 
 def revoked_serials(ca: DemoCA) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -22,9 +20,8 @@ import cmp_ca_handler
 from conftest import Handlers, as_host, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA
 from proxy import Proxy
-from test_poll import POLLER, SHORT, begin, check_issued, hold, processes, python, requests
+from shared import ENROLLER, POLLER, SHORT, age, begin, check_issued, hold, processes, python, requests, sweep, unlocked
 
-ENROLLER = POLLER.replace('poll("name", *', "enroll(*")
 WEEK = 7 * 24 * 3600
 
 
@@ -43,30 +40,6 @@ STEPS = [
     Step("poll", "pollReq", True),
     Step("poll", "certConf", True),
 ]
-
-
-def sweep(handlers: Handlers, ca: DemoCA) -> None:
-    """Enrol in a process of its own, as any later enrolment: its sweeping is what is of interest."""
-    ca.hold = False
-    process = python(ENROLLER, as_host(csr_pem(["later.example"])))
-    out, err = process.communicate(timeout=60)
-    assert json.loads(out)[0] is None, err
-
-
-def age(path: Path, seconds: float) -> None:
-    """Let a file or directory look older, or newer, than it is."""
-    moment = time.time() - seconds
-    os.utime(path, (moment, moment))
-
-
-def unlocked(transaction: Path) -> bool:
-    """Whether nobody holds it. A process that ends has no command line any more, but still its files for a moment."""
-    with (transaction / "lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 @pytest.mark.parametrize("victim", ["openssl", "handler", "both"])

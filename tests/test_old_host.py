@@ -24,17 +24,8 @@ import pytest
 from conftest import OPENSSL, as_host, bundle_certificates, csr_pem, needs
 from demo_ca import DemoCA
 from host import HANDLER, Host, pinned, write_configuration
+from shared import LOAD_CONFIG
 
-# As in the old host: the file beside the helper unless ACME_SRV_CONFIGFILE names another, the case of the keys kept.
-LOAD_CONFIG = """
-import configparser, os
-
-def load_config(logger=None, mfilter=None, cfg_file=None):
-    config = configparser.ConfigParser(interpolation=None)
-    config.optionxform = str
-    config.read(cfg_file or os.path.join(os.path.dirname(__file__), "acme_srv.cfg"), encoding="utf8")
-    return config
-"""
 # What later releases added, one after the other.
 OPTIONAL = {
     "config_eab_profile_load": """

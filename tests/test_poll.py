@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import random
@@ -11,13 +10,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from cryptography import x509
 
 import cmp_ca_handler
 import demo_ca
@@ -30,36 +27,12 @@ from conftest import (
     Pair,
     as_host,
     binaries,
-    bundle_certificates,
     csr_pem,
     free_port,
 )
 from demo_ca import DemoCA
 from proxy import Proxy, TcpServer, spoilt
-
-ROOT = Path(__file__).parent.parent
-# Waiting that is long enough for an answer, and short for the tests.
-SHORT = {"msg_timeout": "2", "total_timeout": "2"}
-# poll() as the host's poller calls it, in a process of its own: the result goes to standard output as JSON.
-POLLER = """
-import json, sys, cmp_ca_handler
-cmp_ca_handler.HELPERS = ()
-with cmp_ca_handler.CAhandler() as handler:
-    handler.ask_always = True
-    json.dump(handler.poll("name", *sys.argv[1:]), sys.stdout)
-"""
-
-
-def python(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """Another Python process that can import the handler. It takes its configuration from the environment, as we do."""
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+from shared import POLLER, SHORT, begin, check_issued, hold, processes, python, requests, version
 
 
 def poll_elsewhere(identifier: str, csr: str = "") -> list[Any]:
@@ -70,55 +43,6 @@ def poll_elsewhere(identifier: str, csr: str = "") -> list[Any]:
     result = json.loads(out)
     assert isinstance(result, list)
     return result
-
-
-def begin(handler: CAhandler, csr: str) -> str:
-    """Enrol where the CA lets it wait: the poll identifier."""
-    error, bundle, certificate, identifier = handler.enroll(as_host(csr))
-    assert (error, bundle, certificate) == (None, None, None)
-    assert identifier
-    return identifier
-
-
-def hold(ca: DemoCA) -> DemoCA:
-    """The CA that lets requests wait until they are approved, and asks not to be bothered for an hour."""
-    ca.hold, ca.check_after = True, 3600
-    return ca
-
-
-def check_issued(result: Any, csr: str) -> None:
-    """The result of poll() is a certificate for the key of this CSR, with its chain."""
-    error, bundle, certificate, _, rejected = result
-    assert (error, rejected) == (None, False)
-    leaf, *issuers = bundle_certificates(bundle)
-    assert leaf == x509.load_der_x509_certificate(base64.b64decode(certificate))
-    assert leaf.public_key() == x509.load_pem_x509_csr(csr.encode()).public_key()
-    assert "CN=Demo Issuing CA" in issuers[0].subject.rfc4514_string()
-
-
-def requests(ca: DemoCA) -> Counter[str]:
-    """How many of each request the CA has answered."""
-    return Counter(message.request for message in ca.messages)
-
-
-def version(openssl: str) -> tuple[int, int]:
-    """The first two numbers of an openssl's version."""
-    words = subprocess.run([openssl, "version"], check=True, capture_output=True, text=True).stdout.split()
-    major, minor, *_ = words[1].split(".")
-    return int(major), int(minor)
-
-
-def processes(text: str | Path) -> list[int]:
-    """The processes with this text in their arguments, but for our own."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            arguments = path.read_bytes()
-        except OSError:  # it has ended
-            continue
-        if os.fsencode(text) in arguments and int(path.parent.name) != os.getpid():
-            found.append(int(path.parent.name))
-    return found
 
 
 def tree(directory: Path) -> dict[str, tuple[int, bytes]]:

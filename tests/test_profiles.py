@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from cmp_ca_handler import CAhandler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs
 from demo_ca import DemoCA
 from host import HANDLER, Host, pinned
+from shared import knows_profiles, requested_profile
 
 pytestmark = pytest.mark.e2e
 BY_PATH = {"handler_module": str(HANDLER)}
@@ -41,21 +41,6 @@ def accounts(directory: Path, profiles: dict[str, dict[str, object]]) -> dict[st
 def eab(name: str) -> list[str]:
     """lego's options for external account binding."""
     return ["--eab", "--kid", name, "--hmac", HMAC.rstrip("=")]
-
-
-def knows_profiles(openssl: str) -> bool:
-    """OpenSSL 3.3 and later."""
-    return " -profile " in subprocess.run([openssl, "cmp", "-help"], capture_output=True, text=True).stderr
-
-
-def requested_profile(request: Path) -> str:
-    """certProfile (RFC 9483, section 4.1, id-it 21) in the header of a CMP message; empty if there is none."""
-    oid = bytes.fromhex("06082b06010505070415")
-    _, _, value = request.read_bytes().partition(oid)
-    if not value:
-        return ""
-    assert (value[0], value[2]) == (0x30, 0x0C)  # SEQUENCE OF UTF8String, both short
-    return value[4 : 4 + value[3]].decode()
 
 
 def test_names_the_field_that_an_acme_profile_sets() -> None:

@@ -16,7 +16,7 @@ import programs
 from conftest import BINARIES, Handlers, as_host, binaries, csr_pem, free_port, listens, needs, wait_until
 from demo_ca import DemoCA
 from proxy import TcpServer
-from test_cli import Desk
+from shared import Desk
 
 CSR = as_host(csr_pem(["a.example"], "a.example"))
 ISSUED = (None, None)

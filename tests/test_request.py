@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import string
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import pytest
 from cryptography import x509
@@ -16,49 +14,33 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cmp_ca_handler import CAhandler
 from conftest import Handlers, as_host, binaries, csr_pem
 from demo_ca import DemoCA, read_der, write_der
+from shared import (
+    BMP,
+    CN,
+    DNS,
+    IA5,
+    KEY,
+    OU,
+    PRINTABLE,
+    TELETEX,
+    UNIVERSAL,
+    UNNAMED,
+    UTF8,
+    C,
+    O,
+    Subject,
+    Wire,
+    attributes,
+    base64url,
+    extension_der,
+    in_csr,
+    name_der,
+    oid,
+)
 
-KEY = ec.generate_private_key(ec.SECP256R1())
 SAN = bytes.fromhex("0603551d11")  # subjectAltName as an OBJECT IDENTIFIER
-
-UTF8, PRINTABLE, TELETEX, IA5, UNIVERSAL, BMP = 0x0C, 0x13, 0x14, 0x16, 0x1C, 0x1E
-ENCODINGS = {UNIVERSAL: "utf-32-be", BMP: "utf-16-be", TELETEX: "latin-1"}
-
-# An attribute as (type, string tag, text); a subject is a list of RDNs, an RDN a list of attributes.
-Attribute = tuple[str, int, str]
-Subject = list[list[Attribute]]
-
-
-def oid(dotted: str) -> bytes:
-    """An OBJECT IDENTIFIER in DER."""
-    first, second, *rest = map(int, dotted.split("."))
-    content = b""
-    for arc in (first * 40 + second, *rest):
-        octets = [arc & 0x7F]
-        while arc := arc >> 7:
-            octets.insert(0, arc & 0x7F | 0x80)
-        content += bytes(octets)
-    return write_der(0x06, content)
-
-
-def name_der(subject: Subject) -> bytes:
-    """A distinguished name in DER: RDNs in order, the attributes of each sorted as X.690, 11.6 has it."""
-    rdns = b""
-    for rdn in subject:
-        pairs = [
-            write_der(0x30, oid(kind) + write_der(tag, text.encode(ENCODINGS.get(tag, "utf-8"))))
-            for kind, tag, text in rdn
-        ]
-        rdns += write_der(0x31, b"".join(sorted(pairs)))
-    return write_der(0x30, rdns)
-
-
-def extension_der(extension: x509.ExtensionType, critical: bool = False) -> bytes:
-    """An Extension in DER."""
-    flag = write_der(0x01, b"\xff") if critical else b""
-    return write_der(0x30, oid(extension.oid.dotted_string) + flag + write_der(0x04, extension.public_bytes()))
 
 
 def csr_der(subject: bytes, extensions: list[bytes]) -> bytes:
@@ -74,64 +56,6 @@ def csr_der(subject: bytes, extensions: list[bytes]) -> bytes:
     return write_der(0x30, body + algorithm + signature)
 
 
-def base64url(der: bytes) -> str:
-    return base64.urlsafe_b64encode(der).decode().rstrip("=")
-
-
-class Asked(NamedTuple):
-    """What a request asks for, and how it proves possession of the key."""
-
-    subject: bytes
-    public_key: bytes
-    extensions: list[bytes]
-    popo_tag: int = 0x80  # raVerified, RFC 4211 section 4
-
-
-def in_csr(der: bytes) -> Asked:
-    """CertificationRequestInfo, RFC 2986 section 4.1."""
-    _, name, key, *attributes = read_der(der).parts()[0].parts()
-    requests = [attribute.parts()[1] for attribute in attributes[0].parts()] if attributes else []
-    extensions = requests[0].parts()[0].parts() if requests else []
-    return Asked(name.whole, key.content, [extension.whole for extension in extensions])
-
-
-def on_wire(path: Path) -> Asked:
-    """CertTemplate, RFC 4211 section 5, of a saved message."""
-    message = read_der(path.read_bytes())
-    request, popo = read_der(message.parts()[1].content).parts()[0].parts()
-    fields = {field.tag: field for field in request.parts()[1].parts()}
-    subject = fields[0xA5].content if 0xA5 in fields else write_der(0x30, b"")
-    extensions = fields[0xA9].parts() if 0xA9 in fields else []
-    return Asked(subject, fields[0xA6].content, [extension.whole for extension in extensions], popo.tag)
-
-
-class Wire:
-    """Sends CSRs to a CA that says no, and returns what it got."""
-
-    def __init__(self, ca: DemoCA, handlers: Handlers, directory: Path) -> None:
-        self.ca, self.handlers, self.saved = ca, handlers, directory / "ir.der"
-        ca.reject = "badRequest"  # spares the issuing
-
-    def handler(self, **changes: str | None) -> CAhandler:
-        # the RA's certificate has a subjectAltName of its own, which openssl would like to add
-        kinds = "DNS, IP, email, URI, otherName, dirName, RID"
-        changes = {"reqout": str(self.saved), "san_types": kinds, **changes}
-        return self.handlers(self.ca.options("certificate"), **changes)
-
-    def __call__(self, handler: CAhandler, csr: str) -> Asked:
-        self.saved.unlink(missing_ok=True)
-        error = handler.enroll(csr)[0]
-        assert error and "rejected the request: bad" in error
-        assert self.handlers.left() == []
-        return on_wire(self.saved)
-
-
-@pytest.fixture
-def wire(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> Wire:
-    return Wire(ca, handlers, tmp_path)
-
-
-DNS = extension_der(x509.SubjectAlternativeName([x509.DNSName("a.example"), x509.DNSName("b.example")]))
 ALL_NAMES = x509.SubjectAlternativeName(
     [
         x509.DNSName("*.a.example"),
@@ -175,8 +99,6 @@ def test_no_names_of_the_registration_authority(wire: Wire) -> None:
 
 # --- Subjects -------------------------------------------------------------------------------------------------------
 
-CN, O, OU, C = "2.5.4.3", "2.5.4.10", "2.5.4.11", "2.5.4.6"  # noqa: E741
-UNNAMED = "1.2.3.4.5"  # openssl has no name for it
 
 SUBJECTS: dict[str, Subject] = {
     "ordinary": [[(C, PRINTABLE, "DE")], [(O, UTF8, "Demo")], [(CN, UTF8, "a.example")]],
@@ -217,26 +139,6 @@ SUBJECTS: dict[str, Subject] = {
 def test_subject_byte_for_byte(subject: str, openssl: str, wire: Wire) -> None:
     der = csr_der(name_der(SUBJECTS[subject]), [DNS])
     assert wire(wire.handler(openssl_bin=openssl), base64url(der)) == in_csr(der)
-
-
-texts = st.one_of(
-    st.text(string.ascii_letters + " /+,=\\\"'#;<>-\n", max_size=12),
-    st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0xFFFF), max_size=12),
-)
-KINDS = [CN, O, OU, C, UNNAMED, "2.5.4.5", "2.5.4.97", "1.2.840.113549.1.9.1", "0.9.2342.19200300.100.1.1"]
-
-
-@st.composite
-def attributes(draw: st.DrawFn) -> Attribute:
-    """An attribute of any type, with a text that its string type can hold."""
-    tag = draw(st.sampled_from([UTF8, UTF8, PRINTABLE, IA5, BMP, UNIVERSAL]))
-    if tag == PRINTABLE:
-        text = draw(st.text(string.ascii_letters + string.digits + " '()+,-./:=?", min_size=1, max_size=12))
-    elif tag == IA5:
-        text = draw(st.text(string.printable, max_size=12))
-    else:
-        text = draw(texts)
-    return draw(st.sampled_from(KINDS)), tag, text
 
 
 def has_one_name(subject: Subject) -> bool:

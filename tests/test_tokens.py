@@ -14,7 +14,7 @@ import pytest
 import openssl_versions
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs
 from demo_ca import DemoCA
-from test_cli import Desk
+from shared import Desk
 
 CSR = as_host(csr_pem(["a.example"], "a.example"))
 ENGINE = "/usr/lib/*/engines-3/pkcs11.so"

@@ -16,8 +16,8 @@ import demo_ca
 from conftest import BINARIES, Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
 from proxy import Forward, Proxy, forge, name, nested, signed, spoilt, with_body
+from shared import SHORT, begin, check_issued, hold, requests, version
 from test_fuzz import PKICONF, body, protected, status_info
-from test_poll import SHORT, begin, check_issued, hold, requests, version
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 REJECTED = bytes.fromhex("020102")  # PKIStatus

@@ -11,9 +11,7 @@ import pytest
 from cmp_ca_handler import main
 from conftest import OPENSSL, Handlers, csr_pem
 from demo_ca import DemoCA
-from test_configuration import SECTION
-from test_enroll import ISSUERS, enrolled, script
-from test_poll import begin
+from shared import ISSUERS, SECTION, begin, enrolled, script
 
 # The Windows binary of October 2019 spells these without underscores. It needs itself, or wine, to run, so this is a
 # stand-in: the system's openssl does the work, behind that spelling.

@@ -22,7 +22,7 @@ import windows
 from conftest import as_host, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA
 from host import ROOT
-from test_enroll import ISSUERS
+from shared import ISSUERS
 
 TIMEOUT = 120
 
