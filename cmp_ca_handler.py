@@ -4,11 +4,16 @@
     ACME client --ACME--> acme2certifier --enroll(csr)--> this file --runs--> openssl cmp --CMP--> CA
                                          <-(error, bundle, cert, poll id)-            <- certificate, chain
 
-acme2certifier (the host) loads `CAhandler` from this file. Every key `cmp_X: value` of its `[CAhandler]`
+acme2certifier loads `CAhandler` from this file. Every key `cmp_X: value` of its `[CAhandler]`
 section becomes `-X value` of an `openssl cmp` command line. OpenSSL does all of the CMP (RFC 4210, 9480,
 9483, 9810) and all of the cryptography; this file decides what to send, keeps secrets out of sight, and makes
-errors readable. It needs nothing but the standard library and is small enough to be read before it is trusted
-with the credentials of a CA. Run it for the command line: `python3 cmp_ca_handler.py --help`.
+errors readable. It needs nothing but the standard library. Run it for the command line:
+`python3 cmp_ca_handler.py --help`.
+
+It is to be read before it is trusted with the credentials of a CA, from top to bottom: which keys there are, then
+`CAhandler`, the story, and after it what the story calls, in the order in which it calls it. Each section begins
+with a line `# --- `: acme2certifier, the configuration, the request, the transaction on the disk, the exchange with
+the CA and its verdict, the chain, openssl as a process, DER, what differs between systems, the command line.
 
 SPDX-License-Identifier: MIT
 """
@@ -124,13 +129,13 @@ MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
 # cmpossl before 2020 spells many options without the underscore: inside this file each has OpenSSL 3's name.
 OPTION_NAMES = PROTECTED_KEYS | ENROLMENT_KEYS | SECRET_KEYS | DN_KEYS | FILE_KEYS | FILE_LIST_KEYS
 OPTION_NAMES |= _keys("tls_used tls_host no_proxy keep_alive ignore_keyusage")
-_underscored = {name.replace("_", ""): name for name in OPTION_NAMES}
+WITHOUT_UNDERSCORES = {name.replace("_", ""): name for name in OPTION_NAMES}
 
 
 def _option_name(option: str, known: Iterable[str] = ()) -> str:
     """`option` under the name that this file, or else the openssl that has the options `known`, has for it."""
     plain = option.replace("_", "")
-    return _underscored.get(plain) or next((name for name in known if name.replace("_", "") == plain), option)
+    return WITHOUT_UNDERSCORES.get(plain) or next((name for name in known if name.replace("_", "") == plain), option)
 
 
 # RFC 5280, 5.3.1, in the order of their numbers; 7 is not used.
@@ -218,6 +223,2729 @@ MAX_LINKS = 24  # processes for the links of one chain
 MAX_STEPS = 100  # on the ways up from a leaf, those that openssl has verified before included
 FALSE_LINK = 4  # that many of them it costs when a certificate from extraCerts, which anybody may put there, is false
 ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
+
+
+# --- The handler --------------------------------------------------------------------------------------------
+
+Enrolled = tuple[Optional[str], Optional[str], Optional[str], Optional[str]]
+Polled = tuple[Optional[str], Optional[str], Optional[str], Optional[str], bool]
+Revoked = tuple[int, Optional[str], Optional[str]]
+ACME_ERROR = "urn:ietf:params:acme:error:"
+_warned: set[str] = set()
+
+
+class Log(logging.Logger):
+    """acme2certifier's logger. A log handler that raises does not cost the order that the line is about."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger.name)
+        self.parent = self.inner = logger
+
+    def isEnabledFor(self, level: int) -> bool:
+        """As the logger behind it."""
+        return self.inner.isEnabledFor(level)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Hand the record on."""
+        with contextlib.suppress(Exception):
+            self.inner.handle(record)
+
+
+class CAhandler:
+    """What acme2certifier calls: a context manager, made anew for each call.
+
+    No method lets an exception out: a failure is a log line and an error value.
+    """
+
+    profile_mapping_field = "cmp_profile"
+
+    def __init__(self, debug: bool | None = None, logger: logging.Logger | None = None) -> None:
+        self.debug = debug
+        self.logger: logging.Logger = Log(logger or logging.getLogger("cmp_ca_handler"))
+        self.cahandler_registry_name: str | None = None  # set by acme2certifier where it has several CAs
+        self._helper: types.ModuleType | None = None
+        self._config: Any = {}
+        self.section: dict[str, str] = {}
+        self.config_error = ""
+        self.ask_always = False  # poll() asks the CA even before its checkAfter has passed: for the command line
+
+    def __enter__(self) -> CAhandler:
+        """Read the configuration. Starts no process, leaves nothing on disk: each GET of the directory does this."""
+        try:
+            self._helper = _acme2certifier_helper()
+            self._config = _load_config(self._helper, self.logger)
+            if "CAhandler" not in self._config:
+                raise CMPError("the configuration has no [CAhandler] section")
+            self.section = _our_keys(self._config["CAhandler"])
+            _check_yaml(os.environ.get("ACME_SRV_CONFIGFILE") or "", self.section)
+        except Exception as err:
+            self.config_error = self._failure("configuration", err)
+        return self
+
+    def use_section(self, name: str) -> None:
+        """Overlay `[CAhandler:<name>]`, for the command line: in acme2certifier its `load_config` does that."""
+        if name != "CAhandler":
+            if name not in self._config:
+                raise CMPError(f"the configuration has no section [{_one_line(name)}]")
+            self.section.update(_our_keys(self._config[name]))
+
+    def __exit__(self, *args: object) -> None:
+        """Nothing is open between calls."""
+
+    def enroll(self, csr: str) -> Enrolled:
+        """Get a certificate for a CSR (base64url DER, or PEM).
+
+        Returns (error, bundle in PEM with the leaf first, leaf's DER in base64, poll identifier). A CA that has
+        not decided yet gives (None, None, None, identifier).
+        """
+        what = "enrolment"
+        try:
+            section = self._profiled_section(csr)
+            settings = self._checked(section)
+            wanted = _csr(csr, settings.san_types)
+            what = f"enrolment of {_wanted(wanted)}"
+            self._check_seen(wanted)
+            with closing(_begin(settings, self.logger)) as transaction:
+                transaction.write("enrolling", "")
+                changed = {key: value for key, value in section.items() if self.section.get(key) != value}
+                if changed:
+                    import json  # only for an order with a profile
+
+                    transaction.write("profile", json.dumps(changed))
+                try:
+                    outcome, bundle, certificate = self._obtain(wanted, transaction)
+                except BaseException as err:
+                    # A fault of ours does not cost what the CA has answered: it may have issued the certificate.
+                    transaction.keep = transaction.answered()
+                    if not transaction.keep or not isinstance(err, Exception):
+                        raise
+                    outcome, bundle, certificate = Outcome(waiting=True, text=self._failure(what, err)), None, None
+                if bundle:
+                    return (None, bundle, certificate, None)
+                about = f"{_wanted(wanted)}, CMP transaction {transaction.cmp_id or 'unknown'}"
+                if not outcome.waiting:
+                    what = f"enrolment of {about}"
+                    raise CMPError(outcome.text)
+                transaction.wait()
+                text = outcome.text or "undecided"
+                self.logger.info("CMP enrolment %s waits for the CA: %s (%s)", transaction.identifier, text, about)
+                return (None, None, None, transaction.identifier)
+        except Exception as err:
+            return (self._failure(what, err), None, None, None)
+
+    def poll(self, cert_name: str, poll_identifier: str, csr: str) -> Polled:
+        """Go on with an enrolment that the CA had not decided.
+
+        Returns (error, bundle, certificate, identifier, rejected). `rejected` is the CA's final no; a CA that
+        cannot be reached is an error, and the next poll tries again.
+        """
+        what = "poll"
+        try:
+            if self.config_error:
+                raise CMPError(self.config_error)
+            settings = _settings(self.section)
+            fault = _directory_fault(settings)
+            if fault:
+                raise CMPError(fault)
+            what = f"poll of {_check_identifier(poll_identifier)}"
+            kept = _kept_result(settings, poll_identifier)
+            if kept:
+                leaf = _certificate(_decode(kept, "CERTIFICATE"))
+                if csr and _csr(csr, settings.san_types).key != leaf.key:
+                    raise CMPError("its certificate is for another CSR")
+                return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
+            with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
+                transaction.keep = True
+                wanted = _csr(transaction.read("csr.pem"), settings.san_types)
+                what += f" ({_wanted(wanted)})"
+                if csr and _decode(csr, CSR_LABEL) != wanted.der:
+                    raise CMPError("the transaction is for another CSR")
+                answers = _usable(transaction.answers())
+                if not answers:  # without them, openssl would begin a second transaction
+                    raise CMPError(f"the saved answers in {transaction.path} are damaged: order the certificate again")
+                if not self.ask_always and not _due(answers):
+                    return (None, None, None, poll_identifier, False)
+                saved = _saved_profile(transaction, self._profile_keys())
+                transaction.settings = self._checked({**self.section, **saved})
+                outcome, bundle, certificate = self._obtain(wanted, transaction)
+                if outcome.text:
+                    about = f"{_wanted(wanted)}, CMP transaction {transaction.cmp_id}"
+                    self.logger.error("CMP poll of %s (%s): %s", poll_identifier, about, outcome.text)
+                transaction.keep = not bundle and not outcome.final
+                return (outcome.text or None, bundle, certificate, poll_identifier, outcome.final)
+        except Exception as err:
+            return (self._failure(what, err), None, None, poll_identifier, False)
+
+    def revoke(self, cert: str, rev_reason: str | None = None, rev_date: str | None = None) -> Revoked:
+        """Revoke a certificate (base64url DER, or PEM) for a reason of RFC 5280, 5.3.1, by name or number.
+
+        Returns (200, None, None) or (HTTP status, ACME error type, detail). CMP dates a revocation itself.
+        """
+        try:
+            code = str(rev_reason).strip() if rev_reason is not None else "unspecified"
+            number = {**REASONS, **{str(number): number for number in REASONS.values()}}.get(code)
+            if number is None:
+                detail = self._failure("revocation", CMPError(f"unknown revocation reason {_one_line(code, 40)}"))
+                return (400, ACME_ERROR + "badRevocationReason", detail)
+            try:
+                parsed = _certificate(_decode(cert, "CERTIFICATE"))
+            except CMPError as err:
+                detail = self._failure("revocation", CMPError(f"not a certificate: {err}"))
+                return (400, ACME_ERROR + "malformed", detail)
+            return self._revoke(parsed, number, self._checked(self._profiled_section(cert, revocation=True)))
+        except Exception as err:
+            return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
+
+    def _revoke(self, certificate: Certificate, number: int, settings: Settings) -> Revoked:
+        """Ask the CA to revoke, with the server and the credentials of `settings`."""
+        options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
+        settings = settings._replace(options={**options, "cmd": "rr"})
+        with closing(_begin(settings, self.logger)) as transaction:
+            transaction.write("cert.pem", _pem(certificate.der))
+            arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
+            if "rspout" in settings.binary.options:
+                arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
+            run = _openssl_cmp(transaction, arguments)
+            newest = next(reversed(transaction.answers()), None)
+        _log_messages(self.logger, run.messages, "$")
+        what = f"serial={certificate.serial} issuer={_name_text(certificate.issuer)}"
+        if run.code == 0 and not run.errors():
+            code = next(name for name, known in REASONS.items() if known == number)
+            self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
+            return (200, None, None)
+        detail = _failure_text(run, newest, settings)
+        self.logger.error("CMP revocation failed: %s: %s", what, detail)
+        # Not from an error message: there it may mean the certificate that has signed the request.
+        revoked = newest is not None and newest.body == RP and newest.protected and "certRevoked" in newest.failures
+        if revoked and run.only(AFTER_ACCEPTANCE):
+            return (400, ACME_ERROR + "alreadyRevoked", detail)
+        return (500, ACME_ERROR + "serverInternal", detail)
+
+    def trigger(self, payload: str) -> tuple[str, None, None]:
+        """CMP has no callbacks."""
+        return ("Method not implemented.", None, None)
+
+    def handler_check(self) -> str | None:
+        """None, or every fault of the configuration on one line. Does not contact the CA."""
+        try:
+            settings = _settings(self.section)
+            faults = [self.config_error] if self.config_error else [*settings.errors, _directory_fault(settings)]
+            return _one_line("; ".join(fault for fault in faults if fault), 4 * MAX_TEXT) or None
+        except Exception as err:
+            return self._failure("check", err)
+
+    def _obtain(self, csr: CSR, transaction: Transaction) -> tuple[Outcome, str | None, str | None]:
+        """Begin or resume the exchange; where that gets a certificate: bundle and leaf, and the log line about them."""
+        _prove_possession(csr, transaction)
+        outcome = _exchange(_request(csr, transaction), csr.key, transaction)
+        if outcome.leaf is None:
+            return outcome, None, None
+        leaf = outcome.leaf
+        names = f"subject={_name_text(leaf.subject)} serial={leaf.serial} issuer={_name_text(leaf.issuer)}"
+        changes = _changes(csr, leaf, transaction.settings.options.get("subject") or "")
+        if changes:
+            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", names, changes)
+            if transaction.settings.refuse_changes:
+                return Outcome(text=self._refuse(leaf, changes, transaction), final=True), None, None
+        chain = _chain(leaf, transaction)
+        bundle = "".join(_pem(cert.der) for cert in chain)
+        if os.path.exists(transaction.file("waiting")):
+            transaction.finish(bundle)
+        names += f" notAfter={leaf.not_after} chain={len(chain)} transaction={transaction.cmp_id or 'unknown'}"
+        self.logger.info("certificate issued: %s seconds=%.2f", names, time.monotonic() - transaction.started)
+        return outcome, bundle, base64.b64encode(leaf.der).decode()
+
+    def _refuse(self, leaf: Certificate, changes: str, transaction: Transaction) -> str:
+        """Revoke a certificate that nobody has asked for; the text for the error."""
+        try:
+            detail = self._revoke(leaf, REASONS["cessationOfOperation"], transaction.settings)[2]
+        except (CMPError, OSError) as err:
+            detail = self._failure("revocation", err)
+        end = f"and could not be revoked ({detail}): revoke serial {leaf.serial} at the CA" if detail else "and revoked"
+        return f"the CA issued something else than the CSR asked for ({changes}): refused {end}"
+
+    def _check_seen(self, csr: CSR) -> None:
+        """Ask acme2certifier how many names it reads in the CSR: it has checked no others. Raises CMPError."""
+        read = getattr(self._helper, "csr_san_get", None)
+        if read is not None:
+            seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("=")))
+            names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr))
+            if seen != names:
+                raise CMPError(
+                    f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
+                )
+
+    def _profile_keys(self) -> list[str]:
+        """The keys that a profile may set: those that the configuration uses, without the protected ones."""
+        keys = dict.fromkeys([*self.section, "cmp_profile"])
+        return [key for key in keys if _option_name(key[4:]) not in PROTECTED_KEYS]
+
+    def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
+        """The section, with what the profile of the order, of its account or of its HTTP header sets."""
+        check = getattr(self._helper, "eab_profile_header_info_check", None)
+        if check is None:
+            return self.section
+        # acme2certifier sets attributes by `hasattr` and `setattr`: let it find only what a profile may set.
+        chosen = types.SimpleNamespace(**{key: self.section.get(key) for key in self._profile_keys()})
+        chosen.cahandler_registry_name = self.cahandler_registry_name
+        chosen.eab_profiling, chosen.eab_handler = self._read_by_helper("config_eab_profile_load", (False, None))
+        if revocation:
+            check_revocation = getattr(self._helper, "eab_profile_revocation_check", None)
+            if check_revocation and chosen.eab_profiling and chosen.eab_handler:
+                check_revocation(self.logger, chosen, argument)
+        else:
+            chosen.header_info_field = self._read_by_helper("config_headerinfo_load", None)
+            chosen.profiles = self._read_by_helper("config_profile_load", {})
+            error = check(self.logger, chosen, argument, self.profile_mapping_field)
+            if error:
+                raise CMPError(_one_line(str(error)))
+            if chosen.header_info_field and not chosen.eab_profiling and not chosen.profiles:
+                self._check_header_value(chosen)
+        values = {key: getattr(chosen, key, None) for key in self._profile_keys()}
+        return {**self.section, **{key: value for key, value in values.items() if isinstance(value, str)}}
+
+    def _check_header_value(self, chosen: types.SimpleNamespace) -> None:
+        """Undo what an HTTP header has set, unless [Order] allowed_header_values has it: before 0.46 nobody looks."""
+        import json  # only where [Order] has a header_info_list
+
+        field = self.profile_mapping_field
+        try:
+            allowed = json.loads(self._config["Order"]["allowed_header_values"])
+        except (KeyError, ValueError, TypeError, RecursionError):
+            allowed = []
+        value, configured = getattr(chosen, field), self.section.get(field)
+        if value != configured and not (isinstance(allowed, list) and value in allowed):
+            setattr(chosen, field, configured)
+            what = f"{field}={_one_line(str(value), 100)} in an HTTP header ignored"
+            self.logger.warning("%s: it is not in allowed_header_values of [Order]", what)
+
+    def _read_by_helper(self, function: str, default: Any) -> Any:
+        """What one of acme2certifier's functions reads from the configuration; old releases have not got them all."""
+        load = getattr(self._helper, function, None)
+        return load(self.logger, self._config) if load else default
+
+    def _checked(self, section: Mapping[str, str]) -> Settings:
+        """The settings. Raises CMPError, before anything is sent, with every error there is."""
+        if self.config_error:
+            raise CMPError(self.config_error)
+        settings = _settings(section)
+        for warning in settings.warnings:
+            if warning not in _warned:  # once per process is enough
+                _warned.add(warning)
+                self.logger.warning("configuration: %s", warning)
+        if settings.errors:
+            raise CMPError("configuration error: " + "; ".join(settings.errors))
+        return settings
+
+    def _failure(self, what: str, err: Exception) -> str:
+        """Log a failure and give its text."""
+        if isinstance(err, CMPError):
+            text = str(err)
+        elif isinstance(err, OSError):
+            text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
+            hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
+            text += f" ({hint})" if hint else ""
+        else:
+            line = err.__traceback__.tb_lineno if err.__traceback__ else 0
+            text = f"internal error: {type(err).__name__} {err} (line {line})"
+        text = _one_line(text, 4 * MAX_TEXT)
+        self.logger.error("CMP %s failed: %s", what, text)
+        return text
+
+
+def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str, str]:
+    """What the order's profile had set when the enrolment began."""
+    import json
+
+    try:
+        profile = json.loads(transaction.read("profile") or "{}")
+        return {key: str(value) for key, value in profile.items() if key in allowed}
+    except (ValueError, AttributeError, RecursionError) as err:
+        raise CMPError(f"the file {transaction.file('profile')} is damaged: order the certificate again") from err
+
+
+# --- acme2certifier, old or new, or none ---------------------------------------------------------------------
+
+HELPERS = ("acme2certifier.acme_srv.helper", "acme_srv.helper")  # since 0.45; up to 0.44
+
+
+def _acme2certifier_helper() -> types.ModuleType | None:
+    """acme2certifier's helper module: the one that runs this process, else one that can be imported, else None."""
+    # import_module, for another thread may be in the middle of importing what sys.modules has.
+    for name in sorted(HELPERS, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue  # not this release; without any, the configuration file is read below
+    return None
+
+
+def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
+    """acme2certifier's configuration, a configparser object. Raises CMPError with what is wrong with the file."""
+    path = os.environ.get("ACME_SRV_CONFIGFILE")
+    if helper is None:
+        if not path:
+            raise CMPError("no configuration: ACME_SRV_CONFIGFILE names no file and acme2certifier is not installed")
+        return _read_ini(path)
+    try:  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
+        return helper.load_config(logger, "CAhandler")
+    except Exception as err:
+        if path and _is_ini(path):
+            _read_ini(path)  # says what is wrong: the helper says that it is no YAML either
+        mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
+        if mark:  # YAML's message shows the line, or a word of it, which may be a secret
+            what = f"line {mark.line + 1}: " + (what if "duplicate" in what else re.sub("'[^']*'", "'...'", what))
+        raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
+
+
+def _check_yaml(path: str, section: Mapping[str, str]) -> None:
+    """Raise CMPError where YAML has made another number of a value: 0123 is 83 there, and 12:34 is 754."""
+    if not path.endswith((".yaml", ".yml")):
+        return
+    with open(path, encoding="utf-8-sig") as file:
+        written = re.findall(r"^\s+(cmp_\w+):[ \t]+([-+.\d][^\s#]*)[ \t]*(?:#.*)?$", file.read(), re.M)
+    values = {key: {value for name, value in written if name == key} for key, _ in written}
+    changed = [key for key in values.keys() & section.keys() if section[key] not in values[key]]
+    changed = sorted(key for key in changed if re.fullmatch(r"[-+.\de]+", section[key]))
+    if changed:
+        raise CMPError(f"{', '.join(changed)}: YAML has made another number of that: write it in quotes")
+
+
+def _is_ini(path: str) -> bool:
+    """Whether the first line that says something begins a section, as acme2certifier tells INI and YAML apart."""
+    with open(path, encoding="latin-1") as file:
+        first = next((line for line in map(str.strip, file) if line and line[0] not in "#;"), "")
+    return first.lstrip("\xef\xbb\xbf").startswith("[")
+
+
+def _read_ini(path: str) -> Any:
+    """The INI file as a configparser object. Raises CMPError with what is wrong with it."""
+    import configparser  # only without acme2certifier
+
+    config = configparser.ConfigParser(interpolation=None)
+    config.optionxform = str  # type: ignore[assignment,method-assign]  # keep the case
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            config.read_file(file)
+    except configparser.MissingSectionHeaderError as err:  # it prints the line, which may hold a secret
+        raise CMPError(f"cannot read {path}: no [section] before line {err.lineno}") from None
+    except configparser.ParsingError as err:  # so does this one
+        lines = ", ".join(str(number) for number, _ in err.errors)
+        raise CMPError(f"cannot read {path}: no key and value in line {lines}") from None
+    except (OSError, ValueError, configparser.Error) as err:
+        what = "; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else ""
+        raise CMPError(f"cannot read {path}: {_one_line(str(err))}{what}") from err
+    return config
+
+
+# --- From the section to openssl's options ------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """The `[CAhandler]` section, read and checked."""
+
+    binary: Binary
+    directory: str
+    own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
+    options: dict[str, str | None]  # openssl's option -> value; None for a bare flag
+    secrets: dict[str, str]  # environment variables for openssl
+    errors: list[str]
+    warnings: list[str]
+    refuse_changes: bool  # revoke a certificate that is not what was asked for
+    san_types: Sequence[str]  # the kinds of subjectAltNames that a CSR may have
+
+    @property
+    def server(self) -> str:
+        """Who answers, for messages."""
+        return _one_line(self.options.get("server") or "the server in OpenSSL's configuration file", 100)
+
+    def seconds(self, name: str) -> int:
+        """One of the two time-outs."""
+        return int(self.options[name] or 0)
+
+    def limit(self) -> int:
+        """Seconds after which a run of openssl is ended. Its own time-out of 0 is none."""
+        return self.seconds("total_timeout") + GRACE if self.seconds("total_timeout") else NO_TIMEOUT
+
+    def keep_secret(self, value: str) -> None:
+        """Note a value that must appear nowhere: not a credential of ours, but found where it should not be."""
+        unquoted = re.sub(b"%([0-9A-Fa-f]{2})", lambda code: bytes([int(code.group(1), 16)]), os.fsencode(value))
+        for secret in (value, os.fsdecode(unquoted)):
+            if secret and "\0" not in secret:
+                self.secrets[f"CMP_CA_HANDLER_HIDDEN_{len(self.secrets)}"] = secret
+
+
+ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
+
+
+DN_SYNTAX = "is not a distinguished name such as C=DE, CN=Issuing CA"
+DN_TYPE = re.compile(r"\s*([A-Za-z][\w.-]*|\d+(?:\.\d+)*)\s*=[ \t]*")
+# RFC 4514, section 2.4: text in quotes (of its predecessors), the hexadecimal form, or text with escapes.
+DN_VALUE = re.compile(r'"((?:[^"\\]|\\.)*)"|(#(?:[0-9A-Fa-f]{2})+)(?=\s*(?:[,+;]|$))|((?:[^,+;"\\]|\\.)*)', re.S)
+
+
+class Part(NamedTuple):
+    """An attribute of a configured name: what stands before it (`+` in a multi-valued RDN), type, value as written."""
+
+    separator: str
+    type: str
+    value: str
+    tag: int | None = None  # of the value's string, where it is written as `#hex`
+
+
+def _split_slash(value: str) -> Iterator[Part]:
+    """The attributes in openssl's notation `/C=DE/CN=x`: a backslash makes the next character a part of the value."""
+    for separator, part in re.findall(r"([/+])((?:[^/+\\]|\\.)*)", value, re.S):
+        kind, equals, text = part.partition("=")
+        if part or separator == "+":
+            if not equals:
+                raise CMPError(f"'{_one_line(part, 60)}' is no attribute such as CN=x: {_escape_hint(separator)}")
+            if re.search(r"(?<!\\)(?:\\\\)*\\\w", text):  # `\C3` and `\xC3` are of other notations: openssl reads C3
+                raise CMPError(
+                    f"{_one_line(kind, 60)}: write the character itself for its code, or \\\\ for a backslash"
+                )
+            yield Part(separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S))
+    if re.search(r"(?<!\\)(?:\\\\)*\\$", value):
+        raise CMPError("ends in a backslash: write two for one")
+
+
+def _escape_hint(separator: str) -> str:
+    names = {"/": "slash", "+": "plus sign", ",": "comma"}
+    return f"write \\{separator} for a {names[separator]} in a value"
+
+
+def _split_rfc4514(value: str) -> Iterator[Part]:
+    """The attributes in RFC 4514's notation `C=DE, CN=x`, from left to right as they are written."""
+    position, separator = 0, "/"
+    while True:
+        kind = DN_TYPE.match(value, position)
+        if not kind:
+            rest = value[position:].strip().partition(",")[0]
+            why = _escape_hint("," if separator == "/" else separator) if position else ""
+            raise CMPError(f"'{_one_line(rest, 60)}' {DN_SYNTAX}{'; ' + why if why else ''}")
+        found = DN_VALUE.match(value, kind.end())
+        assert found is not None  # noqa: S101 - the last alternative matches anything
+        rest = value[found.end() :].lstrip()
+        if rest and rest[0] not in ",+":
+            why = (
+                f"write \\{rest[0]} for {rest[0]} in its value"
+                if rest[0] in ';"\\'
+                else "its value goes on after the quotes"
+            )
+            raise CMPError(f"{kind.group(1)}: {why}")
+        yield _part(separator, kind.group(1), found)
+        if not rest:
+            return
+        position, separator = len(value) - len(rest) + 1, "+" if rest[0] == "+" else "/"
+
+
+def _part(separator: str, kind: str, found: re.Match[str]) -> Part:
+    """One attribute out of RFC 4514's notation."""
+    quoted, encoded, text = found.groups()
+    if encoded:
+        try:
+            (element,) = _elements(bytes.fromhex(encoded[1:]))
+            return Part(separator, kind, element.value.decode(STRINGS[element.tag]), element.tag)
+        except (CMPError, ValueError, KeyError) as err:
+            raise CMPError(f"{kind}: {encoded} is not the DER of a string") from err
+    if text is not None:
+        if text[:1] == "#":
+            raise CMPError(f"{kind}: write \\# for a number sign at the start of its value")
+        merged = re.search(r"[\s/]([A-Za-z]+) ?=", text)
+        if merged and merged.group(1).upper() in DN_TYPES:
+            raise CMPError(
+                f"{kind}: its value contains {merged.group(1)}=: write a comma before it, or \\= if it is no attribute"
+            )
+        blanks = re.search(r"\s*$", text)
+        end = blanks.start() if blanks else len(text)
+        if re.search(r"(?<!\\)(?:\\\\)*\\$", text[:end]):
+            end += 1  # an escaped blank
+        text = text[:end]
+    return Part(separator, kind, _unescaped(kind, quoted if text is None else text))
+
+
+def _unescaped(kind: str, text: str) -> str:
+    """The value of an attribute without the escapes of RFC 4514: `\\,` and `\\C3\\BC`."""
+    data = b""
+    for octet, special, plain in re.findall(r"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)|([^\\]+|\\)", text, re.S):
+        if plain == "\\":
+            raise CMPError(f"{kind}: write two backslashes for one in its value")
+        data += bytes.fromhex(octet) if octet else (special or plain).encode("utf-8", "surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as err:
+        raise CMPError(f"{kind}: its value is not UTF-8: write two backslashes for one") from err
+
+
+DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **DN_ALIASES}
+
+
+@functools.lru_cache(maxsize=8)
+def _known_types(program: str, version: str) -> dict[str, str]:
+    """Name or number of an object -> the short name that this openssl has for it."""
+    types: dict[str, str] = {}
+    for line in _run([program, "list", "-objects"]).output.splitlines():
+        short, _, rest = line.partition(" = ")
+        names, _, number = rest.rpartition(", ")
+        if re.fullmatch(r"\d+(\.\d+)+", number) and re.fullmatch(r"[\w.-]+", short):
+            for name in (number, names, names.casefold(), short, short.casefold()):
+                types.setdefault(name, short)
+            types[short] = short
+    return types
+
+
+def _attribute_type(kind: str, binary: Binary) -> str:
+    """openssl's short name of an attribute type. Raises CMPError where it has none, for it would leave it out."""
+    number = re.sub("^oid[.]", "", kind, flags=re.I)
+    if re.fullmatch(r"[\d.]+", number):
+        short = ATTRIBUTES[number][0] if number in ATTRIBUTES else ""
+    elif kind == "uid":
+        raise CMPError("uid: openssl means another attribute than others: write UID (userId) or uniqueIdentifier")
+    else:
+        short = DN_TYPES.get(kind.upper(), "")
+    if short or not binary.path:
+        return short or kind
+    known = _known_types(binary.path, binary.version)
+    short = known.get(number) or known.get(number.casefold()) or "" if number else ""
+    if not short:
+        near = "" if number[:1].isdigit() else _did_you_mean(kind, {*DN_TYPES.values()}, "")
+        raise CMPError(f"openssl does not know the attribute {_one_line(kind, 60)} and would leave it out{near}")
+    return short
+
+
+def _slash_dn(value: str, binary: Binary) -> str:
+    """A name in RFC 4514's or in openssl's notation, in openssl's, in the same order: `C=DE, CN=x` is `/C=DE/CN=x`.
+
+    Raises CMPError with the attribute that openssl would skip, cut or misread.
+    """
+    value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
+    text = ""
+    for part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
+        short = _attribute_type(part.type, binary)
+        tag, characters, shortest, longest = DN_VALUES.get(short, ANY_TEXT)
+        length, fault = len(part.value), ""
+        if not part.value:
+            fault = "has no value"
+        elif not shortest <= length <= longest:
+            size = f"{shortest}" if shortest == longest else f"at most {longest}"
+            fault = f"'{_one_line(part.value, 60)}' has {length} characters, possible are {size}"
+        elif "\0" in part.value or not re.fullmatch(characters, part.value):
+            fault = f"'{_one_line(part.value, 60)}' contains a character that is not possible there"
+        elif part.tag not in (None, tag):
+            fault = "openssl encodes its value in another way than #hex says: write the text"
+        if fault:
+            raise CMPError(f"{_one_line(part.type, 60)}: {fault}")
+        text += (
+            ("+" if part.separator == "+" and text else "/") + short + "=" + re.sub(r"([\\/+])", r"\\\1", part.value)
+        )
+    return text or "/"
+
+
+def _our_keys(section: Mapping[str, Any]) -> dict[str, str]:
+    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
+    return {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
+
+
+def _hide(text: str, secrets: Iterable[str]) -> str:
+    """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
+        for spelled in {secret, printed, _one_line(printed, len(printed) + 1)}:
+            if len(spelled) > 3:
+                text = text.replace(spelled, "***")
+    return re.sub(r"(?i)(pin-value=)[^;&?\s]+", r"\1***", text)
+
+
+# --- Values
+
+
+def _check_text(option: str, value: str) -> None:
+    """Raise CMPError where a value holds what the configuration file does not take away from it: quotes, comments."""
+    below = re.search(r"[\r\n]\s*(cmp_\w+)\s*[:=]", value)
+    if below:
+        raise CMPError(
+            f"the line {below.group(1)} below begins with a blank, and so belongs to this value: remove the blank"
+        )
+    if re.search(r"[\r\n]", value) and option not in FILE_LIST_KEYS:
+        raise CMPError("has more than one line: what is indented belongs to the line above it")
+    escape = "; if it belongs to the secret, write pass: before that" if option in SECRET_KEYS else ""
+    if value[:1] in ("'", '"') and len(value) > 1 and value[-1] == value[0]:
+        raise CMPError(f"write the value without the quotes{escape}")
+    comment = r"\s[#;](\s|$)" if option in DN_KEYS else r"\s[#;]"
+    if re.search(comment, value) and not (option in SECRET_KEYS and value.startswith("pass:")):
+        hint = "; if it belongs to the name, write a backslash before it" if option in DN_KEYS else escape
+        raise CMPError(f"a comment needs a line of its own{hint}")
+
+
+def _check_address(value: str) -> None:
+    """Raise CMPError where openssl cannot understand an address of a server, or understands another one."""
+    host, port = r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)", r"(?::([^/]*))?"
+    found = re.fullmatch(rf"(?:https?://)?{host}{port}(/|/[^/\s]\S*)?", value, re.A)
+    bare = re.sub("^https?://", "", value).partition("/")[0]
+    if bare.count(":") > 1 and "[" not in bare:
+        raise CMPError("an address of IPv6 needs brackets, such as [2001:db8::1]:8080")
+    if not found:
+        raise CMPError(f"'{_one_line(value, 100)}' is no address such as 192.168.14.137:8080 or cmp.acme.test:8080")
+    number = found.group(2)
+    if number is not None and not (re.fullmatch(r"\d{1,5}", number, re.A) and 0 < int(number) < 65536):
+        raise CMPError(f"'{_one_line(number, 40)}' is no port: 1 to 65535 are possible")
+
+
+def _check_value(option: str, value: str) -> None:
+    """Raise CMPError where openssl cannot use a value, or would use another one."""
+    if option in FILE_KEYS | FILE_LIST_KEYS:
+        _check_files(option, value)
+    if option in ("msg_timeout", "total_timeout") and not re.fullmatch(r"\d{1,6}", value, re.A):
+        raise CMPError("must be a number of seconds")
+    if option in NUMBER_KEYS and not re.fullmatch(r"-?\d{1,12}", value, re.A):
+        raise CMPError("must be a number")
+    if option in ("server", "proxy"):
+        _check_address(value)
+    if option == "path" and re.search(r"\s|^\w+://", value):
+        raise CMPError("is the path on the server alone, such as pkix/, without a blank")
+    if option in CHOICES and value not in CHOICES[option]:
+        folded = re.sub("[^a-z0-9]|with", "", value.lower())
+        near = sorted(n for n in CHOICES[option] if re.sub("[^a-z0-9]|with", "", n.lower()) == folded)
+        hint = f"openssl calls it {near[-1]}" if near else f"possible are {', '.join(sorted(CHOICES[option]))}"
+        raise CMPError(CHOICE_HINTS.get(option) or f"'{_one_line(value, 40)}' is no name for it: {hint}")
+
+
+def _option_value(option: str, value: str, settings: Settings) -> str | None:
+    """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
+    takes_value = settings.binary.options.get(option)
+    if value.lower() in ON and option != "profile":
+        if takes_value:
+            raise CMPError("needs a value, not True")
+        return None
+    if takes_value is False:
+        raise CMPError("is a switch: set it to True or False")
+    if not value or "\0" in value:
+        raise CMPError("has no value: give it one, or delete the line")
+    _check_text(option, value)
+    _hidden_secrets(option, value, settings)
+    _check_value(option, value)
+    if option in SECRET_KEYS:
+        return _secret_source(option, value, settings)
+    return _utf8(_slash_dn(value, settings.binary)) if option in DN_KEYS else ",".join(_file_list(option, value))
+
+
+def _settings(section: Mapping[str, str]) -> Settings:
+    """Turn the section into openssl's options, with every error and warning that it deserves."""
+    errors: list[str] = []
+    section = {key: str(value).strip() for key, value in section.items()}
+    # A distinguished name is read first, as characters: see _option_value().
+    section = {key: value if key[4:] in DN_KEYS else _utf8(value) for key, value in section.items()}
+    name, directory, binary = section.get("cmp_openssl_bin") or "openssl", section.get("cmp_tmp_dir"), NO_BINARY
+    try:
+        binary = _binary(name)
+    except (CMPError, OSError) as err:
+        errors.append(str(err))
+    directory = _openssl_path(os.path.abspath(directory or _default_directory()))  # the process may change its own
+    own = not section.get("cmp_tmp_dir")
+    refuse = section.get("cmp_refuse_changes", "").lower()
+    if refuse not in ("", *ON, *OFF):
+        errors.append("cmp_refuse_changes: is a switch: set it to True or False")
+    kinds = _san_types(section.get("cmp_san_types", "DNS, IP, email"), errors)
+    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [], refuse in ON, kinds)
+    if "cmp_openssl_bin" not in section:
+        path = shutil.which(name) or name
+        settings.warnings.append(f"cmp_openssl_bin is not set: using {path}, the first one on the PATH")
+    if own:
+        lost = "a restart, or systemd's PrivateTmp, takes orders that wait for the CA out of the poller's sight"
+        settings.warnings.append(f"cmp_tmp_dir is not set: using {directory}, and {lost}")
+    for key, value in _credentials(section, settings).items():
+        try:
+            _set_key(settings, key, value)
+        except CMPError as err:
+            errors.append(f"{_one_line(key, 60)}: {err}")
+            settings.options[_option_name(key[4:])] = None  # it is there, if not usable
+    _complete(settings, section)
+    return settings
+
+
+def _set_key(settings: Settings, key: str, value: str) -> None:
+    """Take over one line of the section. Raises CMPError with what is wrong with it."""
+    if not key.startswith("cmp_"):
+        if _looks_secret(key[4:]):
+            settings.keep_secret(value)
+        meant = "cmp_" + re.sub(r"^cmp[^a-z]?", "", key.lower()).replace("-", "_")
+        raise CMPError(f"is no key of ours and would be ignored; did you mean {_one_line(meant, 60)}?")
+    if key[4:] in OUR_KEYS:
+        _check_text(key[4:], value)
+    else:
+        _set_option(settings, key[4:], value)
+
+
+def _set_option(settings: Settings, option: str, value: str) -> None:
+    """Take over a line that becomes an option of openssl. Raises CMPError with what is wrong with it."""
+    known = settings.binary.options
+    option = _option_name(option, known)
+    if option not in SECRET_KEYS and (option not in known or option in UNUSABLE_KEYS) and _looks_secret(option):
+        settings.keep_secret(value)
+    if option in RUNTIME_KEYS:
+        settings.warnings.append(f"cmp_{option} is set by the handler itself and ignored here: delete it")
+        return
+    if option in FORBIDDEN_KEYS:
+        raise CMPError(f"-{option} is not for enrolling at a CA: delete it")
+    if known and option not in known:
+        if option == "profile":
+            raise CMPError(f"needs OpenSSL 3.3 or later, this is {settings.binary.version}")
+        near = _did_you_mean(option, known.keys() - FORBIDDEN_KEYS - RUNTIME_KEYS | OUR_KEYS, "cmp_")
+        raise CMPError(f"this openssl has no option -{_one_line(option)}{near}")
+    settings.options.pop(option, None)
+    if value.lower() not in OFF or option == "profile":
+        settings.options[option] = _option_value(option, value, settings)
+
+
+# --- Files that the configuration names
+
+
+class Contents(NamedTuple):
+    """What a file holds: `kinds` of things, and the validity of its first certificate (empty if there is none)."""
+
+    kinds: frozenset[str]
+    not_before: str = ""
+    not_after: str = ""
+
+
+CERTIFICATE_LABELS = ("CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE")
+PEM_KINDS = {
+    "CERTIFICATE REQUEST": "a certificate request",
+    "NEW CERTIFICATE REQUEST": "a certificate request",
+    "PUBLIC KEY": "a public key",
+    "PKCS7": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
+    "CMS": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
+    "X509 CRL": "a CRL",
+}
+CERTIFICATE, PRIVATE_KEY, ENCRYPTED_KEY = "a certificate", "a private key", "an encrypted private key"
+PKCS12, UNREADABLE, EMPTY = "PKCS #12", "neither PEM nor DER", "nothing"
+SIGNED_DATA = "1.2.840.113549.1.7.2"
+
+
+def _der_contents(data: bytes) -> Contents:
+    """What the DER in a file is."""
+    try:
+        certificate = _certificate(data)
+        return Contents(frozenset({CERTIFICATE}), certificate.not_before, certificate.not_after)
+    except CMPError:
+        pass
+    try:
+        first, *others = _sequence(data)
+    except (CMPError, ValueError):
+        return Contents(frozenset({UNREADABLE}))
+    if first.tag == 0x02:  # a version, of PKCS #12 it is 3
+        return Contents(frozenset({PKCS12 if first.value == b"\3" else PRIVATE_KEY}))
+    if first.tag == 0x06:
+        return Contents(frozenset({PEM_KINDS["PKCS7"] if _oid(first.value) == SIGNED_DATA else UNREADABLE}))
+    encrypted = first.tag == 0x30 and [other.tag for other in others] == [0x04]
+    return Contents(frozenset({ENCRYPTED_KEY if encrypted else PEM_KINDS["CERTIFICATE REQUEST"]}))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_contents(path: str, _modified: int, _size: int) -> Contents:
+    """What a file holds; read once, and again when it has changed."""
+    with open(path, "rb") as file:
+        data = file.read(1 << 22)
+    if not data.strip():
+        return Contents(frozenset({EMPTY}))
+    if data[:1] == b"\x30":
+        return _der_contents(data)
+    kinds, validity = set(), ("", "")
+    for label, body in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END", data, re.S):
+        name = label.decode()
+        if name in CERTIFICATE_LABELS:
+            try:
+                certificate = _certificate(next(_elements(binascii.a2b_base64(body))).raw)
+                validity = validity if validity[0] else (certificate.not_before, certificate.not_after)
+                kinds.add(CERTIFICATE)
+            except (CMPError, StopIteration, binascii.Error):
+                kinds.add("a damaged certificate")
+        elif name.endswith("PRIVATE KEY"):
+            kinds.add(ENCRYPTED_KEY if b"ENCRYPTED" in label + body else PRIVATE_KEY)
+        elif name in PEM_KINDS:
+            kinds.add(PEM_KINDS[name])
+    return Contents(frozenset(kinds or {UNREADABLE}), *validity)
+
+
+def _contents(path: str) -> Contents:
+    """What a file holds; nothing is known of a URI such as pkcs11:."""
+    if not os.path.isfile(path):
+        return Contents(frozenset())
+    info = os.stat(path)
+    return _read_contents(os.path.abspath(path), info.st_mtime_ns, info.st_size)
+
+
+def _file_list(option: str, value: str) -> list[str]:
+    """The files that an option names: openssl splits some at commas and blanks, and knows no escape for a blank."""
+    if option not in FILE_LIST_KEYS:
+        return [value]
+    return [name for name in re.split(r"[,\s]+", _openssl_path(value)) if name]
+
+
+def _check_readable(names: Sequence[str]) -> None:
+    """Raise CMPError with the files that cannot be read. A URI such as pkcs11: is openssl's to open."""
+    faults = []
+    for name in names:
+        is_file = os.path.isfile(name)
+        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not (is_file and os.access(name, os.R_OK)):
+            what = "cannot be read by this process" if is_file else "is not a file"
+            faults.append(f"{_one_line(name, 100)} {what}")
+    if faults:
+        raise CMPError(", ".join(faults))
+
+
+def _check_files(option: str, value: str) -> None:
+    """Raise CMPError where the files of an option cannot be read, or hold something else than openssl looks for."""
+    if value[:1] == "[" and value[-1:] == "]":
+        raise CMPError("is a list: write the files into one line, with commas between them")
+    names = _file_list(option, value)
+    _check_readable(names)
+    wanted = {PRIVATE_KEY, ENCRYPTED_KEY, PKCS12} if option.endswith("key") else {CERTIFICATE, PKCS12}
+    what = "private key" if option.endswith("key") else "certificate"
+    for name in names if option != "config" else ():
+        kinds = _contents(name).kinds
+        if kinds and not kinds & wanted:
+            raise CMPError(f"{_one_line(name, 100)} holds no {what}, but {' and '.join(sorted(kinds))}")
+
+
+def _open_to_all(path: str) -> bool:
+    """Whether every local user can read a file."""
+    return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
+
+
+# --- Secrets
+
+
+def _variable(name: str) -> str:
+    """The name of an environment variable for an error, unless it may be the secret itself, put there by mistake."""
+    usual = re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
+    return f"the environment variable {name}" if usual else "the environment variable of that name (not shown)"
+
+
+def _credentials(section: Mapping[str, str], settings: Settings) -> dict[str, str]:
+    """`section` with cmp_ref and cmp_secret, taken from environment variables where it says so."""
+    result = dict(section)
+    for key in ("cmp_ref", "cmp_secret"):
+        name = result.pop(key + "_variable", None)
+        if name is None or result.get(key):  # a configured value takes precedence
+            continue
+        if os.environ.get(name):
+            result[key] = os.environ[name]
+        else:
+            shown = _variable(name) if key == "cmp_secret" else f"the environment variable {_one_line(name)}"
+            settings.errors.append(f"{key}_variable: {shown} is not set")
+            if key == "cmp_secret" and "not shown" in shown:
+                settings.keep_secret(name)
+    return result
+
+
+_descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes, which say it only once
+
+
+def _read_descriptor(number: str) -> bytes:
+    """What acme2certifier has inherited in a file descriptor."""
+    if sys.platform == "win32" or not re.fullmatch(r"\d{1,6}", number):
+        raise CMPError("fd: wants the number of a file descriptor, and not Windows")
+    descriptor = int(number)
+    info = os.fstat(descriptor)
+    if stat.S_ISREG(info.st_mode):
+        return os.pread(descriptor, 1024, 0)
+    key = (descriptor, info.st_dev, info.st_ino)
+    if key not in _descriptors:
+        if not select.select([descriptor], [], [], 0)[0]:
+            raise CMPError(f"nothing to read from file descriptor {descriptor}")
+        _descriptors[key] = os.read(descriptor, 1024)
+    return _descriptors[key]
+
+
+def _secret_line(source: str, rest: str) -> str:
+    """The first line of a file or descriptor: openssl takes the same. Raises CMPError where it is not what it seems."""
+    if source == "file":
+        _check_readable([rest])
+    try:
+        if source == "file":
+            with open(rest, "rb") as file:
+                data = file.read(1024)
+        else:
+            data = _read_descriptor(rest)
+    except (OSError, OverflowError) as err:
+        raise CMPError(f"{source}:{_one_line(rest, 100)} cannot be read: {getattr(err, 'strerror', err)}") from err
+    line, where = data.partition(b"\n")[0], f"{source}:{_one_line(rest, 100)}"
+    if line[:3] == b"\xef\xbb\xbf":
+        raise CMPError(f"{where} begins with a byte order mark: save it as UTF-8 without BOM")
+    if b"\0" in line:
+        raise CMPError(f"{where} is no text in UTF-8 or ASCII")
+    if b"\r" in line:
+        raise CMPError(f"{where} has line ends of Windows, which openssl takes into the secret: save it with LF alone")
+    if not line.strip():
+        raise CMPError(f"the first line of {where} is empty")
+    return os.fsdecode(line)
+
+
+def _secret_source(option: str, value: str, settings: Settings) -> str:
+    """The value for openssl's `-secret` and the like; the secret itself goes into the environment."""
+    prefix, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a prefix, the secret
+    source = prefix if colon else ""
+    if value == "stdin":
+        raise CMPError("stdin: acme2certifier has no terminal: use file:PATH or env:NAME")
+    if source == "env":
+        secret, name = os.environ.get(rest, ""), rest
+        if not secret:
+            if "not shown" in _variable(rest):
+                settings.keep_secret(rest)
+            raise CMPError(f"{_variable(rest)} is not set")
+    else:
+        name = "CMP_CA_HANDLER_" + option.upper()
+        given = rest if source == "pass" else value
+        secret = _secret_line(source, rest) if source in ("file", "fd") else given
+    settings.secrets[name] = secret
+    _check_secret(option, secret, rest if source == "file" else "", settings)
+    return f"env:{name}"
+
+
+def _check_secret(option: str, secret: str, path: str, settings: Settings) -> None:
+    """Look whether a secret is one. Raises CMPError where it is none, without showing it."""
+    if not secret:
+        raise CMPError("the secret is empty")
+    if re.search(r"[\r\n\0]", secret):
+        raise CMPError("the secret contains a line break: take it out")
+    if secret != secret.strip():
+        settings.warnings.append(f"cmp_{option}: the secret begins or ends with a blank, which counts")
+    if option == "secret" and len(secret) < 8:
+        what = "has less than 8 characters: whoever sees one message can find it by trying"
+        settings.warnings.append(f"cmp_secret {what}; ask the CA for a longer one")
+    if path and _open_to_all(path):
+        settings.warnings.append(f"cmp_{option}: every local user can read {_one_line(path, 100)}: chmod o-r")
+
+
+def _hidden_secrets(option: str, value: str, settings: Settings) -> None:
+    """Note what must be shown nowhere in the value of an option. Raises CMPError where everybody could see it."""
+    pins = re.findall(r"pin-value=([^;&?\s]*)", value, re.I)
+    for pin in pins:
+        settings.keep_secret(pin)
+    if pins:
+        why = "every local user can see a pin-value in the list of processes"
+        raise CMPError(f"{why}: write pin-source=file:PATH in its place, or cmp_keypass: env:NAME")
+    name, equals, parameter = value.partition("=")
+    pin = option == "provparam" and equals and re.search("pin|pass|secret", name, re.I)
+    if pin and not parameter.startswith("file:"):
+        settings.keep_secret(parameter)
+        raise CMPError("every local user can see a PIN there: write file:PATH for it, or use cmp_keypass: env:NAME")
+    if option in ("server", "proxy") and "@" in value:
+        settings.keep_secret(_password(value))
+        raise CMPError("a user and password there are visible to every local user, and openssl ignores them: remove")
+
+
+def _password(url: str) -> str:
+    """The password in a URL, or else the user's name."""
+    user = re.sub("^[A-Za-z]+://", "", url).rpartition("@")[0]
+    return user.partition(":")[2] or user
+
+
+SECRETIVE = re.compile("secr|pass|pwd|pin$|token|psk", re.I)
+
+
+def _looks_secret(option: str) -> bool:
+    """Whether a key that is no option of openssl is likely to be a misspelt secret."""
+    import difflib  # only needed for a typo
+
+    names = [*SECRET_KEYS, "password", "pin"]
+    return bool(SECRETIVE.search(option) or difflib.get_close_matches(option.lower(), names, 1, 0.7))
+
+
+# --- The section as a whole
+
+
+def _complete(settings: Settings, section: Mapping[str, str]) -> None:
+    """Look for what is missing, and set what is not configured."""
+    options, known = settings.options, settings.binary.options
+    if options.keys() & {"config", "section"}:
+        key = "cmp_config" if "config" in options else "cmp_section"
+        settings.warnings.append(f"{key}: what stands in that OpenSSL configuration file is not checked here")
+    else:  # an OpenSSL configuration file may hold all of this
+        _check_essentials(settings)
+        _check_tls(settings, section)
+        _check_credentials(settings, "")
+        _check_credentials(settings, "tls_")
+        if "config" in known:
+            options["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
+    _check_weak(settings)
+    if options.get("popo") == "-1" and options.get("cmd") != "p10cr" and "newkeyout" in known:
+        settings.errors.append(f"cmp_popo: {settings.binary.version} sends no request without a proof: delete it")
+    _set_timeouts(settings)
+    if "keep_alive" in known:
+        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
+    _check_proxies(settings)
+
+
+def _set_timeouts(settings: Settings) -> None:
+    """Set what is not configured of the two, so that they fit each other."""
+    options = settings.options
+    message, total = options.get("msg_timeout"), options.get("total_timeout")
+    if total and int(total) == 0 and message != "0":
+        what = "0 would wait for ever: set a number of seconds, or cmp_msg_timeout: 0 as well"
+        settings.errors.append(f"cmp_total_timeout: {what}")
+    elif message and total and int(message) > int(total):  # openssl wants it so
+        settings.errors.append("cmp_total_timeout must not be less than cmp_msg_timeout")
+    options["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
+    options["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
+
+
+def _check_proxies(settings: Settings) -> None:
+    """Say which proxy openssl takes from the environment, and keep its password secret."""
+    proxies = [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
+    for name in proxies:
+        if "@" in os.environ[name]:
+            settings.keep_secret(_password(os.environ[name]))
+            settings.warnings.append(f"{name}: openssl does not send the user and password in it, but prints them")
+    if proxies and not settings.options.keys() & {"proxy", "no_proxy"}:
+        settings.warnings.append(
+            f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not"
+        )
+
+
+def _check_essentials(settings: Settings) -> None:
+    """What an enrolment cannot do without."""
+    options, errors, warnings = settings.options, settings.errors, settings.warnings
+    if "server" not in options:
+        errors.append("cmp_server is missing: set it to the address:port of the CMP server")
+    if "secret" not in options and "unprotected_requests" not in options:
+        if "cert" not in options or "key" not in options:
+            errors.append("no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key")
+        elif not options.keys() & {"trusted", "srvcert"}:
+            warnings.append("cmp_trusted is not set: the CA's signed answers cannot be verified")
+    if "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}:
+        who = "whoever has a certificate of that CA, and is on the way to it, can answer in its name"
+        what = f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}"
+        warnings.append(f"{what}; set cmp_expect_sender to the sender of its answers")
+
+
+def _check_tls(settings: Settings, section: Mapping[str, str]) -> None:
+    """Half a setting of TLS is a connection without TLS, or one with anybody."""
+    options, errors, warnings = settings.options, settings.errors, settings.warnings
+    version = re.match(r"OpenSSL (\d+)\.(\d+)", settings.binary.version)
+    url = (options.get("server") or "").startswith("https://")
+    assumed = url and version is not None and (int(version.group(1)), int(version.group(2))) >= (3, 5)
+    useless = [f"cmp_{option}" for option in options if option in TLS_KEYS]
+    if "tls_used" in options or assumed:
+        if "tls_trusted" not in options:
+            warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
+    elif url:
+        errors.append(f"cmp_tls_used is missing: {settings.binary.version} wants cmp_tls_used: True for https://")
+    elif useless and section.get("cmp_tls_used", "").lower() in OFF:
+        warnings.append(f"{', '.join(useless)}: not used, the connection is plain HTTP")
+    elif useless:
+        errors.append(
+            f"{', '.join(useless)} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True"
+        )
+
+
+def _check_credentials(settings: Settings, kind: str) -> None:
+    """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key, without starting a process."""
+    options, mine = settings.options, [f"{kind}{what}" for what in ("cert", "key", "keypass")]
+    cert, key, keypass = mine
+    # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
+    report = settings.warnings if not kind and "secret" in options else settings.errors
+    if (cert in options) != (key in options) and (kind or "secret" in options):
+        have, lack = (cert, key) if cert in options else (key, cert)
+        what = "only the names in it are used" if have == "cert" else "set both, or none"
+        report.append(f"cmp_{have} without cmp_{lack}: {what}")
+    if keypass in options and key not in options:
+        settings.warnings.append(f"cmp_{keypass} without cmp_{key}: there is no key for it")
+    found = _contents(options.get(key) or "")
+    if found.kinds & {ENCRYPTED_KEY, PKCS12} and PRIVATE_KEY not in found.kinds and keypass not in options:
+        report.append(f"cmp_{key}: the key is encrypted: set cmp_{keypass}")
+    if _open_to_all(options.get(key) or ""):
+        settings.warnings.append(f"cmp_{key}: every local user can read {options[key]}: chmod o-r")
+    _check_validity(f"cmp_{cert}", options.get(cert) or "", report, settings.warnings)
+
+
+def _check_validity(key: str, path: str, report: list[str], warnings: list[str]) -> None:
+    """Report a certificate that is not valid now, and warn of one that will not be for long."""
+    found, now = _contents(path), time.time()
+    today, soon = (time.strftime(ISO_TIME, time.gmtime(now + more)) for more in (0, EXPIRES_SOON))
+    day, name = (found.not_before if found.not_before > today else found.not_after)[:10], _one_line(path, 100)
+    if found.not_before > today:
+        report.append(f"{key}: the certificate in {name} is not valid before {day}")
+    elif found.not_after and found.not_after <= today:
+        report.append(f"{key}: the certificate in {name} has expired on {day}: renew it")
+    elif found.not_after and found.not_after <= soon:
+        warnings.append(f"{key}: the certificate in {name} expires on {day}: renew it")
+
+
+def _check_weak(settings: Settings) -> None:
+    """Warn of what makes it easier to cheat."""
+    for option, why in WEAK_KEYS.items():
+        if option in settings.options:
+            settings.warnings.append(f"cmp_{option} weakens security: {why}")
+
+
+# --- The request --------------------------------------------------------------------------------------------
+
+
+# The ACME server has checked the names that it read in the CSR, with a library that gives up on all extensions where
+# it cannot read one. openssl reads the CSR again, and the CA what openssl sends. So what one of them could read
+# otherwise, or not at all, is refused, and so is a name that nobody has checked.
+
+COMMON_NAME = "2.5.4.3"
+EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
+EC_PUBLIC_KEY, RSASSA_PSS = "1.2.840.10045.2.1", "1.2.840.113549.1.1.10"
+RSA_KEYS = ("1.2.840.113549.1.1.1", "2.5.8.1.1", RSASSA_PSS)
+
+# GeneralName (RFC 5280, 4.2.1.6): tag -> kind, and what its contents look like, as `_form` writes DER.
+VISIBLE = r"(2[1-9a-f]|[3-6]\w|7[0-9a-e])+"  # one or more characters of ASCII, without blanks and NUL
+SAN_KINDS = {
+    0x81: ("email", rf"81:{VISIBLE};"),
+    0x82: ("DNS", rf"82:{VISIBLE};"),
+    0x86: ("URI", rf"86:{VISIBLE};"),
+    0x87: ("IP", r"87:(\w{8}|\w{32});"),
+    0x88: ("RID", r"88:\w+;"),
+    0xA0: ("otherName", r"a0\(06:\w+;a0\((\w+:\w*;|30\((\w+:\w*;)+\))\)\)"),
+    0xA4: ("dirName", r"a4\(30\((31\((30\(06:\w+;(0c|13|16|1e):\w+;\))+\))+\)\)"),
+}
+CHECKED_KINDS = frozenset(("DNS", "IP", "email"))  # those that acme2certifier compares with the order
+
+# The extensions that its library reads, and what it surely can read. None: no client's request needs it, for it tells
+# of the CA, or names somebody. Others are opaque to everybody but the CA.
+EXTENSIONS = {
+    "2.5.29.14": ("subjectKeyIdentifier", r"04:\w*;"),
+    "2.5.29.15": ("keyUsage", r"03:0\d(\w\w){0,2};"),
+    "2.5.29.16": ("privateKeyUsagePeriod", None),
+    "2.5.29.17": ("subjectAltName", r"30\(.+\)"),  # and SAN_KINDS
+    "2.5.29.18": ("issuerAltName", None),
+    "2.5.29.19": ("basicConstraints", r"30\(\)"),  # CA:FALSE is the default, which DER does not write down
+    "2.5.29.30": ("nameConstraints", None),
+    "2.5.29.31": ("cRLDistributionPoints", rf"30\((30\(a0\(a0\((86:{VISIBLE};)+\)\)\))+\)"),
+    "2.5.29.32": ("certificatePolicies", r"30\((30\(06:\w+;(30\((30\(06:2b06010505070201;16:\w*;\))+\))?\))+\)"),
+    "2.5.29.35": ("authorityKeyIdentifier", r"30\((80:\w+;)?\)"),
+    "2.5.29.36": ("policyConstraints", None),
+    "2.5.29.37": ("extKeyUsage", r"30\((06:\w+;)+\)"),
+    "2.5.29.46": ("freshestCRL", None),
+    "2.5.29.54": ("inhibitAnyPolicy", None),
+    "1.3.6.1.5.5.7.1.1": ("authorityInfoAccess", rf"30\((30\(06:\w+;86:{VISIBLE};\))+\)"),
+    "1.3.6.1.5.5.7.1.11": ("subjectInfoAccess", None),
+    "1.3.6.1.5.5.7.1.24": ("tlsfeature", r"30\((02:(05|11);)+\)"),  # must-staple
+    "1.3.6.1.5.5.7.48.1.5": ("OCSP no check", r"05:;"),
+    "1.3.6.1.4.1.311.21.7": ("certificate template", r"30\(06:\w+;(02:[0-7]\w{1,7};){0,2}\)"),
+    "1.3.6.1.4.1.311.25.2": ("Active Directory SID", None),
+    "1.3.6.1.4.1.11129.2.4.2": ("certificate timestamps", None),
+    "1.3.6.1.4.1.11129.2.4.3": ("precertificate poison", None),
+    "1.3.36.8.3.3": ("admissions", None),
+}
+
+
+class CSR(NamedTuple):
+    """What a PKCS #10 request (RFC 2986) asks for."""
+
+    der: bytes
+    subject: Name
+    key: bytes  # the subjectPublicKeyInfo
+    extensions: dict[str, bytes]
+
+
+CSR_LABEL = "(?:NEW )?CERTIFICATE REQUEST"
+
+
+def _csr(argument: object, kinds: Collection[str] = CHECKED_KINDS) -> CSR:
+    """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
+    try:
+        der = _decode(argument, CSR_LABEL)
+        _check_der(der, values=False)
+        try:
+            information, _, _ = _sequence(der)
+            version, subject, key, *attributes = _sequence(information.raw)
+            if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
+                raise ValueError
+            _check_key(*_sequence(key.raw))
+            csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
+        except (IndexError, ValueError) as err:
+            raise CMPError("it is not a PKCS #10 request") from err
+        _check_common_name(csr.subject)
+        for oid, value in csr.extensions.items():
+            _check_extension(oid, value)
+        _check_alternative_names(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00"), kinds)
+    except CMPError as err:
+        raise CMPError(f"not a usable CSR: {err}") from err
+    return csr
+
+
+def _check_key(algorithm: Element, key: Element) -> None:
+    """Refuse a key with which anybody can sign: then the CSR's signature proves no possession of the private key."""
+    kind, *parameters = _sequence(algorithm.raw)
+    oid, tags = _oid(kind.value), [parameter.tag for parameter in parameters]
+    if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
+        # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
+        name = "explicit EC" if oid == EC_PUBLIC_KEY else "DSA or other"
+        raise CMPError(f"its key has {name} parameters, so its signature proves nothing: use RSA or a named curve")
+    if oid in RSA_KEYS:
+        _check_der(key.value[1:], values=True)
+        _, exponent = _sequence(key.value[1:])
+        number = int.from_bytes(exponent.value, "big", signed=True)
+        if number < 3 or number % 2 == 0:  # with 1 the signature is the message
+            raise CMPError("its RSA key has an exponent below 3, or an even one, so its signature proves nothing")
+
+
+def _requested(attributes: bytes) -> dict[str, bytes]:
+    """The extensions of the one extension request (RFC 2985, 5.4.2): of two, everybody would read another one."""
+    requests = []
+    for attribute in _elements(attributes):
+        kind, values = _sequence(attribute.raw)
+        if _oid(kind.value) in EXTENSION_REQUESTS:
+            requests.append(values)
+    if len(requests) > 1:
+        raise CMPError(f"it has {len(requests)} extension requests, which others read differently: one is possible")
+    extensions: dict[str, bytes] = {}
+    for values in requests:
+        content = list(_elements(values.value))
+        if values.tag != 0x31 or [element.tag for element in content] != [0x30]:
+            raise CMPError("its extension request is not exactly one list of extensions")
+        for extension in _elements(content[0].value):
+            fields = [f.raw if f.tag == 0x01 else f.tag for f in _sequence(extension.raw)]
+            identifier, value = _sequence(extension.raw)[0], _sequence(extension.raw)[-1]
+            name = EXTENSIONS.get(_oid(identifier.value), (_oid(identifier.value),))[0]
+            if fields not in ([0x06, 0x04], [0x06, b"\x01\x01\xff", 0x04]):  # FALSE is the default of `critical`
+                raise CMPError(f"its extension {name} is not DER: an identifier, TRUE (FF) if critical, and a value")
+            if _oid(identifier.value) in extensions:
+                raise CMPError(f"it has the extension {name} twice")
+            extensions[_oid(identifier.value)] = value.value
+    return extensions
+
+
+def _check_common_name(subject: Name) -> None:
+    """The ACME server compares the first CN with the order: it must be the only one, and read alike by everybody."""
+    names = [attribute for rdn in subject for attribute in rdn if attribute.type == COMMON_NAME]
+    if len(names) > 1:
+        raise CMPError(f"its subject has {len(names)} common names (CN): one is possible")
+    for name in names:
+        alike = name.text is not None and "\0" not in name.text
+        if name.tag == 0x14 and not name.raw.isascii():  # TeletexString is Latin-1 for some, UTF-8 for others
+            alike = alike and not _is_der_value(UTF8, name.raw)
+        if not alike:
+            raise CMPError("its common name (CN) is no string that everybody reads alike")
+
+
+def _check_extension(oid: str, value: bytes) -> None:
+    """Refuse what the ACME server's library may not be able to read, and what is not for a client to ask for."""
+    if oid not in EXTENSIONS:
+        return
+    name, expected = EXTENSIONS[oid]
+    if expected is None:
+        raise CMPError(f"it asks for the extension {name}, which is for the CA to decide")
+    try:
+        _check_der(value, values=True)
+    except CMPError as err:
+        raise CMPError(f"its extension {name} is malformed: {err}") from err
+    form = _form(value)
+    usage = value[3:5].ljust(2, b"\0") if oid == KEY_USAGE else b"\0\0"  # the bits of RFC 5280, 4.2.1.3
+    if usage[0] & 0x04 or (oid == BASIC_CONSTRAINTS and form.startswith("30(01:ff;")):
+        raise CMPError(f"it asks for a CA certificate ({name}), which no ACME client needs")
+    half = not usage[0] & 0x08 and (usage[0] & 0x01 or usage[1] & 0x80)  # encipherOnly says how keyAgreement is used
+    if half or not re.fullmatch(expected, form):
+        raise CMPError(f"its extension {name} is malformed, or acme2certifier may not be able to read it")
+
+
+def _form(data: bytes) -> str:
+    """DER as text, for regular expressions: `30(06:550403;0c:61;)` is SEQUENCE { 2.5.4.3, "a" }."""
+    elements = _elements(data)
+    return "".join(f"{t:02x}({_form(v)})" if t & 0x20 else f"{t:02x}:{v.hex()};" for t, v, _ in elements)
+
+
+def _check_alternative_names(value: bytes, kinds: Collection[str]) -> None:
+    """Each subjectAltName is well-formed, and of one of these `kinds`."""
+    for name in _sequence(value):
+        kind, form = SAN_KINDS.get(name.tag, ("", ""))
+        text = _one_line(ascii(name.value)[2:-1], 80)
+        if not kind:
+            raise CMPError(f"its subjectAltName [{name.tag & 0x1F}] '{text}' is of a kind that nobody uses")
+        if kind not in kinds:
+            raise CMPError(f"its subjectAltName {kind} '{text}' is none of cmp_san_types: {', '.join(kinds)}")
+        if not re.fullmatch(form, _form(name.raw)) or (kind == "RID" and not _is_der_value(0x06, name.value)):
+            raise CMPError(f"its subjectAltName {kind} '{text}' is malformed")
+
+
+def _san_types(value: str, errors: list[str]) -> list[str]:
+    """The kinds of subjectAltNames that cmp_san_types allows."""
+    known = {kind.lower(): kind for kind, _ in SAN_KINDS.values()}
+    words = re.split(r"[,\s]+", value)
+    for word in words:
+        if word.lower() not in known:
+            near = _did_you_mean(word, known.values(), "")
+            errors.append(f"cmp_san_types: '{_one_line(word, 40)}' is none of {', '.join(known.values())}{near}")
+    kinds = {known[word.lower()] for word in words if word.lower() in known}
+    # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
+    return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
+
+
+def _alternative_names(csr: CSR) -> Iterator[tuple[str, str]]:
+    """The CSR's subjectAltNames (RFC 5280, 4.2.1.6) as (type, text); text is empty where -sans cannot carry it."""
+    for name in _sequence(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
+        kind = SAN_KINDS[name.tag][0]
+        text = name.value.decode("ascii", "replace")
+        if kind == "IP":
+            import ipaddress  # only for a cmpossl before 3.0
+
+            text = str(ipaddress.ip_address(name.value))
+        usable = kind in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", text)
+        yield kind, text if usable else ""
+
+
+def _wanted(csr: CSR) -> str:
+    """What a CSR asks for, for the log: its subject, or else its names."""
+    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr))
+    return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
+
+
+def _subject(csr: CSR, settings: Settings) -> str | None:
+    """What to pass as `-subject`; None leaves the subject to `-csr`."""
+    converts = settings.binary.converts_csr()
+    if csr.subject:
+        text = _slash_form(csr.subject, exact=converts)
+        if text is None and not converts:
+            version, subject = settings.binary.version, _name_text(csr.subject)
+            raise CMPError(f"{version} cannot carry the subject {subject}, OpenSSL 3.0 can")
+        return text and _utf8(text)
+    if "subject" in settings.options:
+        return settings.options["subject"]
+    # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
+    for kind, name in _alternative_names(csr):
+        if kind == "DNS" and 0 < len(name) <= 64:
+            text = _slash_form([[Attribute("2.5.4.3", UTF8, name, b"")]], exact=True)
+            return text and _utf8(text)
+    return None
+
+
+def _request(csr: CSR, transaction: Transaction) -> list[str]:
+    """The options that describe one enrolment."""
+    settings = transaction.settings
+    known = settings.binary.options
+    arguments = ["-newkey", transaction.file("pubkey.pem"), "-certout", transaction.file("cert.pem")]
+    arguments += ["-extracertsout", transaction.file("extracerts.pem")]
+    if "cacertsout" in known:
+        arguments += ["-cacertsout", transaction.file("capubs.pem")]
+    # Without -san_nodefault the names of the RA's own certificate go into the request.
+    arguments += [f"-{settings.binary.spelled[switch]}" for switch in ("san_nodefault", "batch") if switch in known]
+    subject = _subject(csr, settings)
+    if settings.binary.converts_csr() or settings.options.get("cmd") == "p10cr":
+        arguments += ["-csr", transaction.file("csr.pem")]
+    else:
+        names = list(_alternative_names(csr))
+        lost = [kind for kind, name in names if not name] + [e for e in csr.extensions if e != SUBJECT_ALT_NAME]
+        if lost:
+            transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
+        if any(name for _, name in names):
+            arguments += ["-sans", _utf8(",".join(name for _, name in names if name))]
+    if subject is not None and settings.options.get("cmd") != "p10cr":
+        arguments += ["-subject", subject]
+        if not transaction.read("subject"):
+            transaction.write("subject", subject)
+    return arguments
+
+
+def _prove_possession(csr: CSR, transaction: Transaction) -> None:
+    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit."""
+    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
+    if transaction.read("pubkey.pem"):
+        return  # a poll: it was verified before the CA was asked
+    if not transaction.read("csr.pem"):
+        transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
+    program = transaction.settings.binary.path
+    # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
+    argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
+    run = _run(argv, 10 + GRACE)
+    # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
+    verified = re.search(r"^(Certificate request self-signature )?verify OK$", run.output, re.M)
+    key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
+    if re.search("verify failure", run.output):
+        raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused")
+    if run.code != 0 or not verified or not key:
+        said = [m.text for m in _messages(run.output)]
+        hint = "" if run.killed() else _hint("cannot use the CSR")
+        raise CMPError(f"openssl cannot use the CSR: {run.killed() or _one_line('; '.join(said[:2]))}{hint}")
+    transaction.write("pubkey.pem", key.group(0))
+
+
+# --- A transaction is a directory ---------------------------------------------------------------------------
+
+
+def _way(path: str, links: int = 0) -> Iterator[str]:
+    """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
+    here = os.path.abspath(path)
+    while True:
+        yield here
+        if os.path.islink(here) and links < 40:
+            yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), links + 1)
+        if here == os.path.dirname(here):
+            return
+        here = os.path.dirname(here)
+
+
+def _directory_fault(settings: Settings) -> str:
+    """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
+    configured, name = settings.directory, _one_line(settings.directory, 100)
+    if re.search(r"[\s,\\\0]", configured):
+        return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
+    if settings.own_directory and os.path.islink(configured):
+        return f"cmp_tmp_dir {configured} is a symbolic link: set cmp_tmp_dir to a directory of your own"
+    path = os.path.realpath(configured)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)  # it will be made, if its parent lets us
+    if not os.path.isdir(path):
+        return f"cmp_tmp_dir {_one_line(path, 100)} is not a directory"
+    if not os.access(path, os.W_OK | os.X_OK):
+        user = _user()
+        return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
+    # Whoever can rename our directories, or those above, can put another public key into a request.
+    places = (place for place in _way(configured) if os.path.lexists(place))
+    return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _open_to_others(p))), "")
+
+
+def _make_directory(path: str) -> None:
+    """Like os.makedirs, but the directories in between are nobody else's either."""
+    if not os.path.isdir(path):
+        _make_directory(os.path.dirname(os.path.abspath(path)))
+        os.makedirs(path, 0o700, exist_ok=True)  # somebody may have been quicker
+        with contextlib.suppress(OSError):  # who may write into a directory need not be allowed to open it
+            _sync(os.path.dirname(os.path.abspath(path)))
+
+
+class Transaction:
+    """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs. close() deletes it, or keeps it.
+
+    csr.pem, pubkey.pem, subject, profile   the request
+    NNN.der                                 the CA's answers; the newest holds the nonce that it expects next
+    NNN.new                                 an answer as openssl saved it: the last of them may be anybody's
+    enrolling                               renamed to `waiting` when the CA's decision is still out
+    issued                                  the result of a poll, kept for a day, when all else is gone
+    lock                                    held by the process that works on it, however that ends, and its openssl
+    """
+
+    def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
+        self.settings, self.identifier, self.lock, self.logger = settings, identifier, lock, logger
+        self.path = f"{settings.directory}/{identifier}"
+        self.keep = False
+        self.started = time.monotonic()
+        self.cmp_id = ""  # CMP's transactionID, once the CA has answered
+
+    def file(self, name: str) -> str:
+        """The path of one of its files."""
+        return f"{self.path}/{name}"
+
+    def write(self, name: str, text: str, sync: bool = False) -> None:
+        """Make one of its files: whole, or not at all; with `sync` so that a power failure changes nothing of that."""
+        part = self.file(name + ".part")
+        with open(part, "wb") as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        if sync:
+            _sync(part)
+        os.replace(part, self.file(name))
+
+    def read(self, name: str) -> str:
+        """The text of one of its files, empty if there is none."""
+        if not os.path.exists(self.file(name)):
+            return ""
+        with open(self.file(name), encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def remove(self, *names: str) -> None:
+        """Delete some of its files, those that are there."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.file(name))
+
+    def remove_requests(self) -> None:
+        """Delete the saved requests: they tell how far one run of openssl has come."""
+        self.remove("scratch", *(name for name in os.listdir(self.path) if name.endswith(".req")))
+
+    def saved(self) -> list[str]:
+        """The names of the saved answers, in order, whole or not."""
+        names = (name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
+        return sorted(names, key=lambda name: (len(name), name))  # 1000 comes after 999
+
+    def asked(self, number: int) -> bool:
+        """Whether openssl has made the request for this answer, that is, has accepted the one before."""
+        request = _response(self.file(f"{number:03d}.req"))
+        return request is not None and request.body != ERROR
+
+    def answers(self) -> list[Response]:
+        """The saved answers that are whole, in order."""
+        return [response for response in (_response(self.file(name)) for name in self.saved()) if response is not None]
+
+    def answered(self) -> bool:
+        """Whether there is an answer. Takes no descriptor: there may be none left."""
+        return any(os.path.exists(self.file(name)) for name in ("001.new", "001.der"))
+
+    def wait(self) -> None:
+        """Let it wait for the CA. That is a promise, so it is on the disk before it is said."""
+        self.keep = True
+        try:
+            os.rename(self.file("enrolling"), self.file("waiting"))  # possible on a full disk too
+            for name in os.listdir(self.path):
+                _sync(self.file(name))
+            for path in (self.path, os.path.dirname(self.path)):
+                _sync(path)
+        except OSError as err:
+            what = f"{self.path} may not survive a power failure"
+            self.logger.error("CMP enrolment %s waits, but %s: %s", self.identifier, what, err.strerror)
+
+    def finish(self, bundle: str) -> None:
+        """Keep the result: acme2certifier may be killed before it has stored what poll() returned."""
+        try:
+            self.write("issued", bundle, sync=True)
+            _sync(self.path)
+        except OSError as err:
+            self.logger.warning("cannot keep the result of %s for a second poll: %s", self.identifier, err.strerror)
+
+    def close(self) -> None:
+        """Let go of the directory, and delete it unless it is to keep.
+
+        In this order: without its lock nobody can take the transaction up again, so nobody finds half of it. A poll
+        that has opened the lock before, and gets it after we let go, sees that its file is gone (`_resume`).
+        """
+        try:
+            try:
+                if not self.keep:
+                    os.remove(self.file("lock"))
+            finally:
+                _unlock(self.lock)  # also where somebody has deleted the directory: or else a descriptor is lost
+            if not self.keep:
+                _delete(self.path, but="issued")
+        except OSError as err:
+            self.logger.error("cannot delete %s: %s", self.path, err.strerror)
+
+
+def _delete(path: str, but: str = "") -> None:
+    """Delete a transaction's directory, or all in it `but` one file. Takes one descriptor: no more may be left."""
+    names = os.listdir(path)
+    try:
+        for name in names:
+            if name != but:
+                os.remove(os.path.join(path, name))
+        if but not in names:
+            os.rmdir(path)
+    except IsADirectoryError:
+        shutil.rmtree(path)
+
+
+def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
+    """A new transaction with a random identifier."""
+    for _ in range(2):  # and again when it is there: somebody may have been quicker than us
+        fault = _directory_fault(settings)
+        if fault:
+            raise CMPError(fault)
+        if os.path.isdir(settings.directory):
+            break
+        _make_directory(settings.directory)
+    _sweep(settings, logger)
+    identifier = os.urandom(16).hex()
+    path = os.path.join(settings.directory, identifier)
+    os.mkdir(path, 0o700)
+    try:
+        lock = _locked(os.path.join(path, "lock"), new=True)
+    except OSError:
+        _delete(path)
+        raise
+    return Transaction(settings, identifier, lock, logger)
+
+
+def _check_identifier(identifier: object) -> str:
+    """The identifier, before it touches a path. Raises CMPError where it is none."""
+    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
+        raise CMPError("not a transaction identifier")
+    return identifier
+
+
+def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> Transaction:
+    """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it."""
+    identifier = _check_identifier(identifier)
+    base, path = settings.directory, os.path.join(settings.directory, identifier, "lock")
+    unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
+    try:
+        lock = _locked(path)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise unknown from err
+    except BlockingIOError as err:
+        raise CMPError(f"transaction {identifier} is in progress: somebody else polls it now") from err
+    if not os.path.exists(path):  # finished between our open and our lock
+        os.close(lock)
+        raise unknown
+    return Transaction(settings, identifier, lock, logger)
+
+
+def _kept_result(settings: Settings, identifier: object) -> str:
+    """The bundle that an earlier poll has returned, empty if there is none."""
+    path = os.path.join(settings.directory, _check_identifier(identifier), "issued")
+    if os.path.islink(path) or not os.path.isfile(path):
+        return ""
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+_swept: dict[str, float] = {}
+
+
+def _sweep(settings: Settings, logger: logging.Logger) -> None:
+    """Delete what killed enrolments left (an hour old, not waiting, and nobody holds the lock), and old results."""
+    base, now = settings.directory, time.time()
+    if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
+        return
+    _swept[base] = now
+    for name in os.listdir(base):
+        path = os.path.join(base, name)
+        try:
+            age = now - os.lstat(path).st_mtime
+            if not re.fullmatch("[0-9a-f]{32}", name) or age <= ABANDONED:
+                continue
+            if os.path.exists(os.path.join(path, "issued")):
+                if age > KEPT:
+                    _delete(path)
+            elif not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
+                _delete(path)
+                logger.warning("deleted %s, left by an enrolment that was killed at its start", path)
+            elif not os.path.exists(os.path.join(path, "waiting")):
+                _sweep_enrolment(settings, name, logger)
+        except (CMPError, OSError) as err:
+            logger.debug("not swept: %s", _one_line(str(err)))
+
+
+def _sweep_enrolment(settings: Settings, name: str, logger: logging.Logger) -> None:
+    """Delete an enrolment that was killed, unless it waits.
+
+    A looks for `waiting` and sees none. B's enrolment gets the CA's "waiting", renames `enrolling` to `waiting` and
+    lets go of the lock. A gets the lock. So A has to look again: what waits under its lock goes on waiting.
+    """
+    with closing(_resume(settings, name, logger)) as transaction:
+        transaction.keep = os.path.exists(transaction.file("waiting"))
+        if not transaction.keep:
+            answers = transaction.answers()
+            text = f"CMP transaction {answers[-1].transaction}" if answers else "no answer of the CA"
+            with contextlib.suppress(CMPError):  # killed before the CSR was written
+                text = f"{_wanted(_csr(transaction.read('csr.pem')))}, {text}"
+            what = f"deleted {transaction.path}, left by an enrolment that was killed: {text}"
+            logger.warning("%s; the CA may have issued a certificate that nobody has: revoke it there", what)
+
+
+# --- The exchange with the CA, and its verdict ----------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """How an exchange ended: with the `leaf`, or waiting, or it failed; `final` is a no that the CA won't take back."""
+
+    leaf: Certificate | None = None
+    waiting: bool = False
+    text: str = ""
+    final: bool = False
+
+
+class Gate:
+    """Holds openssl back before one of its requests, so that it can be ended while nothing is in flight.
+
+    A CA that says checkAfter 0 is asked again and again without a pause. openssl writes each request to a file before
+    it sends it (-reqout): this one's "file" is a pipe that is full, so it waits there until somebody reads. If we are
+    killed, the pipe breaks, and openssl goes on until its time is up.
+    """
+
+    def __init__(self) -> None:
+        self.reader, self.writer = (_above_2(descriptor) for descriptor in os.pipe())
+        self.file = f"/dev/fd/{self.writer}"
+        for descriptor in (self.reader, self.writer):
+            os.set_blocking(descriptor, False)
+        with contextlib.suppress(BlockingIOError):  # it is full
+            while True:
+                os.write(self.writer, bytes(65536))
+        os.set_blocking(self.writer, True)
+
+    def open(self, path: str) -> None:
+        """Let it pass, and save the request."""
+        with contextlib.suppress(BlockingIOError), open(path, "ab") as file:
+            while True:
+                file.write(os.read(self.reader, 65536).lstrip(b"\0"))
+
+    def close(self) -> None:
+        """The end of it."""
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+def _usable(answers: Iterable[Response]) -> list[Response]:
+    """The answers that openssl can go on from: waiting, pollRep.., certificate, and, where the CA takes its time with
+    the confirmation, waiting, pollRep.., pkiConf. A second "waiting" is a recorded one: OpenSSL 3.5 takes it, and ends.
+    """
+    usable: list[Response] = []
+    granted = waiting = False
+    for answer in answers:
+        if answer.grants() and not granted:
+            granted, waiting = True, False
+        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
+            waiting = True
+        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
+            break
+        usable.append(answer)
+    return usable
+
+
+def _needed_again(answers: Sequence[Response]) -> list[str]:
+    """What of the answers openssl has to see again. An older pollRep has no more to say, and costs a sleep."""
+    return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
+
+
+def _number(answer: Response) -> int:
+    """The number in the name of its file."""
+    return int(os.path.basename(answer.path)[:-4])
+
+
+def _resumed_timeouts(settings: Settings, newest: Response, more_seconds: int) -> dict[str, str]:
+    """The time-outs of a run that goes on from `newest`: room for its sleep and two answers, where the sleep is short.
+
+    On a pollRep openssl sleeps min(checkAfter, -total_timeout less its margin) first. So where checkAfter is long, the
+    answers can have the margin and no more, for a poll is not to take longer than some seconds.
+    """
+    margin, answer = settings.binary.margin(), settings.seconds("msg_timeout") or MSG_TIMEOUT
+    pause = max(newest.check_after, 0) if newest.body == POLLREP else 0
+    total = pause + 2 * answer + margin if pause <= SHORT_CHECK_AFTER else 1 + margin
+    total += more_seconds
+    return {"msg_timeout": str(min(answer, total)), "total_timeout": str(total)}
+
+
+def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> Outcome:
+    """Run openssl for an enrolment: from the start, or on from the answers that are saved in `transaction`."""
+    before = _usable(transaction.answers())
+    if _disk_full(transaction.path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), transaction.path)  # the answers could not be saved
+    useless = {*transaction.saved()} - {os.path.basename(answer.path) for answer in before}
+    transaction.remove("cert.pem", *useless)
+    transaction.remove_requests()
+    run = _ask(request, transaction, before)
+    if before and run.only(TIME_IS_UP) and not transaction.asked(_next_number(before)):
+        # openssl counts whole seconds: one may have been over before it was asleep. Nothing was sent.
+        run = _ask(request, transaction, before, more_seconds=2)
+    _copy_requests(transaction, _next_number(before))
+    outcome = _verdict(run, request, key, transaction, before)
+    transaction.remove_requests()
+    expected = ["-server option|too few -rspin"] if before else []
+    expected += ["total timeout|polling failed"] if outcome.waiting and not outcome.text else []
+    _log_messages(transaction.logger, run.messages, "|".join(expected) or "$")
+    return outcome
+
+
+def _next_number(answers: Sequence[Response]) -> int:
+    """The number of the answer that follows these."""
+    return max(map(_number, answers), default=0) + 1
+
+
+def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Response], more_seconds: int = 0) -> Run:
+    """Run openssl, save each answer, and end it when it has nothing more to do than to sleep."""
+    settings, known, replay = transaction.settings, transaction.settings.binary.options, _needed_again(before)
+    number, started = _next_number(before), time.monotonic()
+    gated = number + (1 if before else 2)  # the first request that may follow a pollRep
+    overrides = _resumed_timeouts(settings, before[-1], more_seconds) if before else {}
+    total = int(overrides.get("total_timeout") or settings.seconds("total_timeout") or NO_TIMEOUT)
+    scratch, numbers = [transaction.file("scratch")] * len(replay), range(number, number + MAX_RESPONSES)
+    files, gate = [], None
+    with contextlib.ExitStack() as stack:
+        if "rspin" in known:
+            files += ["-rspout", ",".join([*scratch, *(transaction.file(f"{n:03d}.new") for n in numbers)])]
+            files += ["-rspin", ",".join(replay)] if replay else []
+        if "reqout" in known:
+            requests = [transaction.file(f"{n:03d}.req") for n in numbers]
+            if sys.platform != "win32" and os.path.exists("/dev/fd"):
+                gate = stack.enter_context(closing(Gate()))
+                requests[gated - number] = gate.file
+            files += ["-reqout", ",".join([*(path[:-4] + ".req" for path in replay), *requests])]
+
+        def asleep() -> bool:
+            """Whether openssl can do no more for us now: the CA wants to be asked later than there is time for."""
+            if not os.path.exists(transaction.file(f"{number:03d}.new")):
+                return False
+            saved = [name for name in transaction.saved() if int(name[:-4]) >= number]
+            newest = _response(transaction.file(saved[-1])) if saved else None
+            if newest is None:
+                return False
+            left = total - (time.monotonic() - started) - max(settings.seconds("msg_timeout"), settings.binary.margin())
+            in_time = 1 <= newest.check_after <= left and not before and len(saved) < MAX_RESPONSES // 2
+            if newest.body == POLLREP and not in_time:
+                return True
+            if gate and len(saved) >= gated - number:
+                gate.open(transaction.file(f"{gated:03d}.req"))
+            return False
+
+        run = _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], asleep)
+        if gate:  # what has passed it last may still be in the pipe
+            gate.open(transaction.file(f"{gated:03d}.req"))
+        return run
+
+
+def _copy_requests(transaction: Transaction, number: int) -> None:
+    """Save the requests where cmp_reqout wants them, from the one for the answer `number` on."""
+    wanted = re.split(r"[,\s]+", transaction.settings.options.get("reqout") or "")
+    for path, source in zip(wanted, range(number, number + MAX_RESPONSES)):
+        saved = transaction.file(f"{source:03d}.req")
+        try:
+            if path and os.path.exists(saved):
+                shutil.copyfile(saved, path)
+        except OSError as err:
+            transaction.logger.warning("cmp_reqout: cannot write %s: %s", path, err.strerror)
+
+
+def _verdict(
+    run: Run, request: Sequence[str], key: bytes, transaction: Transaction, before: Sequence[Response]
+) -> Outcome:
+    """What became of the enrolment. `before` are the answers that were there before this run.
+
+    Three sources, in this order of trust: the file that openssl writes as its last act; the CA's messages, read as DER;
+    openssl's text. Into that text whoever is on the way can write, so it may say "openssl did not accept this", and
+    nothing else.
+    """
+    settings = transaction.settings
+    answers = [answer for answer in transaction.answers() if answer.path not in {old.path for old in before}]
+    newest = answers[-1] if answers else None
+    leaf = next(iter(_certificates(transaction.file("cert.pem"), transaction.logger)), None)
+    if leaf:
+        return Outcome(leaf)
+    text = _failure_text(run, newest, settings)
+    if run.code == 0:
+        text = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
+    repeated = any(answer.grants() for answer in before)
+    not_taken = any(error.startswith("certificate not accepted") for error in run.errors())
+    refused = newest is not None and newest.refuses() and newest.protected
+    if run.only(AFTER_ACCEPTANCE) and (not_taken or (refused and not repeated)):
+        return Outcome(text=text, final=True)
+    log = _keep_authentic(run, request, transaction, before, answers)
+    progress = newest is not None and _number(newest) in map(_number, log)
+    if repeated and not progress and not not_taken and run.complete() and _confirmed(transaction, before):
+        issued = next(answer for answer in before if answer.grants())
+        if _certificate(issued.certificate).key == key and (newest or _asked_in_vain(run, transaction)):
+            transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
+            return Outcome(_certificate(issued.certificate))
+    undecided = progress and (run.asleep or run.only(TIME_IS_UP))
+    return Outcome(waiting=bool(log), text="" if undecided else text)
+
+
+def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
+    """Whether openssl takes the certificate in these answers: its certConf says so (RFC 4210, 5.3.18)."""
+    if "reqout" not in transaction.settings.binary.options:
+        return True  # then only its text says when it does not
+    replay, issued = _needed_again(before), next(answer.path for answer in before if answer.grants())
+    followed = [*replay, transaction.file(f"{_next_number(before):03d}.new")][replay.index(issued) + 1]
+    request = _response(followed[:-4] + ".req")
+    return request is not None and request.body == CERTCONF and request.status in GRANTED
+
+
+def _asked_in_vain(run: Run, transaction: Transaction) -> bool:
+    """Whether the CA has left a repeated certConf without an answer, for the second time. Being away does not count."""
+    if any(error.startswith("connect timeout") for error in run.errors()):
+        return False
+    again = os.path.exists(transaction.file("repeated"))
+    transaction.write("repeated", "")
+    return again
+
+
+def _keep_authentic(
+    run: Run, request: Sequence[str], transaction: Transaction, before: Sequence[Response], answers: Sequence[Response]
+) -> list[Response]:
+    """Let the transaction hold its authentic answers, on the disk, and no others; these are returned.
+
+    openssl saves an answer before it checks it. It goes on only from one that it has accepted, so all are authentic but
+    perhaps the newest. Whether that one is, no text decides: a live answer thrown away takes with it the nonce that the
+    CA expects next. openssl gets it replayed instead, and either goes on from it or does not.
+
+    Superseded pollReps stay until the newest answer is known to be authentic: if it is not, the one before it is the
+    newest again.
+    """
+    log = _usable([*before, *answers])
+    authentic: bool | None = True  # None: nobody knows, so nothing is thrown away
+    if answers and log[-1:] == list(answers[-1:]):
+        fits = _fits(log, _response(answers[-1].path[:-4] + ".req"))
+        authentic = run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, log))
+    elif log and not answers and log[-1].path.endswith(".new"):
+        # What openssl has not come to, it has not refused: the secret may be another one now, for example.
+        refused = run.complete() and transaction.asked(_number(log[-1]))
+        authentic = True if transaction.asked(_next_number(log)) else False if refused else None
+    if authentic is False:
+        log = log[:-1]
+    kept = []
+    for answer in log:
+        if answer.path.endswith(".new") and (authentic is not None or answer is not log[-1]):
+            _sync(answer.path)
+            os.replace(answer.path, answer.path[:-4] + ".der")
+            answer = answer._replace(path=answer.path[:-4] + ".der")
+        kept.append(answer)
+    if kept:
+        _sync(transaction.path)  # nothing old is deleted before the new is on the disk
+    needed = {*_needed_again(kept)} if authentic is not None else {answer.path for answer in kept}
+    transaction.remove(*(name for name in transaction.saved() if transaction.file(name) not in needed))
+    return [answer for answer in kept if answer.path in needed]
+
+
+def _fits(log: Sequence[Response], request: Response | None) -> bool:
+    """Whether the newest answer is one to its request: by the transaction, and by the nonce of that request or, as
+    RFC 9483 (4.4) has it, of the first one. A recorded answer is not. When it is replayed, openssl does not see that:
+    then it takes transaction and nonces from the answers.
+    """
+    newest, nonces = log[-1], [answer.nonces[1] for answer in log[:-1][:1]]
+    return request is None or (
+        newest.transaction == request.transaction and newest.nonces[1] in [*nonces, request.nonces[0]]
+    )
+
+
+def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequence[Response]) -> bool | None:
+    """Whether openssl accepts the newest of these answers: it gets them replayed, and no server. None: nobody knows."""
+    settings, replay = transaction.settings, _needed_again(log)
+    known = settings.binary.options
+    if not {"rspin", "reqout"} <= known.keys():
+        return None
+    files = ["-rspin", ",".join(replay)]
+    number = _number(log[-1])
+    requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
+    files += ["-reqout", ",".join(map(transaction.file, requests))]
+    for option in ("certout", "extracertsout", "cacertsout"):  # the disk may be full, which says nothing of the answer
+        files += [f"-{option}", os.devnull] if option in known else []
+    nowhere = {"server": "127.0.0.1:9", "msg_timeout": "1"}
+    nowhere.update({"no_proxy": "127.0.0.1"} if "no_proxy" in known else {})
+
+    complete = True
+    # With so little time openssl gives up on a pollRep at once, and says so. Where it says more, it has to go on.
+    for total in [1, 1 + settings.binary.margin()] if log[-1].body == POLLREP else [1]:
+        transaction.remove(*requests)
+        overrides = {**nowhere, "total_timeout": str(total)}
+        run = _openssl_cmp(transaction, request, files, overrides, asleep=lambda: transaction.asked(number + 1))
+        if run.code == 0 or transaction.asked(number + 1) or (transaction.asked(number) and run.only(TAKEN)):
+            return True
+        complete = complete and run.complete()
+    return False if complete else None
+
+
+def _due(answers: Sequence[Response]) -> bool:
+    """Whether the CA may be asked again (checkAfter, RFC 4210, 5.3.22). A clock that was set back does not count."""
+    if not answers or answers[-1].body != POLLREP or not answers[-1].path.endswith(".der"):
+        return True
+    age = time.time() - os.stat(answers[-1].path).st_mtime
+    pause = answers[-1].check_after
+    return not 0 <= age < (max(pause, 1) if 0 <= pause < 1 << 63 else 0)
+
+
+NO_OVERRIDES: Mapping[str, str | None] = types.MappingProxyType({})
+
+
+def _command(
+    settings: Settings, arguments: Sequence[str], overrides: Mapping[str, str | None] = NO_OVERRIDES
+) -> list[str]:
+    """The openssl command line: the configured options in their order, then what belongs to this request."""
+    argv = [settings.binary.path, "cmp"]
+    for option, value in {**settings.options, **overrides}.items():
+        if option == "subject" or (option == "popo" and settings.options.get("cmd") == "p10cr"):
+            continue  # decided for each request; no part of a p10cr
+        name = settings.binary.spelled.get(option, option)
+        argv += [f"-{name}"] if value is None else [f"-{name}", value]
+    return [*argv, *arguments]
+
+
+def _openssl_cmp(
+    transaction: Transaction,
+    request: Sequence[str],
+    files: Sequence[str] = (),
+    overrides: Mapping[str, str | None] = NO_OVERRIDES,
+    keep: Sequence[int] = (),
+    asleep: Callable[[], bool] = lambda: False,
+) -> Run:
+    """One run of `openssl cmp`, logged without the many names of `files` for answers."""
+    settings, command = transaction.settings, _command(transaction.settings, request, overrides)
+    if transaction.logger.isEnabledFor(logging.DEBUG):  # it holds no secret: those are in the environment
+        transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
+    limit = int(overrides["total_timeout"] or 0) + GRACE if "total_timeout" in overrides else settings.limit()
+    run = _run([*command, *files], limit, settings.secrets, [transaction.lock, *keep], asleep)
+    answers = transaction.answers()
+    if answers:
+        transaction.cmp_id = answers[-1].transaction
+    words = [word for answer in answers for word in answer.printed()]
+    return run._replace(messages=_messages(run.output, settings.secrets.values(), words), words=words)
+
+
+# --- What the CA said: its saved messages, read as DER --------------------------------------------------------
+
+
+class Response(NamedTuple):
+    """A message that openssl has saved (RFC 4210, 5.1 to 5.3): what it says, not whether it is the CA's."""
+
+    path: str
+    body: int
+    transaction: str = ""  # transactionID, in hexadecimal
+    nonces: tuple[bytes, bytes] = (b"", b"")  # senderNonce and recipNonce
+    protected: bool = False
+    mac: bool = False  # protected with a shared secret: nobody else can make that
+    status: int | None = None
+    failures: tuple[str, ...] = ()  # the bits of failInfo
+    texts: tuple[str, ...] = ()  # statusString, or the reason of a pollRep
+    error_code: int | None = None
+    details: tuple[str, ...] = ()
+    check_after: int = 0
+    certificate: bytes = b""
+
+    def waits(self) -> bool:
+        """Whether the CA has not decided yet (ip, cp, kup or error, with the status waiting)."""
+        return self.body in (IP, CP, KUP, ERROR) and self.status == WAITING
+
+    def grants(self) -> bool:
+        """Whether it brings a certificate."""
+        return self.body in (IP, CP, KUP) and self.status in GOOD and bool(self.certificate)
+
+    def refuses(self) -> bool:
+        """Whether it is the end without a certificate, or of a revocation without success."""
+        if self.body == RP:
+            return self.status not in (*GOOD, WAITING)
+        return self.body in (IP, CP, KUP, ERROR) and not self.waits() and not self.grants()
+
+    def printed(self) -> list[str]:
+        """Its texts, as they are in openssl's output."""
+        texts = [*self.texts, ", ".join(self.details)]
+        return [text.partition("\0")[0].replace("\r\n", "\n") for text in texts if text]
+
+    def words(self, secrets: Collection[str]) -> str:
+        """What it says, for people: `badCertTemplate, 'unknown extension'`."""
+        said = [", ".join(self.failures) or ("waiting" if self.status == WAITING else "rejection")]
+        said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
+        said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
+        said += [f"'{_foreign(', '.join(self.details), secrets)}'"] if self.details else []
+        return ", ".join(said)
+
+
+def _response(path: str) -> Response | None:
+    """Read a saved message; None where it is not a whole one."""
+    try:
+        with open(path, "rb") as file:
+            header, body, *rest = _sequence(file.read(MAX_DER))
+        fields = {field.tag: field.value for field in _elements(header.value)}
+        identifier, *nonces = (next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6))
+        mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
+    except (CMPError, LookupError, ValueError, StopIteration, FileNotFoundError):
+        return None
+    protected, name = any(field.tag == 0xA0 for field in rest), _one_line(identifier.hex(), 64)
+    response = Response(path, body.tag & 0x1F, name, (nonces[0], nonces[1]), protected, protected and mac)
+    try:
+        return response._replace(**_body(response.body, body.value))
+    except (CMPError, LookupError, ValueError, StopIteration):
+        return response  # a body that nobody can read says nothing
+
+
+def _body(kind: int, value: bytes) -> dict[str, Any]:
+    """What a PKIBody says, as fields of a Response. Raises an error of DER where it is malformed."""
+    if kind == POLLREP:  # PollRepContent, 5.3.22
+        _, check_after, *reason = _elements(_sequence(value)[0].value)
+        return {"check_after": _integer(check_after), "texts": _free_text(reason)}
+    if kind == RP:  # RevRepContent, 5.3.10
+        return _status_info(next(_elements(_sequence(value)[0].value)))
+    if kind == ERROR:  # ErrorMsgContent, 5.3.21
+        status, *more = _sequence(value)
+        codes = [_integer(field) for field in more if field.tag == 0x02]
+        details = _free_text([field for field in more if field.tag == 0x30])
+        return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
+    if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
+        _, _, *info = _elements(_sequence(value)[0].value)
+        return _status_info(info[0]) if info else {"status": 0}
+    if kind in (IP, CP, KUP):  # CertRepMessage, 5.3.4: caPubs may come first
+        responses = [field for field in _sequence(value) if field.tag == 0x30]
+        _, status, *pair = _elements(next(_elements(responses[0].value)).value)
+        certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
+        return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
+    return {}
+
+
+def _status_info(info: Element) -> dict[str, Any]:
+    """PKIStatusInfo, 5.2.3."""
+    status, *more = _elements(info.value)
+    bits = next((field.value for field in more if field.tag == 0x03), b"")
+    numbers = [8 * i + bit for i, octet in enumerate(bits[1:5]) for bit in range(8) if octet & 0x80 >> bit]
+    failures = tuple(FAILURES[number] for number in numbers if number < len(FAILURES))
+    texts = _free_text([field for field in more if field.tag == 0x30])
+    return {"status": _integer(status), "failures": failures, "texts": texts}
+
+
+def _integer(element: Element) -> int:
+    """An INTEGER."""
+    return int.from_bytes(element.value, "big", signed=True)
+
+
+def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
+    """PKIFreeText, 5.1.1."""
+    return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
+
+
+MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
+
+
+# Lines that openssl prints only after it has accepted the newest message.
+ACCEPTED = (
+    r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
+    '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
+    "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses|Did not receive resp"
+)
+# Lines about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
+NOT_TAKEN = (
+    "failed to validate newly enrolled|rejecting newly enrolled|certificate not accepted|different key types"
+    "|key type mismatch|key values mismatch|certificate verification failed"
+)
+AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED}|{NOT_TAKEN}", re.I)
+# Lines that say no more than that the time is up while the CA lets us wait.
+TIME_IS_UP = re.compile("total timeout", re.I)
+# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
+TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
+# What an HTTP server may write is not searched for hints, or they would be its choice.
+HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
+
+
+def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
+    """Why it failed, on one line, with a hint: in the CA's own words, where openssl has accepted these."""
+    server, secrets = settings.server, settings.secrets.values()
+    if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
+        verb = "answered" if newest.status == WAITING else "rejected the request:"
+        failures = " ".join(newest.failures) or f"PKIStatus: {'waiting' if newest.status == WAITING else 'rejection'}"
+        # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
+        told = failures == "signerNotTrusted" and (newest.details or newest.error_code is not None)
+        return f"CMP server {server} {verb} {newest.words(secrets)}" + ("" if told else _hint(failures))
+    unverified = f"; an unverified answer says: {newest.words(secrets)}" if newest and newest.refuses() else ""
+    if run.killed() and not run.asleep:
+        return f"{run.killed()} (CMP server {server}){unverified}"
+    # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
+    errors = [error for error in run.errors() if not unverified or not re.match(ACCEPTED, error)]
+    searched = " ".join(HTTP_WORDS.sub("", error) for error in errors)
+    if not run.errors() or run.errors()[0].lower().startswith(
+        "cannot set up cmp context"
+    ):  # no server has written anything
+        telling = re.compile(
+            "(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I
+        )
+        errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
+        searched = " ".join(m.text for m in run.messages)
+    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
+        usable = newest is not None and 0 <= newest.check_after < 1 << 63
+        errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
+        searched = errors[0]
+    said = _one_line("; ".join(errors[:4])) or "openssl gave no reason"
+    return f"CMP with {server} failed: {said}{unverified}" + _hint(searched)
+
+
+class Binary(NamedTuple):
+    """What an openssl program can do: `options` tells of each option of its `cmp` whether it takes a value."""
+
+    path: str
+    version: str
+    options: dict[str, bool]
+    spelled: dict[str, str]  # option -> how this program writes it
+    fault: str = ""  # why it cannot serve an RA
+
+    def margin(self) -> int:
+        """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
+        number = re.match(r"OpenSSL (\d+)\.(\d+)", self.version)
+        return 2 if number is not None and (int(number.group(1)), int(number.group(2))) >= (3, 3) else 5
+
+    def converts_csr(self) -> bool:
+        """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
+        number = re.match(r"OpenSSL (\d+)\.\d+\.\d+(-(?:alpha|beta|dev|pre))?", self.version)
+        return number is not None and int(number.group(1)) >= 3 and not number.group(2)
+
+
+NO_BINARY = Binary("", "", {}, {})
+_binaries: dict[tuple[str, int, int], Binary] = {}  # asked once per process, and again when the file changes
+
+
+def _binary(name: str) -> Binary:
+    """Ask an openssl program for its version and the options of its `cmp`. Raises CMPError if it has none."""
+    path = shutil.which(name)
+    if path is None:
+        raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
+    if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
+        # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
+        raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
+    info = os.stat(path)
+    key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
+    if key not in _binaries:
+        run = _run([path, "cmp", "-help"])
+        # " -name val   description": a value's type stands one blank behind the name, a description two or more.
+        found = re.findall(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", run.output, re.M)
+        spelled = {_option_name(option): option for option, _ in found}
+        options = {_option_name(option): bool(value) for option, value in found}
+        version = _run([path, "version"]).output.partition("(")[0]
+        fault = "" if options.keys() >= {"cmd", "server"} else _no_cmp(run)
+        if re.search(r"^ -newkey \S+ +Private key", run.output, re.M):
+            fault = (
+                "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
+            )
+        asked = Binary(path, _one_line(version, 60), options, spelled, fault)
+        if not asked.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
+            options.pop("rspin", None)
+        _binaries[key] = asked
+    binary = _binaries[key]
+    if binary.fault:
+        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
+    return binary
+
+
+def _no_cmp(run: Run) -> str:
+    """Why `openssl cmp -help` shows no options: too old, or it cannot start (a broken openssl.cnf, a library)."""
+    said = run.killed() or _one_line("; ".join(m.text for m in _messages(run.output) if m.level != "info"))
+    if run.code == 0 or not said or re.search("invalid command", said, re.I):
+        return "has no cmp command: install OpenSSL 3"
+    return f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
+
+
+# --- The chain ----------------------------------------------------------------------------------------------
+
+
+def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
+    """The certificates in a PEM or DER file; what is none is passed over."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, "rb") as file:
+        data = file.read()
+    pem = r"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
+    blocks = re.findall(pem.encode(), data) or [data]
+    found = []
+    for block in blocks:
+        try:
+            der = block if block is data else binascii.a2b_base64(block)
+            found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
+        except (CMPError, binascii.Error, StopIteration) as err:
+            logger.debug("%s: %s", path, err)
+    return found
+
+
+_stored: dict[tuple[str, int, int], list[Certificate]] = {}
+
+
+def _configured_certificates(path: str, transaction: Transaction) -> list[Certificate]:
+    """The certificates in a file that the configuration names. PKCS #12 is openssl's to open."""
+    found = _certificates(path, transaction.logger)
+    if found or not os.path.isfile(path):
+        return found
+    info, settings = os.stat(path), transaction.settings
+    mark = (path, info.st_mtime_ns, info.st_size)
+    if mark not in _stored:
+        source = settings.options.get("otherpass")
+        argv = [settings.binary.path, "storeutl", "-certs", *(["-passin", source] if source else []), path]
+        run = _run(argv, secrets=settings.secrets)
+        if run.killed():
+            raise CMPError(run.killed())
+        transaction.write("stored.pem", run.output)
+        _stored[mark] = _certificates(transaction.file("stored.pem"), transaction.logger)
+        if not _stored[mark]:
+            what = _one_line(path, 100)
+            transaction.logger.warning("%s holds no certificate that can be read: make it PEM", what)
+    return _stored[mark]
+
+
+class Pool(NamedTuple):
+    """Where issuers are found."""
+
+    anchors: list[Certificate]  # what the configuration trusts
+    named: list[Certificate]  # what it names at all, and caPubs
+    sent: list[Certificate]  # extraCerts, which nothing protects (RFC 4210, 5.1)
+
+
+def _pool(transaction: Transaction) -> Pool:
+    """Read the certificates that the configuration names, and those of the answer."""
+    options, logger = transaction.settings.options, transaction.logger
+    files = {o: _file_list(o, options.get(o) or "") for o in ("untrusted", "trusted", "out_trusted")}
+    found = {o: [c for name in files[o] for c in _configured_certificates(name, transaction)] for o in files}
+    anchors = found["trusted"] + found["out_trusted"]
+    capubs = _certificates(transaction.file("capubs.pem"), logger)
+    sent = _certificates(transaction.file("extracerts.pem"), logger)
+    if not sent:  # openssl forgets them when the CA delays its answer to the confirmation
+        sent = [cert for answer in transaction.answers() for cert in _message_certificates(answer.path, logger)]
+    return Pool(anchors, [*found["untrusted"], *anchors, *capubs], sent)
+
+
+def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate]:
+    """extraCerts and caPubs of a saved response (RFC 4210, 5.1 and 5.3.4)."""
+    found = []
+    try:
+        with open(path, "rb") as file:
+            _, body, *rest = _sequence(file.read(MAX_DER))
+        capubs = _sequence(body.value)[:1] if body.tag & 0x1F in (IP, CP) else []
+        for field in [*rest, *capubs]:
+            if field.tag == 0xA1:
+                found += [_certificate(element.raw) for element in _sequence(field.value)]
+    except (CMPError, ValueError) as err:
+        logger.debug("%s: %s", path, err)
+    return found
+
+
+def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
+    """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
+    named = below.authority_issuer
+    return (
+        _name_key(issuer.subject) == _name_key(below.issuer)
+        and (not below.authority_key or issuer.subject_key in (b"", below.authority_key))
+        and below.authority_serial in ("", issuer.serial)
+        and (named is None or _name_key(named) == _name_key(issuer.issuer))
+    )
+
+
+def _key_bits(certificate: Certificate) -> bytes:
+    """The subjectPublicKey."""
+    return _sequence(certificate.key)[1].value[1:]
+
+
+# Links that openssl has verified in this process: (what was signed, the issuer's certificate).
+_links: set[tuple[bytes, bytes]] = set()
+
+
+class Links:
+    """Which certificate has signed which: openssl's answers, each asked for once, and of those only so many."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction, self.left, self.passed_over = transaction, MAX_LINKS, ""
+
+    def verified(self, below: Certificate, issuer: Certificate, mark: bytes, protected: bool) -> bool:
+        """Whether `issuer` has signed `below`; a yes is remembered as one for `mark`."""
+        if (mark, issuer.der) in _links:
+            return True
+        if self.left <= 0:
+            return False
+        self.left -= 1
+        logger, name = self.transaction.logger, _name_text(issuer.subject)
+        try:
+            run = self._ask(below, issuer)
+        except (CMPError, OSError) as err:  # no process, no descriptor, no room: the certificate is served all the same
+            self.left = 0
+            logger.warning("cannot verify the chain now: %s", _one_line(str(err)))
+            return False
+        if run.code == 0:
+            if len(_links) > 1000:
+                _links.clear()
+            _links.add((mark, issuer.der))
+            return True
+        fault = re.search(r"lookup: *(.*)", run.output)
+        why = _one_line(fault.group(1) if fault else run.output)
+        if protected:
+            self.passed_over = f" ({name}, which is there, is another: {why})"
+        else:
+            self.left -= FALSE_LINK - 1
+            logger.warning("passed over a false certificate in extraCerts: %s (%s)", name, why)
+        return False
+
+    def _ask(self, below: Certificate, issuer: Certificate) -> Run:
+        """Run `openssl verify` for one link. Raises CMPError where it gives no answer."""
+        write, file = self.transaction.write, self.transaction.file
+        write("issuer.pem", _pem(issuer.der))
+        write("subject.pem", _pem(below.der))
+        argv = [self.transaction.settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
+        argv += ["-check_ss_sig"] if below is issuer else []  # or else it just finds it among the trusted ones
+        run = _run([*argv, "-trusted", file("issuer.pem"), file("subject.pem")])
+        if run.killed():
+            raise CMPError(run.killed())
+        return run
+
+
+class Path(NamedTuple):
+    """A way from the leaf upwards, and how good it is."""
+
+    certificates: list[Certificate]
+    rank: tuple[bool, bool, int]
+
+
+class PathFinder:
+    """Finds the chain of a certificate among those of a pool."""
+
+    def __init__(self, pool: Pool, links: Links) -> None:
+        self.pool, self.links, self.steps = pool, links, MAX_STEPS
+        self.protected = {certificate.der for certificate in pool.named}
+        self.anchors = {certificate.der for certificate in pool.anchors}
+        self.anchor_keys = {(_name_key(a.subject), a.key) for a in pool.anchors}
+        self.named_keys = {(_name_key(c.subject), c.key) for c in pool.named}
+
+    def best(self, path: list[Certificate]) -> Path:
+        """The best way on from the end of `path`: it is at the end itself where that is self-signed."""
+        ends = self.self_signed(path)
+        key, best = b"", Path([], (False, False, -1))
+        self.steps -= 1
+        for issuer, mark in [] if ends or len(path) == MAX_CHAIN or self.steps < 0 else self.candidates(path):
+            # Where one key has signed, no other has.
+            if key in (b"", issuer.key) and self.links.verified(path[-1], issuer, mark, issuer.der in self.protected):
+                key, found = issuer.key, self.best([*path, issuer])
+                best = found if found.rank > best.rank else best
+            if best.rank == (True, True, 2):
+                break
+        return best if best.certificates else Path(path, self.rank(path, ends))
+
+    def rank(self, path: list[Certificate], ends: bool) -> tuple[bool, bool, int]:
+        """What to prefer a path for: it ends at something protected, all is valid now, it ends at a trust anchor."""
+        # In this order, for else the cross-certificate of a stranger would do better than an issuer that has expired.
+        end, trust = (_name_key(path[-1].subject), path[-1].key), 0
+        if self.anchors & {certificate.der for certificate in path} or (ends and end in self.anchor_keys):
+            trust = 2  # also by a renewed certificate of the anchor, which has its name and key
+        elif ends and end in self.named_keys:
+            trust = 1
+        return trust > 0, all(certificate.valid() for certificate in path[1:]), trust
+
+    def self_signed(self, path: list[Certificate]) -> bool:
+        """Whether the last one has signed itself: a CA below one of its own name has not, whatever it is called."""
+        last = path[-1]
+        if not _names_as_issuer(last, last):
+            return False
+        if last.authority_key and last.subject_key:
+            return True
+        return self.links.verified(last, last, last.der, True)
+
+    def candidates(self, path: list[Certificate]) -> list[tuple[Certificate, bytes]]:
+        """Who may have issued the last one, in the order to try them, and what to remember the link by."""
+        last, trodden = path[-1], {(_name_key(c.subject), c.key) for c in path}
+        pool = {c.der: c for c in [*self.pool.named, *self.pool.sent] if _names_as_issuer(last, c)}
+        found = [c for c in pool.values() if (_name_key(c.subject), c.key) not in trodden]
+        if len(found) > 1:
+            # Stable: the configuration stays before caPubs, and these before extraCerts.
+            found.sort(key=lambda c: (not c.valid(), c.der not in self.protected, not _named_by_hash(last, c)))
+        # Authorities are the same again and again, a leaf hardly ever is. So its link is remembered by what it says of
+        # its issuer's key, but only as long as no other key claims to be that one.
+        sure = len(path) == 1 and last.authority_key and len({c.key for c in found}) == 1
+        mark = last.algorithm + last.authority_key if sure else last.der
+        return [(issuer, mark if issuer.subject_key else last.der) for issuer in found]
+
+
+def _named_by_hash(below: Certificate, issuer: Certificate) -> bool:
+    """Whether `below` names the issuer's key by its hash (RFC 5280, 4.2.1.2): nobody can make another of that name."""
+    import hashlib  # only where several claim to be the issuer
+
+    try:
+        return hashlib.sha1(_key_bits(issuer), usedforsecurity=False).digest() == below.authority_key
+    except (CMPError, IndexError):
+        return False
+
+
+def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
+    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
+
+    Whatever goes wrong here does not cost the certificate: what is verified is served, and the log says what is not.
+    """
+    warn = transaction.logger.warning
+    try:
+        pool = _pool(transaction)
+        links = Links(transaction)
+        finder = PathFinder(pool, links)
+        path = finder.best([leaf])
+        ends = finder.self_signed(path.certificates)
+    except (CMPError, OSError) as err:
+        warn("cannot look for the chain now: %s", _one_line(str(err)))
+        return [leaf]
+    chain = path.certificates
+    top, missing = _name_text(chain[-1].subject), _name_text(chain[-1].issuer)
+    roots = any(_names_as_issuer(named, named) for named in pool.named)
+    if len(chain) == 1 and not ends:
+        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted%s", links.passed_over)
+    elif len(chain) == MAX_CHAIN and not ends:
+        warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
+    elif not ends and path.rank[2] < 2 and (roots or finder.candidates(chain)):  # else the root is left out on purpose
+        what = f"name its issuer, {missing}, in cmp_untrusted{links.passed_over}"
+        warn("the bundle ends with %s, below its root: %s", top, what)
+    for authority in chain[1:]:
+        if not authority.valid():
+            name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"
+            warn("the bundle holds %s, valid only from %s: name its renewed certificate in cmp_untrusted", name, limits)
+    return chain
+
+
+# --- The certificate against its CSR ------------------------------------------------------------------------
+
+
+def _general_names(extensions: Mapping[str, bytes]) -> set[str]:
+    """The subjectAltNames (RFC 5280, 4.2.1.6) in small letters, such as `DNS:www.example` and `IP:10.0.0.1`."""
+    names = set()
+    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
+        kind = {0x81: "email", 0x82: "DNS", 0x86: "URI", 0x87: "IP"}.get(name.tag, f"[{name.tag & 0x1F}]")
+        text = name.value.decode("ascii", "backslashreplace").lower() if name.tag in (0x81, 0x82, 0x86) else ""
+        if name.tag == 0x87 and len(name.value) in (4, 16):
+            import ipaddress  # not every certificate has one
+
+            text = str(ipaddress.ip_address(name.value))
+        names.add(f"{kind}:{text or name.value.hex()}")
+    return names
+
+
+def _common_names(subject: Name) -> set[str]:
+    """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
+    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == "2.5.4.3"}
+    return {text for text in texts if re.fullmatch(r"[^\s.@]+(\.[^\s.@]+)+|[0-9a-f]*:[0-9a-f:.]+", text)}
+
+
+def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
+    """Whether it is a CA's: cA in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3)."""
+    flag = _sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\x00"))[:1]
+    usage = next(_elements(extensions.get(KEY_USAGE, b"\x03\x01\x00"))).value
+    return any(e.tag == 0x01 and any(e.value) for e in flag) or bool(usage[1:2] and usage[1] & 0x04)
+
+
+def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
+    """What the CA has made of a request that nobody has asked for, or an empty string. `subject` is cmp_subject."""
+    try:
+        asked, got = _general_names(csr.extensions), _general_names(leaf.extensions)
+        authority = _signs_certificates(leaf.extensions)
+        keys = [_sequence(key)[1].value for key in (_csr_key(csr), leaf.key)]
+    except (CMPError, IndexError, StopIteration) as err:
+        return f"it cannot be compared with the CSR: {err}"
+    # A CA may repeat what the subject says as a subjectAltName, and the other way round.
+    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn} | {""}
+    said |= set(re.findall(r"=([^/=+]*)", subject.lower()))
+    values = {name.partition(":")[2] for name in asked}
+    names = _common_names(leaf.subject)
+    missing = sorted(asked - got) or sorted(
+        _common_names(csr.subject) - {name.partition(":")[2] for name in got} - names if not asked else ()
+    )
+    added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
+    added += sorted(f"CN={name}" for name in names - values - said)
+    shorter = min(map(len, keys))  # an EC point may be compressed: the first octet then says how, the others are x
+    found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("added", added)) if names]
+    found += ["another key"] * (keys[0][2:shorter] != keys[1][2:shorter]) + ["a CA certificate"] * authority
+    return _one_line("; ".join(found), 2 * MAX_TEXT)
+
+
+def _csr_key(csr: CSR) -> bytes:
+    """The subjectPublicKeyInfo of a CSR (RFC 2986, 4.1)."""
+    return _sequence(_sequence(csr.der)[0].raw)[2].raw
+
+
+# --- Running openssl ----------------------------------------------------------------------------------------
+
+
+LOST = 256  # no exit code
+# cmpossl of 2019 has its levels in capitals.
+MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
+QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
+
+NOT_ACCEPTED = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
+
+
+class Message(NamedTuple):
+    """One message of openssl, on one line."""
+
+    level: str
+    text: str
+
+
+class Run(NamedTuple):
+    """How a program ended. `code` is None where it was killed because its time was up, LOST where nobody knows."""
+
+    code: int | None
+    output: str
+    messages: Sequence[Message] = ()  # openssl cmp's
+    cut: bool = False  # it said more than is kept
+    asleep: bool = False  # ended by us while it slept: nothing was in flight
+    words: Sequence[str] = ()  # texts in the saved answers
+
+    def errors(self) -> list[str]:
+        """The texts of openssl's error messages, each once."""
+        return list(dict.fromkeys(m.text for m in self.messages if m.level in ("fatal", "alert", "critical", "error")))
+
+    def complete(self) -> bool:
+        """Whether it ended by itself, and all that it said is here: only then a missing line tells anything."""
+        return self.code is not None and 0 <= self.code < LOST and not self.cut and not self.asleep
+
+    def only(self, lines: re.Pattern[str]) -> bool:
+        """Whether it has said why it failed, and every line of that is one of these.
+
+        Who is on the way to the CA can add lines (by the names in his certificate, by HTTP headers), but cannot take
+        one away. The CA's own text may hold line breaks, too. It is put on one line, but only where openssl prints it
+        (in quotes, or at the end of a line), and not if it holds openssl's words for an answer that is not accepted:
+        else he would send a text that makes these lines disappear.
+        """
+        output = self.output
+        for text in self.words:
+            if not NOT_ACCEPTED.search(text):
+                for before, after in (('"', '"'), ("errorDetails: ", "\n")):
+                    output = output.replace(before + text + after, before + " ".join(text.split()) + after)
+        run = self._replace(messages=_messages(output))
+        errors = [error for error in run.errors() if not error.startswith("polling failed")]  # with each of them
+        sender = any("does not match expected sender" in message.text for message in run.messages)  # no error in 3.0
+        return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
+
+    def killed(self) -> str:
+        """How it was killed, or an empty string."""
+        if self.code is None:
+            return "openssl did not end in time and was killed"
+        if self.code == LOST:
+            return "nobody knows how openssl ended: something in this process waits for the children of others"
+        return f"openssl was killed by signal {-self.code}" if self.code < 0 else ""
+
+
+def _run(
+    argv: Sequence[str],
+    limit: float = 10,
+    secrets: Mapping[str, str] | None = None,
+    keep: Sequence[int] = (),
+    asleep: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Run a program and collect what it says; kill it, with all that it started, after `limit` seconds.
+
+    `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked whenever the
+    program has said something, and from time to time: where it says yes, the program is ended as well.
+    """
+    if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use a server that does not")
+    try:
+        child = _start(argv, secrets or {}, keep)
+    except (OSError, ValueError) as err:
+        raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
+    output, cut, ended, deadline = b"", False, False, time.monotonic() + limit
+    with child.output as pipe:
+        try:
+            # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
+            while not ended and time.monotonic() < deadline:
+                if _readable(pipe, min(max(0, deadline - time.monotonic()), TICK)):
+                    chunk = os.read(pipe.fileno(), 65536)
+                    if not chunk:
+                        break
+                    cut = cut or len(output) + len(chunk) > MAX_OUTPUT
+                    output = (output + chunk)[:MAX_OUTPUT]
+                ended = asleep()
+            tries = 0
+            while not ended and _exit_code(child.process) is None and time.monotonic() < deadline:
+                tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
+                time.sleep(0 if tries < 100 else 0.01)
+        finally:
+            code = _exit_code(child.process)
+            _kill(child)
+    text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
+    return Run(code, text, cut=cut, asleep=ended and code is None)
+
+
+def _messages(output: str, secrets: Collection[str] = (), words: Collection[str] = ()) -> list[Message]:
+    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
+
+    `words` are texts from the saved answers, which openssl prints as they are: in the log they are on one line.
+    """
+    for text in words:
+        output = output.replace(text, " ".join(text.split())) if text.strip() else output
+    messages: list[Message] = []
+    for line in output.split("\n"):
+        match = MESSAGE.match(line)
+        level, text = (match.group(1).lower(), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
+        # The CA knows the shared secret and could send it back, so it is masked where the text is not openssl's own.
+        own, mark, other = text.partition(":") if match else ("", "", text)
+        if text.strip():
+            messages.append(Message(level, _one_line(own) + mark + _foreign(other, secrets, 2 * MAX_TEXT)))
+    return messages
+
+
+def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
+    """Somebody else's text for a log line or an error: secrets masked, on one line, and only then cut."""
+    return _one_line(_hide(text, secrets), limit)
+
+
+# OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
+ONE_WAY_TLS = "-tls_used given without -tls_key;"
+
+
+def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str) -> None:
+    """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
+    levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
+    if len(messages) > MAX_MESSAGES:  # a stranger's certificate may hold any number of lines
+        logger.warning("openssl cmp: %s of its %s messages left out", len(messages) - MAX_MESSAGES, len(messages))
+    for level, text in [*messages[: MAX_MESSAGES // 2], *messages[MAX_MESSAGES // 2 :][-MAX_MESSAGES // 2 :]]:
+        lowest = level in ("debug", "trace") or text.startswith(ONE_WAY_TLS) or re.match(expected, text, re.I)
+        logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
+
+
+def _hint(searched: str) -> str:
+    """The first hint that fits, in brackets, or an empty string."""
+    return next((f" ({hint})" for words, hint in HINTS if re.search(words, searched, re.I)), "")
+
 
 # --- Errors -------------------------------------------------------------------------------------------------
 
@@ -662,7 +3390,9 @@ def _decode(argument: object, label: str) -> bytes:
         raise CMPError("it is empty")
     if len(text) > MAX_DER * 4 // 3 + MAX_DER // 32:  # in base64, with line breaks
         raise CMPError(f"it is larger than {MAX_DER} bytes")
-    if text.lstrip().startswith("-----BEGIN"):  # not anywhere: base64url may spell it, for the host to read otherwise
+    if text.lstrip().startswith(
+        "-----BEGIN"
+    ):  # not anywhere: base64url may spell it, and acme2certifier would read it otherwise
         match = re.search(rf"-----BEGIN {label}-----([^-]*)-----END", text)
         if not match:
             raise CMPError("it is PEM of another kind")
@@ -676,2728 +3406,6 @@ def _decode(argument: object, label: str) -> bytes:
         raise CMPError("it is not base64, or cut short") from err
     _sequence(der)
     return der
-
-
-# --- The host: acme2certifier, old or new, or none ----------------------------------------------------------
-
-HELPERS = ("acme2certifier.acme_srv.helper", "acme_srv.helper")  # since 0.45; up to 0.44
-
-
-def _host_helper() -> types.ModuleType | None:
-    """The host's helper module: the one that runs this process, else one that can be imported, else None."""
-    # import_module, for another thread may be in the middle of importing what sys.modules has.
-    for name in sorted(HELPERS, key=lambda name: name not in sys.modules):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue  # not this host; without any, the configuration file is read below
-    return None
-
-
-def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
-    """The host's configuration, a configparser object. Raises CMPError with what is wrong with the file."""
-    path = os.environ.get("ACME_SRV_CONFIGFILE")
-    if helper is None:
-        if not path:
-            raise CMPError("no configuration: ACME_SRV_CONFIGFILE names no file and acme2certifier is not installed")
-        return _read_ini(path)
-    try:  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
-        return helper.load_config(logger, "CAhandler")
-    except Exception as err:
-        if path and _is_ini(path):
-            _read_ini(path)  # says what is wrong: the helper says that it is no YAML either
-        mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
-        if mark:  # YAML's message shows the line, or a word of it, which may be a secret
-            what = f"line {mark.line + 1}: " + (what if "duplicate" in what else re.sub("'[^']*'", "'...'", what))
-        raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
-
-
-def _check_yaml(path: str, section: Mapping[str, str]) -> None:
-    """Raise CMPError where YAML has made another number of a value: 0123 is 83 there, and 12:34 is 754."""
-    if not path.endswith((".yaml", ".yml")):
-        return
-    with open(path, encoding="utf-8-sig") as file:
-        written = re.findall(r"^\s+(cmp_\w+):[ \t]+([-+.\d][^\s#]*)[ \t]*(?:#.*)?$", file.read(), re.M)
-    values = {key: {value for name, value in written if name == key} for key, _ in written}
-    changed = [key for key in values.keys() & section.keys() if section[key] not in values[key]]
-    changed = sorted(key for key in changed if re.fullmatch(r"[-+.\de]+", section[key]))
-    if changed:
-        raise CMPError(f"{', '.join(changed)}: YAML has made another number of that: write it in quotes")
-
-
-def _is_ini(path: str) -> bool:
-    """Whether the first line that says something begins a section, as acme2certifier tells INI and YAML apart."""
-    with open(path, encoding="latin-1") as file:
-        first = next((line for line in map(str.strip, file) if line and line[0] not in "#;"), "")
-    return first.lstrip("\xef\xbb\xbf").startswith("[")
-
-
-def _read_ini(path: str) -> Any:
-    """The INI file as a configparser object. Raises CMPError with what is wrong with it."""
-    import configparser  # only without a host
-
-    config = configparser.ConfigParser(interpolation=None)
-    config.optionxform = str  # type: ignore[assignment,method-assign]  # keep the case
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            config.read_file(file)
-    except configparser.MissingSectionHeaderError as err:  # it prints the line, which may hold a secret
-        raise CMPError(f"cannot read {path}: no [section] before line {err.lineno}") from None
-    except configparser.ParsingError as err:  # so does this one
-        lines = ", ".join(str(number) for number, _ in err.errors)
-        raise CMPError(f"cannot read {path}: no key and value in line {lines}") from None
-    except (OSError, ValueError, configparser.Error) as err:
-        what = "; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else ""
-        raise CMPError(f"cannot read {path}: {_one_line(str(err))}{what}") from err
-    return config
-
-
-# --- Running openssl ----------------------------------------------------------------------------------------
-
-
-LOST = 256  # no exit code
-# cmpossl of 2019 has its levels in capitals.
-MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
-QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
-
-NOT_ACCEPTED = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
-
-
-class Message(NamedTuple):
-    """One message of openssl, on one line."""
-
-    level: str
-    text: str
-
-
-class Run(NamedTuple):
-    """How a program ended. `code` is None where it was killed because its time was up, LOST where nobody knows."""
-
-    code: int | None
-    output: str
-    messages: Sequence[Message] = ()  # openssl cmp's
-    cut: bool = False  # it said more than is kept
-    asleep: bool = False  # ended by us while it slept: nothing was in flight
-    words: Sequence[str] = ()  # texts in the saved answers
-
-    def errors(self) -> list[str]:
-        """The texts of openssl's error messages, each once."""
-        return list(dict.fromkeys(m.text for m in self.messages if m.level in ("fatal", "alert", "critical", "error")))
-
-    def complete(self) -> bool:
-        """Whether it ended by itself, and all that it said is here: only then a missing line tells anything."""
-        return self.code is not None and 0 <= self.code < LOST and not self.cut and not self.asleep
-
-    def only(self, lines: re.Pattern[str]) -> bool:
-        """Whether it has said why it failed, and every line of that is one of these.
-
-        Who is on the way to the CA can add lines (by the names in his certificate, by HTTP headers), but cannot take
-        one away. The CA's own text may hold line breaks, too. It is put on one line, but only where openssl prints it
-        (in quotes, or at the end of a line), and not if it holds openssl's words for an answer that is not accepted:
-        else he would send a text that makes these lines disappear.
-        """
-        output = self.output
-        for text in self.words:
-            if not NOT_ACCEPTED.search(text):
-                for before, after in (('"', '"'), ("errorDetails: ", "\n")):
-                    output = output.replace(before + text + after, before + " ".join(text.split()) + after)
-        run = self._replace(messages=_messages(output))
-        errors = [error for error in run.errors() if not error.startswith("polling failed")]  # with each of them
-        sender = any("does not match expected sender" in message.text for message in run.messages)  # no error in 3.0
-        return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
-
-    def killed(self) -> str:
-        """How it was killed, or an empty string."""
-        if self.code is None:
-            return "openssl did not end in time and was killed"
-        if self.code == LOST:
-            return "nobody knows how openssl ended: something in this process waits for the children of others"
-        return f"openssl was killed by signal {-self.code}" if self.code < 0 else ""
-
-
-def _run(
-    argv: Sequence[str],
-    limit: float = 10,
-    secrets: Mapping[str, str] | None = None,
-    keep: Sequence[int] = (),
-    asleep: Callable[[], bool] = lambda: False,
-) -> Run:
-    """Run a program and collect what it says; kill it, with all that it started, after `limit` seconds.
-
-    `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked whenever the
-    program has said something, and from time to time: where it says yes, the program is ended as well.
-    """
-    if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use a server that does not")
-    try:
-        child = _start(argv, secrets or {}, keep)
-    except (OSError, ValueError) as err:
-        raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
-    output, cut, ended, deadline = b"", False, False, time.monotonic() + limit
-    with child.output as pipe:
-        try:
-            # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
-            while not ended and time.monotonic() < deadline:
-                if _readable(pipe, min(max(0, deadline - time.monotonic()), TICK)):
-                    chunk = os.read(pipe.fileno(), 65536)
-                    if not chunk:
-                        break
-                    cut = cut or len(output) + len(chunk) > MAX_OUTPUT
-                    output = (output + chunk)[:MAX_OUTPUT]
-                ended = asleep()
-            tries = 0
-            while not ended and _exit_code(child.process) is None and time.monotonic() < deadline:
-                tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
-                time.sleep(0 if tries < 100 else 0.01)
-        finally:
-            code = _exit_code(child.process)
-            _kill(child)
-    text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
-    return Run(code, text, cut=cut, asleep=ended and code is None)
-
-
-def _messages(output: str, secrets: Collection[str] = (), words: Collection[str] = ()) -> list[Message]:
-    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
-
-    `words` are texts from the saved answers, which openssl prints as they are: in the log they are on one line.
-    """
-    for text in words:
-        output = output.replace(text, " ".join(text.split())) if text.strip() else output
-    messages: list[Message] = []
-    for line in output.split("\n"):
-        match = MESSAGE.match(line)
-        level, text = (match.group(1).lower(), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
-        # The CA knows the shared secret and could send it back, so it is masked where the text is not openssl's own.
-        own, mark, other = text.partition(":") if match else ("", "", text)
-        if text.strip():
-            messages.append(Message(level, _one_line(own) + mark + _foreign(other, secrets, 2 * MAX_TEXT)))
-    return messages
-
-
-def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
-    """Somebody else's text for a log line or an error: secrets masked, on one line, and only then cut."""
-    return _one_line(_hide(text, secrets), limit)
-
-
-# OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
-ONE_WAY_TLS = "-tls_used given without -tls_key;"
-
-
-def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str) -> None:
-    """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
-    levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
-    if len(messages) > MAX_MESSAGES:  # a stranger's certificate may hold any number of lines
-        logger.warning("openssl cmp: %s of its %s messages left out", len(messages) - MAX_MESSAGES, len(messages))
-    for level, text in [*messages[: MAX_MESSAGES // 2], *messages[MAX_MESSAGES // 2 :][-MAX_MESSAGES // 2 :]]:
-        lowest = level in ("debug", "trace") or text.startswith(ONE_WAY_TLS) or re.match(expected, text, re.I)
-        logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
-
-
-def _hint(searched: str) -> str:
-    """The first hint that fits, in brackets, or an empty string."""
-    return next((f" ({hint})" for words, hint in HINTS if re.search(words, searched, re.I)), "")
-
-
-# --- What the CA said: its saved messages, read as DER --------------------------------------------------------
-
-
-class Response(NamedTuple):
-    """A message that openssl has saved (RFC 4210, 5.1 to 5.3): what it says, not whether it is the CA's."""
-
-    path: str
-    body: int
-    transaction: str = ""  # transactionID, in hexadecimal
-    nonces: tuple[bytes, bytes] = (b"", b"")  # senderNonce and recipNonce
-    protected: bool = False
-    mac: bool = False  # protected with a shared secret: nobody else can make that
-    status: int | None = None
-    failures: tuple[str, ...] = ()  # the bits of failInfo
-    texts: tuple[str, ...] = ()  # statusString, or the reason of a pollRep
-    error_code: int | None = None
-    details: tuple[str, ...] = ()
-    check_after: int = 0
-    certificate: bytes = b""
-
-    def waits(self) -> bool:
-        """Whether the CA has not decided yet (ip, cp, kup or error, with the status waiting)."""
-        return self.body in (IP, CP, KUP, ERROR) and self.status == WAITING
-
-    def grants(self) -> bool:
-        """Whether it brings a certificate."""
-        return self.body in (IP, CP, KUP) and self.status in GOOD and bool(self.certificate)
-
-    def refuses(self) -> bool:
-        """Whether it is the end without a certificate, or of a revocation without success."""
-        if self.body == RP:
-            return self.status not in (*GOOD, WAITING)
-        return self.body in (IP, CP, KUP, ERROR) and not self.waits() and not self.grants()
-
-    def printed(self) -> list[str]:
-        """Its texts, as they are in openssl's output."""
-        texts = [*self.texts, ", ".join(self.details)]
-        return [text.partition("\0")[0].replace("\r\n", "\n") for text in texts if text]
-
-    def words(self, secrets: Collection[str]) -> str:
-        """What it says, for people: `badCertTemplate, 'unknown extension'`."""
-        said = [", ".join(self.failures) or ("waiting" if self.status == WAITING else "rejection")]
-        said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
-        said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
-        said += [f"'{_foreign(', '.join(self.details), secrets)}'"] if self.details else []
-        return ", ".join(said)
-
-
-def _response(path: str) -> Response | None:
-    """Read a saved message; None where it is not a whole one."""
-    try:
-        with open(path, "rb") as file:
-            header, body, *rest = _sequence(file.read(MAX_DER))
-        fields = {field.tag: field.value for field in _elements(header.value)}
-        identifier, *nonces = (next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6))
-        mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
-    except (CMPError, LookupError, ValueError, StopIteration, FileNotFoundError):
-        return None
-    protected, name = any(field.tag == 0xA0 for field in rest), _one_line(identifier.hex(), 64)
-    response = Response(path, body.tag & 0x1F, name, (nonces[0], nonces[1]), protected, protected and mac)
-    try:
-        return response._replace(**_body(response.body, body.value))
-    except (CMPError, LookupError, ValueError, StopIteration):
-        return response  # a body that nobody can read says nothing
-
-
-def _body(kind: int, value: bytes) -> dict[str, Any]:
-    """What a PKIBody says, as fields of a Response. Raises an error of DER where it is malformed."""
-    if kind == POLLREP:  # PollRepContent, 5.3.22
-        _, check_after, *reason = _elements(_sequence(value)[0].value)
-        return {"check_after": _integer(check_after), "texts": _free_text(reason)}
-    if kind == RP:  # RevRepContent, 5.3.10
-        return _status_info(next(_elements(_sequence(value)[0].value)))
-    if kind == ERROR:  # ErrorMsgContent, 5.3.21
-        status, *more = _sequence(value)
-        codes = [_integer(field) for field in more if field.tag == 0x02]
-        details = _free_text([field for field in more if field.tag == 0x30])
-        return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
-    if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
-        _, _, *info = _elements(_sequence(value)[0].value)
-        return _status_info(info[0]) if info else {"status": 0}
-    if kind in (IP, CP, KUP):  # CertRepMessage, 5.3.4: caPubs may come first
-        responses = [field for field in _sequence(value) if field.tag == 0x30]
-        _, status, *pair = _elements(next(_elements(responses[0].value)).value)
-        certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
-        return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
-    return {}
-
-
-def _status_info(info: Element) -> dict[str, Any]:
-    """PKIStatusInfo, 5.2.3."""
-    status, *more = _elements(info.value)
-    bits = next((field.value for field in more if field.tag == 0x03), b"")
-    numbers = [8 * i + bit for i, octet in enumerate(bits[1:5]) for bit in range(8) if octet & 0x80 >> bit]
-    failures = tuple(FAILURES[number] for number in numbers if number < len(FAILURES))
-    texts = _free_text([field for field in more if field.tag == 0x30])
-    return {"status": _integer(status), "failures": failures, "texts": texts}
-
-
-def _integer(element: Element) -> int:
-    """An INTEGER."""
-    return int.from_bytes(element.value, "big", signed=True)
-
-
-def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
-    """PKIFreeText, 5.1.1."""
-    return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
-
-
-MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
-
-
-# Lines that openssl prints only after it has accepted the newest message.
-ACCEPTED = (
-    r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
-    '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
-    "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses|Did not receive resp"
-)
-# Lines about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
-NOT_TAKEN = (
-    "failed to validate newly enrolled|rejecting newly enrolled|certificate not accepted|different key types"
-    "|key type mismatch|key values mismatch|certificate verification failed"
-)
-AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED}|{NOT_TAKEN}", re.I)
-# Lines that say no more than that the time is up while the CA lets us wait.
-TIME_IS_UP = re.compile("total timeout", re.I)
-# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
-TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
-# What an HTTP server may write is not searched for hints, or they would be its choice.
-HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
-
-
-def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
-    """Why it failed, on one line, with a hint: in the CA's own words, where openssl has accepted these."""
-    server, secrets = settings.server, settings.secrets.values()
-    if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
-        verb = "answered" if newest.status == WAITING else "rejected the request:"
-        failures = " ".join(newest.failures) or f"PKIStatus: {'waiting' if newest.status == WAITING else 'rejection'}"
-        # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
-        told = failures == "signerNotTrusted" and (newest.details or newest.error_code is not None)
-        return f"CMP server {server} {verb} {newest.words(secrets)}" + ("" if told else _hint(failures))
-    unverified = f"; an unverified answer says: {newest.words(secrets)}" if newest and newest.refuses() else ""
-    if run.killed() and not run.asleep:
-        return f"{run.killed()} (CMP server {server}){unverified}"
-    # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-    errors = [error for error in run.errors() if not unverified or not re.match(ACCEPTED, error)]
-    searched = " ".join(HTTP_WORDS.sub("", error) for error in errors)
-    if not run.errors() or run.errors()[0].lower().startswith(
-        "cannot set up cmp context"
-    ):  # no server has written anything
-        telling = re.compile(
-            "(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I
-        )
-        errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
-        searched = " ".join(m.text for m in run.messages)
-    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
-        usable = newest is not None and 0 <= newest.check_after < 1 << 63
-        errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
-        searched = errors[0]
-    said = _one_line("; ".join(errors[:4])) or "openssl gave no reason"
-    return f"CMP with {server} failed: {said}{unverified}" + _hint(searched)
-
-
-class Binary(NamedTuple):
-    """What an openssl program can do: `options` tells of each option of its `cmp` whether it takes a value."""
-
-    path: str
-    version: str
-    options: dict[str, bool]
-    spelled: dict[str, str]  # option -> how this program writes it
-    fault: str = ""  # why it cannot serve an RA
-
-    def margin(self) -> int:
-        """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
-        number = re.match(r"OpenSSL (\d+)\.(\d+)", self.version)
-        return 2 if number is not None and (int(number.group(1)), int(number.group(2))) >= (3, 3) else 5
-
-    def converts_csr(self) -> bool:
-        """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
-        number = re.match(r"OpenSSL (\d+)\.\d+\.\d+(-(?:alpha|beta|dev|pre))?", self.version)
-        return number is not None and int(number.group(1)) >= 3 and not number.group(2)
-
-
-NO_BINARY = Binary("", "", {}, {})
-_binaries: dict[tuple[str, int, int], Binary] = {}  # asked once per process, and again when the file changes
-
-
-def _binary(name: str) -> Binary:
-    """Ask an openssl program for its version and the options of its `cmp`. Raises CMPError if it has none."""
-    path = shutil.which(name)
-    if path is None:
-        raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
-    if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
-        # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
-        raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
-    info = os.stat(path)
-    key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
-    if key not in _binaries:
-        run = _run([path, "cmp", "-help"])
-        # " -name val   description": a value's type stands one blank behind the name, a description two or more.
-        found = re.findall(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", run.output, re.M)
-        spelled = {_option_name(option): option for option, _ in found}
-        options = {_option_name(option): bool(value) for option, value in found}
-        version = _run([path, "version"]).output.partition("(")[0]
-        fault = "" if options.keys() >= {"cmd", "server"} else _no_cmp(run)
-        if re.search(r"^ -newkey \S+ +Private key", run.output, re.M):
-            fault = (
-                "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
-            )
-        asked = Binary(path, _one_line(version, 60), options, spelled, fault)
-        if not asked.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
-            options.pop("rspin", None)
-        _binaries[key] = asked
-    binary = _binaries[key]
-    if binary.fault:
-        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
-    return binary
-
-
-def _no_cmp(run: Run) -> str:
-    """Why `openssl cmp -help` shows no options: too old, or it cannot start (a broken openssl.cnf, a library)."""
-    said = run.killed() or _one_line("; ".join(m.text for m in _messages(run.output) if m.level != "info"))
-    if run.code == 0 or not said or re.search("invalid command", said, re.I):
-        return "has no cmp command: install OpenSSL 3"
-    return f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
-
-
-# --- From the section to openssl's options ------------------------------------------------------------------
-
-
-class Settings(NamedTuple):
-    """The `[CAhandler]` section, read and checked."""
-
-    binary: Binary
-    directory: str
-    own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
-    options: dict[str, str | None]  # openssl's option -> value; None for a bare flag
-    secrets: dict[str, str]  # environment variables for openssl
-    errors: list[str]
-    warnings: list[str]
-    refuse_changes: bool  # revoke a certificate that is not what was asked for
-    san_types: Sequence[str]  # the kinds of subjectAltNames that a CSR may have
-
-    @property
-    def server(self) -> str:
-        """Who answers, for messages."""
-        return _one_line(self.options.get("server") or "the server in OpenSSL's configuration file", 100)
-
-    def seconds(self, name: str) -> int:
-        """One of the two time-outs."""
-        return int(self.options[name] or 0)
-
-    def limit(self) -> int:
-        """Seconds after which a run of openssl is ended. Its own time-out of 0 is none."""
-        return self.seconds("total_timeout") + GRACE if self.seconds("total_timeout") else NO_TIMEOUT
-
-    def keep_secret(self, value: str) -> None:
-        """Note a value that must appear nowhere: not a credential of ours, but found where it should not be."""
-        unquoted = re.sub(b"%([0-9A-Fa-f]{2})", lambda code: bytes([int(code.group(1), 16)]), os.fsencode(value))
-        for secret in (value, os.fsdecode(unquoted)):
-            if secret and "\0" not in secret:
-                self.secrets[f"CMP_CA_HANDLER_HIDDEN_{len(self.secrets)}"] = secret
-
-
-ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
-
-
-DN_SYNTAX = "is not a distinguished name such as C=DE, CN=Issuing CA"
-DN_TYPE = re.compile(r"\s*([A-Za-z][\w.-]*|\d+(?:\.\d+)*)\s*=[ \t]*")
-# RFC 4514, section 2.4: text in quotes (of its predecessors), the hexadecimal form, or text with escapes.
-DN_VALUE = re.compile(r'"((?:[^"\\]|\\.)*)"|(#(?:[0-9A-Fa-f]{2})+)(?=\s*(?:[,+;]|$))|((?:[^,+;"\\]|\\.)*)', re.S)
-
-
-class Part(NamedTuple):
-    """An attribute of a configured name: what stands before it (`+` in a multi-valued RDN), type, value as written."""
-
-    separator: str
-    type: str
-    value: str
-    tag: int | None = None  # of the value's string, where it is written as `#hex`
-
-
-def _split_slash(value: str) -> Iterator[Part]:
-    """The attributes in openssl's notation `/C=DE/CN=x`: a backslash makes the next character a part of the value."""
-    for separator, part in re.findall(r"([/+])((?:[^/+\\]|\\.)*)", value, re.S):
-        kind, equals, text = part.partition("=")
-        if part or separator == "+":
-            if not equals:
-                raise CMPError(f"'{_one_line(part, 60)}' is no attribute such as CN=x: {_escape_hint(separator)}")
-            if re.search(r"(?<!\\)(?:\\\\)*\\\w", text):  # `\C3` and `\xC3` are of other notations: openssl reads C3
-                raise CMPError(
-                    f"{_one_line(kind, 60)}: write the character itself for its code, or \\\\ for a backslash"
-                )
-            yield Part(separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S))
-    if re.search(r"(?<!\\)(?:\\\\)*\\$", value):
-        raise CMPError("ends in a backslash: write two for one")
-
-
-def _escape_hint(separator: str) -> str:
-    names = {"/": "slash", "+": "plus sign", ",": "comma"}
-    return f"write \\{separator} for a {names[separator]} in a value"
-
-
-def _split_rfc4514(value: str) -> Iterator[Part]:
-    """The attributes in RFC 4514's notation `C=DE, CN=x`, from left to right as they are written."""
-    position, separator = 0, "/"
-    while True:
-        kind = DN_TYPE.match(value, position)
-        if not kind:
-            rest = value[position:].strip().partition(",")[0]
-            why = _escape_hint("," if separator == "/" else separator) if position else ""
-            raise CMPError(f"'{_one_line(rest, 60)}' {DN_SYNTAX}{'; ' + why if why else ''}")
-        found = DN_VALUE.match(value, kind.end())
-        assert found is not None  # noqa: S101 - the last alternative matches anything
-        rest = value[found.end() :].lstrip()
-        if rest and rest[0] not in ",+":
-            why = (
-                f"write \\{rest[0]} for {rest[0]} in its value"
-                if rest[0] in ';"\\'
-                else "its value goes on after the quotes"
-            )
-            raise CMPError(f"{kind.group(1)}: {why}")
-        yield _part(separator, kind.group(1), found)
-        if not rest:
-            return
-        position, separator = len(value) - len(rest) + 1, "+" if rest[0] == "+" else "/"
-
-
-def _part(separator: str, kind: str, found: re.Match[str]) -> Part:
-    """One attribute out of RFC 4514's notation."""
-    quoted, encoded, text = found.groups()
-    if encoded:
-        try:
-            (element,) = _elements(bytes.fromhex(encoded[1:]))
-            return Part(separator, kind, element.value.decode(STRINGS[element.tag]), element.tag)
-        except (CMPError, ValueError, KeyError) as err:
-            raise CMPError(f"{kind}: {encoded} is not the DER of a string") from err
-    if text is not None:
-        if text[:1] == "#":
-            raise CMPError(f"{kind}: write \\# for a number sign at the start of its value")
-        merged = re.search(r"[\s/]([A-Za-z]+) ?=", text)
-        if merged and merged.group(1).upper() in DN_TYPES:
-            raise CMPError(
-                f"{kind}: its value contains {merged.group(1)}=: write a comma before it, or \\= if it is no attribute"
-            )
-        blanks = re.search(r"\s*$", text)
-        end = blanks.start() if blanks else len(text)
-        if re.search(r"(?<!\\)(?:\\\\)*\\$", text[:end]):
-            end += 1  # an escaped blank
-        text = text[:end]
-    return Part(separator, kind, _unescaped(kind, quoted if text is None else text))
-
-
-def _unescaped(kind: str, text: str) -> str:
-    """The value of an attribute without the escapes of RFC 4514: `\\,` and `\\C3\\BC`."""
-    data = b""
-    for octet, special, plain in re.findall(r"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)|([^\\]+|\\)", text, re.S):
-        if plain == "\\":
-            raise CMPError(f"{kind}: write two backslashes for one in its value")
-        data += bytes.fromhex(octet) if octet else (special or plain).encode("utf-8", "surrogateescape")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as err:
-        raise CMPError(f"{kind}: its value is not UTF-8: write two backslashes for one") from err
-
-
-DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **DN_ALIASES}
-
-
-@functools.lru_cache(maxsize=8)
-def _known_types(program: str, version: str) -> dict[str, str]:
-    """Name or number of an object -> the short name that this openssl has for it."""
-    types: dict[str, str] = {}
-    for line in _run([program, "list", "-objects"]).output.splitlines():
-        short, _, rest = line.partition(" = ")
-        names, _, number = rest.rpartition(", ")
-        if re.fullmatch(r"\d+(\.\d+)+", number) and re.fullmatch(r"[\w.-]+", short):
-            for name in (number, names, names.casefold(), short, short.casefold()):
-                types.setdefault(name, short)
-            types[short] = short
-    return types
-
-
-def _attribute_type(kind: str, binary: Binary) -> str:
-    """openssl's short name of an attribute type. Raises CMPError where it has none, for it would leave it out."""
-    number = re.sub("^oid[.]", "", kind, flags=re.I)
-    if re.fullmatch(r"[\d.]+", number):
-        short = ATTRIBUTES[number][0] if number in ATTRIBUTES else ""
-    elif kind == "uid":
-        raise CMPError("uid: openssl means another attribute than others: write UID (userId) or uniqueIdentifier")
-    else:
-        short = DN_TYPES.get(kind.upper(), "")
-    if short or not binary.path:
-        return short or kind
-    known = _known_types(binary.path, binary.version)
-    short = known.get(number) or known.get(number.casefold()) or "" if number else ""
-    if not short:
-        near = "" if number[:1].isdigit() else _did_you_mean(kind, {*DN_TYPES.values()}, "")
-        raise CMPError(f"openssl does not know the attribute {_one_line(kind, 60)} and would leave it out{near}")
-    return short
-
-
-def _slash_dn(value: str, binary: Binary) -> str:
-    """A name in RFC 4514's or in openssl's notation, in openssl's, in the same order: `C=DE, CN=x` is `/C=DE/CN=x`.
-
-    Raises CMPError with the attribute that openssl would skip, cut or misread.
-    """
-    value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
-    text = ""
-    for part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
-        short = _attribute_type(part.type, binary)
-        tag, characters, shortest, longest = DN_VALUES.get(short, ANY_TEXT)
-        length, fault = len(part.value), ""
-        if not part.value:
-            fault = "has no value"
-        elif not shortest <= length <= longest:
-            size = f"{shortest}" if shortest == longest else f"at most {longest}"
-            fault = f"'{_one_line(part.value, 60)}' has {length} characters, possible are {size}"
-        elif "\0" in part.value or not re.fullmatch(characters, part.value):
-            fault = f"'{_one_line(part.value, 60)}' contains a character that is not possible there"
-        elif part.tag not in (None, tag):
-            fault = "openssl encodes its value in another way than #hex says: write the text"
-        if fault:
-            raise CMPError(f"{_one_line(part.type, 60)}: {fault}")
-        text += (
-            ("+" if part.separator == "+" and text else "/") + short + "=" + re.sub(r"([\\/+])", r"\\\1", part.value)
-        )
-    return text or "/"
-
-
-def _our_keys(section: Mapping[str, Any]) -> dict[str, str]:
-    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
-    return {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
-
-
-def _hide(text: str, secrets: Iterable[str]) -> str:
-    """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
-        for spelled in {secret, printed, _one_line(printed, len(printed) + 1)}:
-            if len(spelled) > 3:
-                text = text.replace(spelled, "***")
-    return re.sub(r"(?i)(pin-value=)[^;&?\s]+", r"\1***", text)
-
-
-# --- Files that the configuration names
-
-
-class Contents(NamedTuple):
-    """What a file holds: `kinds` of things, and the validity of its first certificate (empty if there is none)."""
-
-    kinds: frozenset[str]
-    not_before: str = ""
-    not_after: str = ""
-
-
-CERTIFICATE_LABELS = ("CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE")
-PEM_KINDS = {
-    "CERTIFICATE REQUEST": "a certificate request",
-    "NEW CERTIFICATE REQUEST": "a certificate request",
-    "PUBLIC KEY": "a public key",
-    "PKCS7": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
-    "CMS": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
-    "X509 CRL": "a CRL",
-}
-CERTIFICATE, PRIVATE_KEY, ENCRYPTED_KEY = "a certificate", "a private key", "an encrypted private key"
-PKCS12, UNREADABLE, EMPTY = "PKCS #12", "neither PEM nor DER", "nothing"
-SIGNED_DATA = "1.2.840.113549.1.7.2"
-
-
-def _der_contents(data: bytes) -> Contents:
-    """What the DER in a file is."""
-    try:
-        certificate = _certificate(data)
-        return Contents(frozenset({CERTIFICATE}), certificate.not_before, certificate.not_after)
-    except CMPError:
-        pass
-    try:
-        first, *others = _sequence(data)
-    except (CMPError, ValueError):
-        return Contents(frozenset({UNREADABLE}))
-    if first.tag == 0x02:  # a version, of PKCS #12 it is 3
-        return Contents(frozenset({PKCS12 if first.value == b"\3" else PRIVATE_KEY}))
-    if first.tag == 0x06:
-        return Contents(frozenset({PEM_KINDS["PKCS7"] if _oid(first.value) == SIGNED_DATA else UNREADABLE}))
-    encrypted = first.tag == 0x30 and [other.tag for other in others] == [0x04]
-    return Contents(frozenset({ENCRYPTED_KEY if encrypted else PEM_KINDS["CERTIFICATE REQUEST"]}))
-
-
-@functools.lru_cache(maxsize=64)
-def _read_contents(path: str, _modified: int, _size: int) -> Contents:
-    """What a file holds; read once, and again when it has changed."""
-    with open(path, "rb") as file:
-        data = file.read(1 << 22)
-    if not data.strip():
-        return Contents(frozenset({EMPTY}))
-    if data[:1] == b"\x30":
-        return _der_contents(data)
-    kinds, validity = set(), ("", "")
-    for label, body in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END", data, re.S):
-        name = label.decode()
-        if name in CERTIFICATE_LABELS:
-            try:
-                certificate = _certificate(next(_elements(binascii.a2b_base64(body))).raw)
-                validity = validity if validity[0] else (certificate.not_before, certificate.not_after)
-                kinds.add(CERTIFICATE)
-            except (CMPError, StopIteration, binascii.Error):
-                kinds.add("a damaged certificate")
-        elif name.endswith("PRIVATE KEY"):
-            kinds.add(ENCRYPTED_KEY if b"ENCRYPTED" in label + body else PRIVATE_KEY)
-        elif name in PEM_KINDS:
-            kinds.add(PEM_KINDS[name])
-    return Contents(frozenset(kinds or {UNREADABLE}), *validity)
-
-
-def _contents(path: str) -> Contents:
-    """What a file holds; nothing is known of a URI such as pkcs11:."""
-    if not os.path.isfile(path):
-        return Contents(frozenset())
-    info = os.stat(path)
-    return _read_contents(os.path.abspath(path), info.st_mtime_ns, info.st_size)
-
-
-def _file_list(option: str, value: str) -> list[str]:
-    """The files that an option names: openssl splits some at commas and blanks, and knows no escape for a blank."""
-    if option not in FILE_LIST_KEYS:
-        return [value]
-    return [name for name in re.split(r"[,\s]+", _openssl_path(value)) if name]
-
-
-def _check_readable(names: Sequence[str]) -> None:
-    """Raise CMPError with the files that cannot be read. A URI such as pkcs11: is openssl's to open."""
-    faults = []
-    for name in names:
-        is_file = os.path.isfile(name)
-        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not (is_file and os.access(name, os.R_OK)):
-            what = "cannot be read by this process" if is_file else "is not a file"
-            faults.append(f"{_one_line(name, 100)} {what}")
-    if faults:
-        raise CMPError(", ".join(faults))
-
-
-def _check_files(option: str, value: str) -> None:
-    """Raise CMPError where the files of an option cannot be read, or hold something else than openssl looks for."""
-    if value[:1] == "[" and value[-1:] == "]":
-        raise CMPError("is a list: write the files into one line, with commas between them")
-    names = _file_list(option, value)
-    _check_readable(names)
-    wanted = {PRIVATE_KEY, ENCRYPTED_KEY, PKCS12} if option.endswith("key") else {CERTIFICATE, PKCS12}
-    what = "private key" if option.endswith("key") else "certificate"
-    for name in names if option != "config" else ():
-        kinds = _contents(name).kinds
-        if kinds and not kinds & wanted:
-            raise CMPError(f"{_one_line(name, 100)} holds no {what}, but {' and '.join(sorted(kinds))}")
-
-
-def _open_to_all(path: str) -> bool:
-    """Whether every local user can read a file."""
-    return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
-
-
-# --- Secrets
-
-
-def _variable(name: str) -> str:
-    """The name of an environment variable for an error, unless it may be the secret itself, put there by mistake."""
-    usual = re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
-    return f"the environment variable {name}" if usual else "the environment variable of that name (not shown)"
-
-
-def _credentials(section: Mapping[str, str], settings: Settings) -> dict[str, str]:
-    """`section` with cmp_ref and cmp_secret, taken from environment variables where it says so."""
-    result = dict(section)
-    for key in ("cmp_ref", "cmp_secret"):
-        name = result.pop(key + "_variable", None)
-        if name is None or result.get(key):  # a configured value takes precedence
-            continue
-        if os.environ.get(name):
-            result[key] = os.environ[name]
-        else:
-            shown = _variable(name) if key == "cmp_secret" else f"the environment variable {_one_line(name)}"
-            settings.errors.append(f"{key}_variable: {shown} is not set")
-            if key == "cmp_secret" and "not shown" in shown:
-                settings.keep_secret(name)
-    return result
-
-
-_descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes, which say it only once
-
-
-def _read_descriptor(number: str) -> bytes:
-    """What acme2certifier has inherited in a file descriptor."""
-    if sys.platform == "win32" or not re.fullmatch(r"\d{1,6}", number):
-        raise CMPError("fd: wants the number of a file descriptor, and not Windows")
-    descriptor = int(number)
-    info = os.fstat(descriptor)
-    if stat.S_ISREG(info.st_mode):
-        return os.pread(descriptor, 1024, 0)
-    key = (descriptor, info.st_dev, info.st_ino)
-    if key not in _descriptors:
-        if not select.select([descriptor], [], [], 0)[0]:
-            raise CMPError(f"nothing to read from file descriptor {descriptor}")
-        _descriptors[key] = os.read(descriptor, 1024)
-    return _descriptors[key]
-
-
-def _secret_line(source: str, rest: str) -> str:
-    """The first line of a file or descriptor: openssl takes the same. Raises CMPError where it is not what it seems."""
-    if source == "file":
-        _check_readable([rest])
-    try:
-        if source == "file":
-            with open(rest, "rb") as file:
-                data = file.read(1024)
-        else:
-            data = _read_descriptor(rest)
-    except (OSError, OverflowError) as err:
-        raise CMPError(f"{source}:{_one_line(rest, 100)} cannot be read: {getattr(err, 'strerror', err)}") from err
-    line, where = data.partition(b"\n")[0], f"{source}:{_one_line(rest, 100)}"
-    if line[:3] == b"\xef\xbb\xbf":
-        raise CMPError(f"{where} begins with a byte order mark: save it as UTF-8 without BOM")
-    if b"\0" in line:
-        raise CMPError(f"{where} is no text in UTF-8 or ASCII")
-    if b"\r" in line:
-        raise CMPError(f"{where} has line ends of Windows, which openssl takes into the secret: save it with LF alone")
-    if not line.strip():
-        raise CMPError(f"the first line of {where} is empty")
-    return os.fsdecode(line)
-
-
-def _secret_source(option: str, value: str, settings: Settings) -> str:
-    """The value for openssl's `-secret` and the like; the secret itself goes into the environment."""
-    prefix, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a prefix, the secret
-    source = prefix if colon else ""
-    if value == "stdin":
-        raise CMPError("stdin: acme2certifier has no terminal: use file:PATH or env:NAME")
-    if source == "env":
-        secret, name = os.environ.get(rest, ""), rest
-        if not secret:
-            if "not shown" in _variable(rest):
-                settings.keep_secret(rest)
-            raise CMPError(f"{_variable(rest)} is not set")
-    else:
-        name = "CMP_CA_HANDLER_" + option.upper()
-        given = rest if source == "pass" else value
-        secret = _secret_line(source, rest) if source in ("file", "fd") else given
-    settings.secrets[name] = secret
-    _check_secret(option, secret, rest if source == "file" else "", settings)
-    return f"env:{name}"
-
-
-def _check_secret(option: str, secret: str, path: str, settings: Settings) -> None:
-    """Look whether a secret is one. Raises CMPError where it is none, without showing it."""
-    if not secret:
-        raise CMPError("the secret is empty")
-    if re.search(r"[\r\n\0]", secret):
-        raise CMPError("the secret contains a line break: take it out")
-    if secret != secret.strip():
-        settings.warnings.append(f"cmp_{option}: the secret begins or ends with a blank, which counts")
-    if option == "secret" and len(secret) < 8:
-        what = "has less than 8 characters: whoever sees one message can find it by trying"
-        settings.warnings.append(f"cmp_secret {what}; ask the CA for a longer one")
-    if path and _open_to_all(path):
-        settings.warnings.append(f"cmp_{option}: every local user can read {_one_line(path, 100)}: chmod o-r")
-
-
-def _hidden_secrets(option: str, value: str, settings: Settings) -> None:
-    """Note what must be shown nowhere in the value of an option. Raises CMPError where everybody could see it."""
-    pins = re.findall(r"pin-value=([^;&?\s]*)", value, re.I)
-    for pin in pins:
-        settings.keep_secret(pin)
-    if pins:
-        why = "every local user can see a pin-value in the list of processes"
-        raise CMPError(f"{why}: write pin-source=file:PATH in its place, or cmp_keypass: env:NAME")
-    name, equals, parameter = value.partition("=")
-    pin = option == "provparam" and equals and re.search("pin|pass|secret", name, re.I)
-    if pin and not parameter.startswith("file:"):
-        settings.keep_secret(parameter)
-        raise CMPError("every local user can see a PIN there: write file:PATH for it, or use cmp_keypass: env:NAME")
-    if option in ("server", "proxy") and "@" in value:
-        settings.keep_secret(_password(value))
-        raise CMPError("a user and password there are visible to every local user, and openssl ignores them: remove")
-
-
-def _password(url: str) -> str:
-    """The password in a URL, or else the user's name."""
-    user = re.sub("^[A-Za-z]+://", "", url).rpartition("@")[0]
-    return user.partition(":")[2] or user
-
-
-SECRETIVE = re.compile("secr|pass|pwd|pin$|token|psk", re.I)
-
-
-def _looks_secret(option: str) -> bool:
-    """Whether a key that is no option of openssl is likely to be a misspelt secret."""
-    import difflib  # only needed for a typo
-
-    names = [*SECRET_KEYS, "password", "pin"]
-    return bool(SECRETIVE.search(option) or difflib.get_close_matches(option.lower(), names, 1, 0.7))
-
-
-# --- Values
-
-
-def _check_text(option: str, value: str) -> None:
-    """Raise CMPError where a value holds what the configuration file does not take away from it: quotes, comments."""
-    below = re.search(r"[\r\n]\s*(cmp_\w+)\s*[:=]", value)
-    if below:
-        raise CMPError(
-            f"the line {below.group(1)} below begins with a blank, and so belongs to this value: remove the blank"
-        )
-    if re.search(r"[\r\n]", value) and option not in FILE_LIST_KEYS:
-        raise CMPError("has more than one line: what is indented belongs to the line above it")
-    escape = "; if it belongs to the secret, write pass: before that" if option in SECRET_KEYS else ""
-    if value[:1] in ("'", '"') and len(value) > 1 and value[-1] == value[0]:
-        raise CMPError(f"write the value without the quotes{escape}")
-    comment = r"\s[#;](\s|$)" if option in DN_KEYS else r"\s[#;]"
-    if re.search(comment, value) and not (option in SECRET_KEYS and value.startswith("pass:")):
-        hint = "; if it belongs to the name, write a backslash before it" if option in DN_KEYS else escape
-        raise CMPError(f"a comment needs a line of its own{hint}")
-
-
-def _check_address(value: str) -> None:
-    """Raise CMPError where openssl cannot understand an address of a server, or understands another one."""
-    host, port = r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)", r"(?::([^/]*))?"
-    found = re.fullmatch(rf"(?:https?://)?{host}{port}(/|/[^/\s]\S*)?", value, re.A)
-    bare = re.sub("^https?://", "", value).partition("/")[0]
-    if bare.count(":") > 1 and "[" not in bare:
-        raise CMPError("an address of IPv6 needs brackets, such as [2001:db8::1]:8080")
-    if not found:
-        raise CMPError(f"'{_one_line(value, 100)}' is no address such as 192.168.14.137:8080 or cmp.acme.test:8080")
-    number = found.group(2)
-    if number is not None and not (re.fullmatch(r"\d{1,5}", number, re.A) and 0 < int(number) < 65536):
-        raise CMPError(f"'{_one_line(number, 40)}' is no port: 1 to 65535 are possible")
-
-
-def _check_value(option: str, value: str) -> None:
-    """Raise CMPError where openssl cannot use a value, or would use another one."""
-    if option in FILE_KEYS | FILE_LIST_KEYS:
-        _check_files(option, value)
-    if option in ("msg_timeout", "total_timeout") and not re.fullmatch(r"\d{1,6}", value, re.A):
-        raise CMPError("must be a number of seconds")
-    if option in NUMBER_KEYS and not re.fullmatch(r"-?\d{1,12}", value, re.A):
-        raise CMPError("must be a number")
-    if option in ("server", "proxy"):
-        _check_address(value)
-    if option == "path" and re.search(r"\s|^\w+://", value):
-        raise CMPError("is the path on the server alone, such as pkix/, without a blank")
-    if option in CHOICES and value not in CHOICES[option]:
-        folded = re.sub("[^a-z0-9]|with", "", value.lower())
-        near = sorted(n for n in CHOICES[option] if re.sub("[^a-z0-9]|with", "", n.lower()) == folded)
-        hint = f"openssl calls it {near[-1]}" if near else f"possible are {', '.join(sorted(CHOICES[option]))}"
-        raise CMPError(CHOICE_HINTS.get(option) or f"'{_one_line(value, 40)}' is no name for it: {hint}")
-
-
-def _option_value(option: str, value: str, settings: Settings) -> str | None:
-    """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
-    takes_value = settings.binary.options.get(option)
-    if value.lower() in ON and option != "profile":
-        if takes_value:
-            raise CMPError("needs a value, not True")
-        return None
-    if takes_value is False:
-        raise CMPError("is a switch: set it to True or False")
-    if not value or "\0" in value:
-        raise CMPError("has no value: give it one, or delete the line")
-    _check_text(option, value)
-    _hidden_secrets(option, value, settings)
-    _check_value(option, value)
-    if option in SECRET_KEYS:
-        return _secret_source(option, value, settings)
-    return _utf8(_slash_dn(value, settings.binary)) if option in DN_KEYS else ",".join(_file_list(option, value))
-
-
-def _settings(section: Mapping[str, str]) -> Settings:
-    """Turn the section into openssl's options, with every error and warning that it deserves."""
-    errors: list[str] = []
-    section = {key: str(value).strip() for key, value in section.items()}
-    # A distinguished name is read first, as characters: see _option_value().
-    section = {key: value if key[4:] in DN_KEYS else _utf8(value) for key, value in section.items()}
-    name, directory, binary = section.get("cmp_openssl_bin") or "openssl", section.get("cmp_tmp_dir"), NO_BINARY
-    try:
-        binary = _binary(name)
-    except (CMPError, OSError) as err:
-        errors.append(str(err))
-    directory = _openssl_path(os.path.abspath(directory or _default_directory()))  # the process may change its own
-    own = not section.get("cmp_tmp_dir")
-    refuse = section.get("cmp_refuse_changes", "").lower()
-    if refuse not in ("", *ON, *OFF):
-        errors.append("cmp_refuse_changes: is a switch: set it to True or False")
-    kinds = _san_types(section.get("cmp_san_types", "DNS, IP, email"), errors)
-    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [], refuse in ON, kinds)
-    if "cmp_openssl_bin" not in section:
-        path = shutil.which(name) or name
-        settings.warnings.append(f"cmp_openssl_bin is not set: using {path}, the first one on the PATH")
-    if own:
-        lost = "a restart, or systemd's PrivateTmp, takes orders that wait for the CA out of the poller's sight"
-        settings.warnings.append(f"cmp_tmp_dir is not set: using {directory}, and {lost}")
-    for key, value in _credentials(section, settings).items():
-        try:
-            _set_key(settings, key, value)
-        except CMPError as err:
-            errors.append(f"{_one_line(key, 60)}: {err}")
-            settings.options[_option_name(key[4:])] = None  # it is there, if not usable
-    _complete(settings, section)
-    return settings
-
-
-def _set_key(settings: Settings, key: str, value: str) -> None:
-    """Take over one line of the section. Raises CMPError with what is wrong with it."""
-    if not key.startswith("cmp_"):
-        if _looks_secret(key[4:]):
-            settings.keep_secret(value)
-        meant = "cmp_" + re.sub(r"^cmp[^a-z]?", "", key.lower()).replace("-", "_")
-        raise CMPError(f"is no key of ours and would be ignored; did you mean {_one_line(meant, 60)}?")
-    if key[4:] in OUR_KEYS:
-        _check_text(key[4:], value)
-    else:
-        _set_option(settings, key[4:], value)
-
-
-def _set_option(settings: Settings, option: str, value: str) -> None:
-    """Take over a line that becomes an option of openssl. Raises CMPError with what is wrong with it."""
-    known = settings.binary.options
-    option = _option_name(option, known)
-    if option not in SECRET_KEYS and (option not in known or option in UNUSABLE_KEYS) and _looks_secret(option):
-        settings.keep_secret(value)
-    if option in RUNTIME_KEYS:
-        settings.warnings.append(f"cmp_{option} is set by the handler itself and ignored here: delete it")
-        return
-    if option in FORBIDDEN_KEYS:
-        raise CMPError(f"-{option} is not for enrolling at a CA: delete it")
-    if known and option not in known:
-        if option == "profile":
-            raise CMPError(f"needs OpenSSL 3.3 or later, this is {settings.binary.version}")
-        near = _did_you_mean(option, known.keys() - FORBIDDEN_KEYS - RUNTIME_KEYS | OUR_KEYS, "cmp_")
-        raise CMPError(f"this openssl has no option -{_one_line(option)}{near}")
-    settings.options.pop(option, None)
-    if value.lower() not in OFF or option == "profile":
-        settings.options[option] = _option_value(option, value, settings)
-
-
-# --- The section as a whole
-
-
-def _complete(settings: Settings, section: Mapping[str, str]) -> None:
-    """Look for what is missing, and set what is not configured."""
-    options, known = settings.options, settings.binary.options
-    if options.keys() & {"config", "section"}:
-        key = "cmp_config" if "config" in options else "cmp_section"
-        settings.warnings.append(f"{key}: what stands in that OpenSSL configuration file is not checked here")
-    else:  # an OpenSSL configuration file may hold all of this
-        _check_essentials(settings)
-        _check_tls(settings, section)
-        _check_credentials(settings, "")
-        _check_credentials(settings, "tls_")
-        if "config" in known:
-            options["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
-    _check_weak(settings)
-    if options.get("popo") == "-1" and options.get("cmd") != "p10cr" and "newkeyout" in known:
-        settings.errors.append(f"cmp_popo: {settings.binary.version} sends no request without a proof: delete it")
-    _set_timeouts(settings)
-    if "keep_alive" in known:
-        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
-    _check_proxies(settings)
-
-
-def _set_timeouts(settings: Settings) -> None:
-    """Set what is not configured of the two, so that they fit each other."""
-    options = settings.options
-    message, total = options.get("msg_timeout"), options.get("total_timeout")
-    if total and int(total) == 0 and message != "0":
-        what = "0 would wait for ever: set a number of seconds, or cmp_msg_timeout: 0 as well"
-        settings.errors.append(f"cmp_total_timeout: {what}")
-    elif message and total and int(message) > int(total):  # openssl wants it so
-        settings.errors.append("cmp_total_timeout must not be less than cmp_msg_timeout")
-    options["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
-    options["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
-
-
-def _check_proxies(settings: Settings) -> None:
-    """Say which proxy openssl takes from the environment, and keep its password secret."""
-    proxies = [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
-    for name in proxies:
-        if "@" in os.environ[name]:
-            settings.keep_secret(_password(os.environ[name]))
-            settings.warnings.append(f"{name}: openssl does not send the user and password in it, but prints them")
-    if proxies and not settings.options.keys() & {"proxy", "no_proxy"}:
-        settings.warnings.append(
-            f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not"
-        )
-
-
-def _check_essentials(settings: Settings) -> None:
-    """What an enrolment cannot do without."""
-    options, errors, warnings = settings.options, settings.errors, settings.warnings
-    if "server" not in options:
-        errors.append("cmp_server is missing: set it to the address:port of the CMP server")
-    if "secret" not in options and "unprotected_requests" not in options:
-        if "cert" not in options or "key" not in options:
-            errors.append("no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key")
-        elif not options.keys() & {"trusted", "srvcert"}:
-            warnings.append("cmp_trusted is not set: the CA's signed answers cannot be verified")
-    if "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}:
-        who = "whoever has a certificate of that CA, and is on the way to it, can answer in its name"
-        what = f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}"
-        warnings.append(f"{what}; set cmp_expect_sender to the sender of its answers")
-
-
-def _check_tls(settings: Settings, section: Mapping[str, str]) -> None:
-    """Half a setting of TLS is a connection without TLS, or one with anybody."""
-    options, errors, warnings = settings.options, settings.errors, settings.warnings
-    version = re.match(r"OpenSSL (\d+)\.(\d+)", settings.binary.version)
-    url = (options.get("server") or "").startswith("https://")
-    assumed = url and version is not None and (int(version.group(1)), int(version.group(2))) >= (3, 5)
-    useless = [f"cmp_{option}" for option in options if option in TLS_KEYS]
-    if "tls_used" in options or assumed:
-        if "tls_trusted" not in options:
-            warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
-    elif url:
-        errors.append(f"cmp_tls_used is missing: {settings.binary.version} wants cmp_tls_used: True for https://")
-    elif useless and section.get("cmp_tls_used", "").lower() in OFF:
-        warnings.append(f"{', '.join(useless)}: not used, the connection is plain HTTP")
-    elif useless:
-        errors.append(
-            f"{', '.join(useless)} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True"
-        )
-
-
-def _check_credentials(settings: Settings, kind: str) -> None:
-    """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key, without starting a process."""
-    options, mine = settings.options, [f"{kind}{what}" for what in ("cert", "key", "keypass")]
-    cert, key, keypass = mine
-    # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
-    report = settings.warnings if not kind and "secret" in options else settings.errors
-    if (cert in options) != (key in options) and (kind or "secret" in options):
-        have, lack = (cert, key) if cert in options else (key, cert)
-        what = "only the names in it are used" if have == "cert" else "set both, or none"
-        report.append(f"cmp_{have} without cmp_{lack}: {what}")
-    if keypass in options and key not in options:
-        settings.warnings.append(f"cmp_{keypass} without cmp_{key}: there is no key for it")
-    found = _contents(options.get(key) or "")
-    if found.kinds & {ENCRYPTED_KEY, PKCS12} and PRIVATE_KEY not in found.kinds and keypass not in options:
-        report.append(f"cmp_{key}: the key is encrypted: set cmp_{keypass}")
-    if _open_to_all(options.get(key) or ""):
-        settings.warnings.append(f"cmp_{key}: every local user can read {options[key]}: chmod o-r")
-    _check_validity(f"cmp_{cert}", options.get(cert) or "", report, settings.warnings)
-
-
-def _check_validity(key: str, path: str, report: list[str], warnings: list[str]) -> None:
-    """Report a certificate that is not valid now, and warn of one that will not be for long."""
-    found, now = _contents(path), time.time()
-    today, soon = (time.strftime(ISO_TIME, time.gmtime(now + more)) for more in (0, EXPIRES_SOON))
-    day, name = (found.not_before if found.not_before > today else found.not_after)[:10], _one_line(path, 100)
-    if found.not_before > today:
-        report.append(f"{key}: the certificate in {name} is not valid before {day}")
-    elif found.not_after and found.not_after <= today:
-        report.append(f"{key}: the certificate in {name} has expired on {day}: renew it")
-    elif found.not_after and found.not_after <= soon:
-        warnings.append(f"{key}: the certificate in {name} expires on {day}: renew it")
-
-
-def _check_weak(settings: Settings) -> None:
-    """Warn of what makes it easier to cheat."""
-    for option, why in WEAK_KEYS.items():
-        if option in settings.options:
-            settings.warnings.append(f"cmp_{option} weakens security: {why}")
-
-
-# --- A transaction is a directory ---------------------------------------------------------------------------
-
-
-def _way(path: str, links: int = 0) -> Iterator[str]:
-    """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
-    here = os.path.abspath(path)
-    while True:
-        yield here
-        if os.path.islink(here) and links < 40:
-            yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), links + 1)
-        if here == os.path.dirname(here):
-            return
-        here = os.path.dirname(here)
-
-
-def _directory_fault(settings: Settings) -> str:
-    """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
-    configured, name = settings.directory, _one_line(settings.directory, 100)
-    if re.search(r"[\s,\\\0]", configured):
-        return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
-    if settings.own_directory and os.path.islink(configured):
-        return f"cmp_tmp_dir {configured} is a symbolic link: set cmp_tmp_dir to a directory of your own"
-    path = os.path.realpath(configured)
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)  # it will be made, if its parent lets us
-    if not os.path.isdir(path):
-        return f"cmp_tmp_dir {_one_line(path, 100)} is not a directory"
-    if not os.access(path, os.W_OK | os.X_OK):
-        user = _user()
-        return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
-    # Whoever can rename our directories, or those above, can put another public key into a request.
-    places = (place for place in _way(configured) if os.path.lexists(place))
-    return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _open_to_others(p))), "")
-
-
-def _make_directory(path: str) -> None:
-    """Like os.makedirs, but the directories in between are nobody else's either."""
-    if not os.path.isdir(path):
-        _make_directory(os.path.dirname(os.path.abspath(path)))
-        os.makedirs(path, 0o700, exist_ok=True)  # somebody may have been quicker
-        with contextlib.suppress(OSError):  # who may write into a directory need not be allowed to open it
-            _sync(os.path.dirname(os.path.abspath(path)))
-
-
-class Transaction:
-    """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs. close() deletes it, or keeps it.
-
-    csr.pem, pubkey.pem, subject, profile   the request
-    NNN.der                                 the CA's answers; the newest holds the nonce that it expects next
-    NNN.new                                 an answer as openssl saved it: the last of them may be anybody's
-    enrolling                               renamed to `waiting` when the CA's decision is still out
-    issued                                  the result of a poll, kept for a day, when all else is gone
-    lock                                    held by the process that works on it, however that ends, and its openssl
-    """
-
-    def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
-        self.settings, self.identifier, self.lock, self.logger = settings, identifier, lock, logger
-        self.path = f"{settings.directory}/{identifier}"
-        self.keep = False
-        self.started = time.monotonic()
-        self.cmp_id = ""  # CMP's transactionID, once the CA has answered
-
-    def file(self, name: str) -> str:
-        """The path of one of its files."""
-        return f"{self.path}/{name}"
-
-    def write(self, name: str, text: str, sync: bool = False) -> None:
-        """Make one of its files: whole, or not at all; with `sync` so that a power failure changes nothing of that."""
-        part = self.file(name + ".part")
-        with open(part, "wb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-        if sync:
-            _sync(part)
-        os.replace(part, self.file(name))
-
-    def read(self, name: str) -> str:
-        """The text of one of its files, empty if there is none."""
-        if not os.path.exists(self.file(name)):
-            return ""
-        with open(self.file(name), encoding="utf-8", errors="replace") as file:
-            return file.read()
-
-    def remove(self, *names: str) -> None:
-        """Delete some of its files, those that are there."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.file(name))
-
-    def remove_requests(self) -> None:
-        """Delete the saved requests: they tell how far one run of openssl has come."""
-        self.remove("scratch", *(name for name in os.listdir(self.path) if name.endswith(".req")))
-
-    def saved(self) -> list[str]:
-        """The names of the saved answers, in order, whole or not."""
-        names = (name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
-        return sorted(names, key=lambda name: (len(name), name))  # 1000 comes after 999
-
-    def asked(self, number: int) -> bool:
-        """Whether openssl has made the request for this answer, that is, has accepted the one before."""
-        request = _response(self.file(f"{number:03d}.req"))
-        return request is not None and request.body != ERROR
-
-    def answers(self) -> list[Response]:
-        """The saved answers that are whole, in order."""
-        return [response for response in (_response(self.file(name)) for name in self.saved()) if response is not None]
-
-    def answered(self) -> bool:
-        """Whether there is an answer. Takes no descriptor: there may be none left."""
-        return any(os.path.exists(self.file(name)) for name in ("001.new", "001.der"))
-
-    def wait(self) -> None:
-        """Let it wait for the CA. That is a promise, so it is on the disk before it is said."""
-        self.keep = True
-        try:
-            os.rename(self.file("enrolling"), self.file("waiting"))  # possible on a full disk too
-            for name in os.listdir(self.path):
-                _sync(self.file(name))
-            for path in (self.path, os.path.dirname(self.path)):
-                _sync(path)
-        except OSError as err:
-            what = f"{self.path} may not survive a power failure"
-            self.logger.error("CMP enrolment %s waits, but %s: %s", self.identifier, what, err.strerror)
-
-    def finish(self, bundle: str) -> None:
-        """Keep the result: acme2certifier may be killed before it has stored what poll() returned."""
-        try:
-            self.write("issued", bundle, sync=True)
-            _sync(self.path)
-        except OSError as err:
-            self.logger.warning("cannot keep the result of %s for a second poll: %s", self.identifier, err.strerror)
-
-    def close(self) -> None:
-        """Let go of the directory, and delete it unless it is to keep.
-
-        In this order: without its lock nobody can take the transaction up again, so nobody finds half of it. A poll
-        that has opened the lock before, and gets it after we let go, sees that its file is gone (`_resume`).
-        """
-        try:
-            try:
-                if not self.keep:
-                    os.remove(self.file("lock"))
-            finally:
-                _unlock(self.lock)  # also where somebody has deleted the directory: or else a descriptor is lost
-            if not self.keep:
-                _delete(self.path, but="issued")
-        except OSError as err:
-            self.logger.error("cannot delete %s: %s", self.path, err.strerror)
-
-
-def _delete(path: str, but: str = "") -> None:
-    """Delete a transaction's directory, or all in it `but` one file. Takes one descriptor: no more may be left."""
-    names = os.listdir(path)
-    try:
-        for name in names:
-            if name != but:
-                os.remove(os.path.join(path, name))
-        if but not in names:
-            os.rmdir(path)
-    except IsADirectoryError:
-        shutil.rmtree(path)
-
-
-def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
-    """A new transaction with a random identifier."""
-    for _ in range(2):  # and again when it is there: somebody may have been quicker than us
-        fault = _directory_fault(settings)
-        if fault:
-            raise CMPError(fault)
-        if os.path.isdir(settings.directory):
-            break
-        _make_directory(settings.directory)
-    _sweep(settings, logger)
-    identifier = os.urandom(16).hex()
-    path = os.path.join(settings.directory, identifier)
-    os.mkdir(path, 0o700)
-    try:
-        lock = _locked(os.path.join(path, "lock"), new=True)
-    except OSError:
-        _delete(path)
-        raise
-    return Transaction(settings, identifier, lock, logger)
-
-
-def _check_identifier(identifier: object) -> str:
-    """The identifier, before it touches a path. Raises CMPError where it is none."""
-    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
-        raise CMPError("not a transaction identifier")
-    return identifier
-
-
-def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> Transaction:
-    """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it."""
-    identifier = _check_identifier(identifier)
-    base, path = settings.directory, os.path.join(settings.directory, identifier, "lock")
-    unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
-    try:
-        lock = _locked(path)
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise unknown from err
-    except BlockingIOError as err:
-        raise CMPError(f"transaction {identifier} is in progress: somebody else polls it now") from err
-    if not os.path.exists(path):  # finished between our open and our lock
-        os.close(lock)
-        raise unknown
-    return Transaction(settings, identifier, lock, logger)
-
-
-def _kept_result(settings: Settings, identifier: object) -> str:
-    """The bundle that an earlier poll has returned, empty if there is none."""
-    path = os.path.join(settings.directory, _check_identifier(identifier), "issued")
-    if os.path.islink(path) or not os.path.isfile(path):
-        return ""
-    with open(path, encoding="ascii") as file:
-        return file.read()
-
-
-_swept: dict[str, float] = {}
-
-
-def _sweep(settings: Settings, logger: logging.Logger) -> None:
-    """Delete what killed enrolments left (an hour old, not waiting, and nobody holds the lock), and old results."""
-    base, now = settings.directory, time.time()
-    if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
-        return
-    _swept[base] = now
-    for name in os.listdir(base):
-        path = os.path.join(base, name)
-        try:
-            age = now - os.lstat(path).st_mtime
-            if not re.fullmatch("[0-9a-f]{32}", name) or age <= ABANDONED:
-                continue
-            if os.path.exists(os.path.join(path, "issued")):
-                if age > KEPT:
-                    _delete(path)
-            elif not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
-                _delete(path)
-                logger.warning("deleted %s, left by an enrolment that was killed at its start", path)
-            elif not os.path.exists(os.path.join(path, "waiting")):
-                _sweep_enrolment(settings, name, logger)
-        except (CMPError, OSError) as err:
-            logger.debug("not swept: %s", _one_line(str(err)))
-
-
-def _sweep_enrolment(settings: Settings, name: str, logger: logging.Logger) -> None:
-    """Delete an enrolment that was killed, unless it waits.
-
-    A looks for `waiting` and sees none. B's enrolment gets the CA's "waiting", renames `enrolling` to `waiting` and
-    lets go of the lock. A gets the lock. So A has to look again: what waits under its lock goes on waiting.
-    """
-    with closing(_resume(settings, name, logger)) as transaction:
-        transaction.keep = os.path.exists(transaction.file("waiting"))
-        if not transaction.keep:
-            answers = transaction.answers()
-            text = f"CMP transaction {answers[-1].transaction}" if answers else "no answer of the CA"
-            with contextlib.suppress(CMPError):  # killed before the CSR was written
-                text = f"{_wanted(_csr(transaction.read('csr.pem')))}, {text}"
-            what = f"deleted {transaction.path}, left by an enrolment that was killed: {text}"
-            logger.warning("%s; the CA may have issued a certificate that nobody has: revoke it there", what)
-
-
-# --- The request --------------------------------------------------------------------------------------------
-
-
-# The ACME server has checked the names that it read in the CSR, with a library that gives up on all extensions where
-# it cannot read one. openssl reads the CSR again, and the CA what openssl sends. So what one of them could read
-# otherwise, or not at all, is refused, and so is a name that nobody has checked.
-
-COMMON_NAME = "2.5.4.3"
-EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
-EC_PUBLIC_KEY, RSASSA_PSS = "1.2.840.10045.2.1", "1.2.840.113549.1.1.10"
-RSA_KEYS = ("1.2.840.113549.1.1.1", "2.5.8.1.1", RSASSA_PSS)
-
-# GeneralName (RFC 5280, 4.2.1.6): tag -> kind, and what its contents look like, as `_form` writes DER.
-VISIBLE = r"(2[1-9a-f]|[3-6]\w|7[0-9a-e])+"  # one or more characters of ASCII, without blanks and NUL
-SAN_KINDS = {
-    0x81: ("email", rf"81:{VISIBLE};"),
-    0x82: ("DNS", rf"82:{VISIBLE};"),
-    0x86: ("URI", rf"86:{VISIBLE};"),
-    0x87: ("IP", r"87:(\w{8}|\w{32});"),
-    0x88: ("RID", r"88:\w+;"),
-    0xA0: ("otherName", r"a0\(06:\w+;a0\((\w+:\w*;|30\((\w+:\w*;)+\))\)\)"),
-    0xA4: ("dirName", r"a4\(30\((31\((30\(06:\w+;(0c|13|16|1e):\w+;\))+\))+\)\)"),
-}
-CHECKED_KINDS = frozenset(("DNS", "IP", "email"))  # those that acme2certifier compares with the order
-
-# The extensions that its library reads, and what it surely can read. None: no client's request needs it, for it tells
-# of the CA, or names somebody. Others are opaque to everybody but the CA.
-EXTENSIONS = {
-    "2.5.29.14": ("subjectKeyIdentifier", r"04:\w*;"),
-    "2.5.29.15": ("keyUsage", r"03:0\d(\w\w){0,2};"),
-    "2.5.29.16": ("privateKeyUsagePeriod", None),
-    "2.5.29.17": ("subjectAltName", r"30\(.+\)"),  # and SAN_KINDS
-    "2.5.29.18": ("issuerAltName", None),
-    "2.5.29.19": ("basicConstraints", r"30\(\)"),  # CA:FALSE is the default, which DER does not write down
-    "2.5.29.30": ("nameConstraints", None),
-    "2.5.29.31": ("cRLDistributionPoints", rf"30\((30\(a0\(a0\((86:{VISIBLE};)+\)\)\))+\)"),
-    "2.5.29.32": ("certificatePolicies", r"30\((30\(06:\w+;(30\((30\(06:2b06010505070201;16:\w*;\))+\))?\))+\)"),
-    "2.5.29.35": ("authorityKeyIdentifier", r"30\((80:\w+;)?\)"),
-    "2.5.29.36": ("policyConstraints", None),
-    "2.5.29.37": ("extKeyUsage", r"30\((06:\w+;)+\)"),
-    "2.5.29.46": ("freshestCRL", None),
-    "2.5.29.54": ("inhibitAnyPolicy", None),
-    "1.3.6.1.5.5.7.1.1": ("authorityInfoAccess", rf"30\((30\(06:\w+;86:{VISIBLE};\))+\)"),
-    "1.3.6.1.5.5.7.1.11": ("subjectInfoAccess", None),
-    "1.3.6.1.5.5.7.1.24": ("tlsfeature", r"30\((02:(05|11);)+\)"),  # must-staple
-    "1.3.6.1.5.5.7.48.1.5": ("OCSP no check", r"05:;"),
-    "1.3.6.1.4.1.311.21.7": ("certificate template", r"30\(06:\w+;(02:[0-7]\w{1,7};){0,2}\)"),
-    "1.3.6.1.4.1.311.25.2": ("Active Directory SID", None),
-    "1.3.6.1.4.1.11129.2.4.2": ("certificate timestamps", None),
-    "1.3.6.1.4.1.11129.2.4.3": ("precertificate poison", None),
-    "1.3.36.8.3.3": ("admissions", None),
-}
-
-
-class CSR(NamedTuple):
-    """What a PKCS #10 request (RFC 2986) asks for."""
-
-    der: bytes
-    subject: Name
-    key: bytes  # the subjectPublicKeyInfo
-    extensions: dict[str, bytes]
-
-
-CSR_LABEL = "(?:NEW )?CERTIFICATE REQUEST"
-
-
-def _csr(argument: object, kinds: Collection[str] = CHECKED_KINDS) -> CSR:
-    """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
-    try:
-        der = _decode(argument, CSR_LABEL)
-        _check_der(der, values=False)
-        try:
-            information, _, _ = _sequence(der)
-            version, subject, key, *attributes = _sequence(information.raw)
-            if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
-                raise ValueError
-            _check_key(*_sequence(key.raw))
-            csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
-        except (IndexError, ValueError) as err:
-            raise CMPError("it is not a PKCS #10 request") from err
-        _check_common_name(csr.subject)
-        for oid, value in csr.extensions.items():
-            _check_extension(oid, value)
-        _check_alternative_names(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00"), kinds)
-    except CMPError as err:
-        raise CMPError(f"not a usable CSR: {err}") from err
-    return csr
-
-
-def _check_key(algorithm: Element, key: Element) -> None:
-    """Refuse a key with which anybody can sign: then the CSR's signature proves no possession of the private key."""
-    kind, *parameters = _sequence(algorithm.raw)
-    oid, tags = _oid(kind.value), [parameter.tag for parameter in parameters]
-    if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
-        # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
-        name = "explicit EC" if oid == EC_PUBLIC_KEY else "DSA or other"
-        raise CMPError(f"its key has {name} parameters, so its signature proves nothing: use RSA or a named curve")
-    if oid in RSA_KEYS:
-        _check_der(key.value[1:], values=True)
-        _, exponent = _sequence(key.value[1:])
-        number = int.from_bytes(exponent.value, "big", signed=True)
-        if number < 3 or number % 2 == 0:  # with 1 the signature is the message
-            raise CMPError("its RSA key has an exponent below 3, or an even one, so its signature proves nothing")
-
-
-def _requested(attributes: bytes) -> dict[str, bytes]:
-    """The extensions of the one extension request (RFC 2985, 5.4.2): of two, everybody would read another one."""
-    requests = []
-    for attribute in _elements(attributes):
-        kind, values = _sequence(attribute.raw)
-        if _oid(kind.value) in EXTENSION_REQUESTS:
-            requests.append(values)
-    if len(requests) > 1:
-        raise CMPError(f"it has {len(requests)} extension requests, which others read differently: one is possible")
-    extensions: dict[str, bytes] = {}
-    for values in requests:
-        content = list(_elements(values.value))
-        if values.tag != 0x31 or [element.tag for element in content] != [0x30]:
-            raise CMPError("its extension request is not exactly one list of extensions")
-        for extension in _elements(content[0].value):
-            fields = [f.raw if f.tag == 0x01 else f.tag for f in _sequence(extension.raw)]
-            identifier, value = _sequence(extension.raw)[0], _sequence(extension.raw)[-1]
-            name = EXTENSIONS.get(_oid(identifier.value), (_oid(identifier.value),))[0]
-            if fields not in ([0x06, 0x04], [0x06, b"\x01\x01\xff", 0x04]):  # FALSE is the default of `critical`
-                raise CMPError(f"its extension {name} is not DER: an identifier, TRUE (FF) if critical, and a value")
-            if _oid(identifier.value) in extensions:
-                raise CMPError(f"it has the extension {name} twice")
-            extensions[_oid(identifier.value)] = value.value
-    return extensions
-
-
-def _check_common_name(subject: Name) -> None:
-    """The ACME server compares the first CN with the order: it must be the only one, and read alike by everybody."""
-    names = [attribute for rdn in subject for attribute in rdn if attribute.type == COMMON_NAME]
-    if len(names) > 1:
-        raise CMPError(f"its subject has {len(names)} common names (CN): one is possible")
-    for name in names:
-        alike = name.text is not None and "\0" not in name.text
-        if name.tag == 0x14 and not name.raw.isascii():  # TeletexString is Latin-1 for some, UTF-8 for others
-            alike = alike and not _is_der_value(UTF8, name.raw)
-        if not alike:
-            raise CMPError("its common name (CN) is no string that everybody reads alike")
-
-
-def _check_extension(oid: str, value: bytes) -> None:
-    """Refuse what the ACME server's library may not be able to read, and what is not for a client to ask for."""
-    if oid not in EXTENSIONS:
-        return
-    name, expected = EXTENSIONS[oid]
-    if expected is None:
-        raise CMPError(f"it asks for the extension {name}, which is for the CA to decide")
-    try:
-        _check_der(value, values=True)
-    except CMPError as err:
-        raise CMPError(f"its extension {name} is malformed: {err}") from err
-    form = _form(value)
-    usage = value[3:5].ljust(2, b"\0") if oid == KEY_USAGE else b"\0\0"  # the bits of RFC 5280, 4.2.1.3
-    if usage[0] & 0x04 or (oid == BASIC_CONSTRAINTS and form.startswith("30(01:ff;")):
-        raise CMPError(f"it asks for a CA certificate ({name}), which no ACME client needs")
-    half = not usage[0] & 0x08 and (usage[0] & 0x01 or usage[1] & 0x80)  # encipherOnly says how keyAgreement is used
-    if half or not re.fullmatch(expected, form):
-        raise CMPError(f"its extension {name} is malformed, or acme2certifier may not be able to read it")
-
-
-def _form(data: bytes) -> str:
-    """DER as text, for regular expressions: `30(06:550403;0c:61;)` is SEQUENCE { 2.5.4.3, "a" }."""
-    elements = _elements(data)
-    return "".join(f"{t:02x}({_form(v)})" if t & 0x20 else f"{t:02x}:{v.hex()};" for t, v, _ in elements)
-
-
-def _check_alternative_names(value: bytes, kinds: Collection[str]) -> None:
-    """Each subjectAltName is well-formed, and of one of these `kinds`."""
-    for name in _sequence(value):
-        kind, form = SAN_KINDS.get(name.tag, ("", ""))
-        text = _one_line(ascii(name.value)[2:-1], 80)
-        if not kind:
-            raise CMPError(f"its subjectAltName [{name.tag & 0x1F}] '{text}' is of a kind that nobody uses")
-        if kind not in kinds:
-            raise CMPError(f"its subjectAltName {kind} '{text}' is none of cmp_san_types: {', '.join(kinds)}")
-        if not re.fullmatch(form, _form(name.raw)) or (kind == "RID" and not _is_der_value(0x06, name.value)):
-            raise CMPError(f"its subjectAltName {kind} '{text}' is malformed")
-
-
-def _san_types(value: str, errors: list[str]) -> list[str]:
-    """The kinds of subjectAltNames that cmp_san_types allows."""
-    known = {kind.lower(): kind for kind, _ in SAN_KINDS.values()}
-    words = re.split(r"[,\s]+", value)
-    for word in words:
-        if word.lower() not in known:
-            near = _did_you_mean(word, known.values(), "")
-            errors.append(f"cmp_san_types: '{_one_line(word, 40)}' is none of {', '.join(known.values())}{near}")
-    kinds = {known[word.lower()] for word in words if word.lower() in known}
-    # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
-    return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
-
-
-def _alternative_names(csr: CSR) -> Iterator[tuple[str, str]]:
-    """The CSR's subjectAltNames (RFC 5280, 4.2.1.6) as (type, text); text is empty where -sans cannot carry it."""
-    for name in _sequence(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
-        kind = SAN_KINDS[name.tag][0]
-        text = name.value.decode("ascii", "replace")
-        if kind == "IP":
-            import ipaddress  # only for a cmpossl before 3.0
-
-            text = str(ipaddress.ip_address(name.value))
-        usable = kind in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", text)
-        yield kind, text if usable else ""
-
-
-def _wanted(csr: CSR) -> str:
-    """What a CSR asks for, for the log: its subject, or else its names."""
-    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr))
-    return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
-
-
-def _subject(csr: CSR, settings: Settings) -> str | None:
-    """What to pass as `-subject`; None leaves the subject to `-csr`."""
-    converts = settings.binary.converts_csr()
-    if csr.subject:
-        text = _slash_form(csr.subject, exact=converts)
-        if text is None and not converts:
-            version, subject = settings.binary.version, _name_text(csr.subject)
-            raise CMPError(f"{version} cannot carry the subject {subject}, OpenSSL 3.0 can")
-        return text and _utf8(text)
-    if "subject" in settings.options:
-        return settings.options["subject"]
-    # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
-    for kind, name in _alternative_names(csr):
-        if kind == "DNS" and 0 < len(name) <= 64:
-            text = _slash_form([[Attribute("2.5.4.3", UTF8, name, b"")]], exact=True)
-            return text and _utf8(text)
-    return None
-
-
-def _request(csr: CSR, transaction: Transaction) -> list[str]:
-    """The options that describe one enrolment."""
-    settings = transaction.settings
-    known = settings.binary.options
-    arguments = ["-newkey", transaction.file("pubkey.pem"), "-certout", transaction.file("cert.pem")]
-    arguments += ["-extracertsout", transaction.file("extracerts.pem")]
-    if "cacertsout" in known:
-        arguments += ["-cacertsout", transaction.file("capubs.pem")]
-    # Without -san_nodefault the names of the RA's own certificate go into the request.
-    arguments += [f"-{settings.binary.spelled[switch]}" for switch in ("san_nodefault", "batch") if switch in known]
-    subject = _subject(csr, settings)
-    if settings.binary.converts_csr() or settings.options.get("cmd") == "p10cr":
-        arguments += ["-csr", transaction.file("csr.pem")]
-    else:
-        names = list(_alternative_names(csr))
-        lost = [kind for kind, name in names if not name] + [e for e in csr.extensions if e != SUBJECT_ALT_NAME]
-        if lost:
-            transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
-        if any(name for _, name in names):
-            arguments += ["-sans", _utf8(",".join(name for _, name in names if name))]
-    if subject is not None and settings.options.get("cmd") != "p10cr":
-        arguments += ["-subject", subject]
-        if not transaction.read("subject"):
-            transaction.write("subject", subject)
-    return arguments
-
-
-def _verify(csr: CSR, transaction: Transaction) -> None:
-    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit."""
-    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
-    if transaction.read("pubkey.pem"):
-        return  # a poll: it was verified before the CA was asked
-    if not transaction.read("csr.pem"):
-        transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
-    program = transaction.settings.binary.path
-    # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
-    argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
-    run = _run(argv, 10 + GRACE)
-    # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
-    verified = re.search(r"^(Certificate request self-signature )?verify OK$", run.output, re.M)
-    key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
-    if re.search("verify failure", run.output):
-        raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused")
-    if run.code != 0 or not verified or not key:
-        said = [m.text for m in _messages(run.output)]
-        hint = "" if run.killed() else _hint("cannot use the CSR")
-        raise CMPError(f"openssl cannot use the CSR: {run.killed() or _one_line('; '.join(said[:2]))}{hint}")
-    transaction.write("pubkey.pem", key.group(0))
-
-
-# --- The exchange with the CA, and its verdict ----------------------------------------------------------------
-
-
-class Outcome(NamedTuple):
-    """How an exchange ended: with the `leaf`, or waiting, or it failed; `final` is a no that the CA won't take back."""
-
-    leaf: Certificate | None = None
-    waiting: bool = False
-    text: str = ""
-    final: bool = False
-
-
-class Gate:
-    """Holds openssl back before one of its requests, so that it can be ended while nothing is in flight.
-
-    A CA that says checkAfter 0 is asked again and again without a pause. openssl writes each request to a file before
-    it sends it (-reqout): this one's "file" is a pipe that is full, so it waits there until somebody reads. If we are
-    killed, the pipe breaks, and openssl goes on until its time is up.
-    """
-
-    def __init__(self) -> None:
-        self.reader, self.writer = (_above_2(descriptor) for descriptor in os.pipe())
-        self.file = f"/dev/fd/{self.writer}"
-        for descriptor in (self.reader, self.writer):
-            os.set_blocking(descriptor, False)
-        with contextlib.suppress(BlockingIOError):  # it is full
-            while True:
-                os.write(self.writer, bytes(65536))
-        os.set_blocking(self.writer, True)
-
-    def open(self, path: str) -> None:
-        """Let it pass, and save the request."""
-        with contextlib.suppress(BlockingIOError), open(path, "ab") as file:
-            while True:
-                file.write(os.read(self.reader, 65536).lstrip(b"\0"))
-
-    def close(self) -> None:
-        """The end of it."""
-        os.close(self.reader)
-        os.close(self.writer)
-
-
-def _usable(answers: Iterable[Response]) -> list[Response]:
-    """The answers that openssl can go on from: waiting, pollRep.., certificate, and, where the CA takes its time with
-    the confirmation, waiting, pollRep.., pkiConf. A second "waiting" is a recorded one: OpenSSL 3.5 takes it, and ends.
-    """
-    usable: list[Response] = []
-    granted = waiting = False
-    for answer in answers:
-        if answer.grants() and not granted:
-            granted, waiting = True, False
-        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
-            waiting = True
-        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
-            break
-        usable.append(answer)
-    return usable
-
-
-def _replay(answers: Sequence[Response]) -> list[str]:
-    """What of the answers openssl has to see again. An older pollRep has no more to say, and costs a sleep."""
-    return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
-
-
-def _number(answer: Response) -> int:
-    """The number in the name of its file."""
-    return int(os.path.basename(answer.path)[:-4])
-
-
-def _resumed_timeouts(settings: Settings, newest: Response, more_seconds: int) -> dict[str, str]:
-    """The time-outs of a run that goes on from `newest`: room for its sleep and two answers, where the sleep is short.
-
-    On a pollRep openssl sleeps min(checkAfter, -total_timeout less its margin) first. So where checkAfter is long, the
-    answers can have the margin and no more, for a poll is not to take longer than some seconds.
-    """
-    margin, answer = settings.binary.margin(), settings.seconds("msg_timeout") or MSG_TIMEOUT
-    pause = max(newest.check_after, 0) if newest.body == POLLREP else 0
-    total = pause + 2 * answer + margin if pause <= SHORT_CHECK_AFTER else 1 + margin
-    total += more_seconds
-    return {"msg_timeout": str(min(answer, total)), "total_timeout": str(total)}
-
-
-def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> Outcome:
-    """Run openssl for an enrolment: from the start, or on from the answers that are saved in `transaction`."""
-    before = _usable(transaction.answers())
-    if _disk_full(transaction.path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), transaction.path)  # the answers could not be saved
-    useless = {*transaction.saved()} - {os.path.basename(answer.path) for answer in before}
-    transaction.remove("cert.pem", *useless)
-    transaction.remove_requests()
-    run = _ask(request, transaction, before)
-    if before and run.only(TIME_IS_UP) and not transaction.asked(_next_number(before)):
-        # openssl counts whole seconds: one may have been over before it was asleep. Nothing was sent.
-        run = _ask(request, transaction, before, more_seconds=2)
-    _copy_requests(transaction, _next_number(before))
-    outcome = _verdict(run, request, key, transaction, before)
-    transaction.remove_requests()
-    expected = ["-server option|too few -rspin"] if before else []
-    expected += ["total timeout|polling failed"] if outcome.waiting and not outcome.text else []
-    _log_messages(transaction.logger, run.messages, "|".join(expected) or "$")
-    return outcome
-
-
-def _next_number(answers: Sequence[Response]) -> int:
-    """The number of the answer that follows these."""
-    return max(map(_number, answers), default=0) + 1
-
-
-def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Response], more_seconds: int = 0) -> Run:
-    """Run openssl, save each answer, and end it when it has nothing more to do than to sleep."""
-    settings, known, replay = transaction.settings, transaction.settings.binary.options, _replay(before)
-    number, started = _next_number(before), time.monotonic()
-    gated = number + (1 if before else 2)  # the first request that may follow a pollRep
-    overrides = _resumed_timeouts(settings, before[-1], more_seconds) if before else {}
-    total = int(overrides.get("total_timeout") or settings.seconds("total_timeout") or NO_TIMEOUT)
-    scratch, numbers = [transaction.file("scratch")] * len(replay), range(number, number + MAX_RESPONSES)
-    files, gate = [], None
-    with contextlib.ExitStack() as stack:
-        if "rspin" in known:
-            files += ["-rspout", ",".join([*scratch, *(transaction.file(f"{n:03d}.new") for n in numbers)])]
-            files += ["-rspin", ",".join(replay)] if replay else []
-        if "reqout" in known:
-            requests = [transaction.file(f"{n:03d}.req") for n in numbers]
-            if sys.platform != "win32" and os.path.exists("/dev/fd"):
-                gate = stack.enter_context(closing(Gate()))
-                requests[gated - number] = gate.file
-            files += ["-reqout", ",".join([*(path[:-4] + ".req" for path in replay), *requests])]
-
-        def asleep() -> bool:
-            """Whether openssl can do no more for us now: the CA wants to be asked later than there is time for."""
-            if not os.path.exists(transaction.file(f"{number:03d}.new")):
-                return False
-            saved = [name for name in transaction.saved() if int(name[:-4]) >= number]
-            newest = _response(transaction.file(saved[-1])) if saved else None
-            if newest is None:
-                return False
-            left = total - (time.monotonic() - started) - max(settings.seconds("msg_timeout"), settings.binary.margin())
-            in_time = 1 <= newest.check_after <= left and not before and len(saved) < MAX_RESPONSES // 2
-            if newest.body == POLLREP and not in_time:
-                return True
-            if gate and len(saved) >= gated - number:
-                gate.open(transaction.file(f"{gated:03d}.req"))
-            return False
-
-        run = _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], asleep)
-        if gate:  # what has passed it last may still be in the pipe
-            gate.open(transaction.file(f"{gated:03d}.req"))
-        return run
-
-
-def _copy_requests(transaction: Transaction, number: int) -> None:
-    """Save the requests where cmp_reqout wants them, from the one for the answer `number` on."""
-    wanted = re.split(r"[,\s]+", transaction.settings.options.get("reqout") or "")
-    for path, source in zip(wanted, range(number, number + MAX_RESPONSES)):
-        saved = transaction.file(f"{source:03d}.req")
-        try:
-            if path and os.path.exists(saved):
-                shutil.copyfile(saved, path)
-        except OSError as err:
-            transaction.logger.warning("cmp_reqout: cannot write %s: %s", path, err.strerror)
-
-
-def _verdict(
-    run: Run, request: Sequence[str], key: bytes, transaction: Transaction, before: Sequence[Response]
-) -> Outcome:
-    """What became of the enrolment. `before` are the answers that were there before this run.
-
-    Three sources, in this order of trust: the file that openssl writes as its last act; the CA's messages, read as DER;
-    openssl's text. Into that text whoever is on the way can write, so it may say "openssl did not accept this", and
-    nothing else.
-    """
-    settings = transaction.settings
-    answers = [answer for answer in transaction.answers() if answer.path not in {old.path for old in before}]
-    newest = answers[-1] if answers else None
-    leaf = next(iter(_certificates(transaction.file("cert.pem"), transaction.logger)), None)
-    if leaf:
-        return Outcome(leaf)
-    text = _failure_text(run, newest, settings)
-    if run.code == 0:
-        text = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
-    repeated = any(answer.grants() for answer in before)
-    not_taken = any(error.startswith("certificate not accepted") for error in run.errors())
-    refused = newest is not None and newest.refuses() and newest.protected
-    if run.only(AFTER_ACCEPTANCE) and (not_taken or (refused and not repeated)):
-        return Outcome(text=text, final=True)
-    log = _keep_authentic(run, request, transaction, before, answers)
-    progress = newest is not None and _number(newest) in map(_number, log)
-    if repeated and not progress and not not_taken and run.complete() and _confirmed(transaction, before):
-        issued = next(answer for answer in before if answer.grants())
-        if _certificate(issued.certificate).key == key and (newest or _asked_in_vain(run, transaction)):
-            transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
-            return Outcome(_certificate(issued.certificate))
-    undecided = progress and (run.asleep or run.only(TIME_IS_UP))
-    return Outcome(waiting=bool(log), text="" if undecided else text)
-
-
-def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
-    """Whether openssl takes the certificate in these answers: its certConf says so (RFC 4210, 5.3.18)."""
-    if "reqout" not in transaction.settings.binary.options:
-        return True  # then only its text says when it does not
-    replay, issued = _replay(before), next(answer.path for answer in before if answer.grants())
-    followed = [*replay, transaction.file(f"{_next_number(before):03d}.new")][replay.index(issued) + 1]
-    request = _response(followed[:-4] + ".req")
-    return request is not None and request.body == CERTCONF and request.status in GRANTED
-
-
-def _asked_in_vain(run: Run, transaction: Transaction) -> bool:
-    """Whether the CA has left a repeated certConf without an answer, for the second time. Being away does not count."""
-    if any(error.startswith("connect timeout") for error in run.errors()):
-        return False
-    again = os.path.exists(transaction.file("repeated"))
-    transaction.write("repeated", "")
-    return again
-
-
-def _keep_authentic(
-    run: Run, request: Sequence[str], transaction: Transaction, before: Sequence[Response], answers: Sequence[Response]
-) -> list[Response]:
-    """Let the transaction hold its authentic answers, on the disk, and no others; these are returned.
-
-    openssl saves an answer before it checks it. It goes on only from one that it has accepted, so all are authentic but
-    perhaps the newest. Whether that one is, no text decides: a live answer thrown away takes with it the nonce that the
-    CA expects next. openssl gets it replayed instead, and either goes on from it or does not.
-
-    Superseded pollReps stay until the newest answer is known to be authentic: if it is not, the one before it is the
-    newest again.
-    """
-    log = _usable([*before, *answers])
-    known: bool | None = True  # None: nobody knows, so nothing is thrown away
-    if answers and log[-1:] == list(answers[-1:]):
-        fits = _fits(log, _response(answers[-1].path[:-4] + ".req"))
-        known = run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, log))
-    elif log and not answers and log[-1].path.endswith(".new"):
-        # What openssl has not come to, it has not refused: the secret may be another one now, for example.
-        refused = run.complete() and transaction.asked(_number(log[-1]))
-        known = True if transaction.asked(_next_number(log)) else False if refused else None
-    if known is False:
-        log = log[:-1]
-    kept = []
-    for answer in log:
-        if answer.path.endswith(".new") and (known is not None or answer is not log[-1]):
-            _sync(answer.path)
-            os.replace(answer.path, answer.path[:-4] + ".der")
-            answer = answer._replace(path=answer.path[:-4] + ".der")
-        kept.append(answer)
-    if kept:
-        _sync(transaction.path)  # nothing old is deleted before the new is on the disk
-    needed = {*_replay(kept)} if known is not None else {answer.path for answer in kept}
-    transaction.remove(*(name for name in transaction.saved() if transaction.file(name) not in needed))
-    return [answer for answer in kept if answer.path in needed]
-
-
-def _fits(log: Sequence[Response], request: Response | None) -> bool:
-    """Whether the newest answer is one to its request: by the transaction, and by the nonce of that request or, as
-    RFC 9483 (4.4) has it, of the first one. A recorded answer is not. When it is replayed, openssl does not see that:
-    then it takes transaction and nonces from the answers.
-    """
-    newest, nonces = log[-1], [answer.nonces[1] for answer in log[:-1][:1]]
-    return request is None or (
-        newest.transaction == request.transaction and newest.nonces[1] in [*nonces, request.nonces[0]]
-    )
-
-
-def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequence[Response]) -> bool | None:
-    """Whether openssl accepts the newest of these answers: it gets them replayed, and no server. None: nobody knows."""
-    settings, replay = transaction.settings, _replay(log)
-    known = settings.binary.options
-    if not {"rspin", "reqout"} <= known.keys():
-        return None
-    files = ["-rspin", ",".join(replay)]
-    number = _number(log[-1])
-    requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
-    files += ["-reqout", ",".join(map(transaction.file, requests))]
-    for option in ("certout", "extracertsout", "cacertsout"):  # the disk may be full, which says nothing of the answer
-        files += [f"-{option}", os.devnull] if option in known else []
-    nowhere = {"server": "127.0.0.1:9", "msg_timeout": "1"}
-    nowhere.update({"no_proxy": "127.0.0.1"} if "no_proxy" in known else {})
-
-    complete = True
-    # With so little time openssl gives up on a pollRep at once, and says so. Where it says more, it has to go on.
-    for total in [1, 1 + settings.binary.margin()] if log[-1].body == POLLREP else [1]:
-        transaction.remove(*requests)
-        overrides = {**nowhere, "total_timeout": str(total)}
-        run = _openssl_cmp(transaction, request, files, overrides, asleep=lambda: transaction.asked(number + 1))
-        if run.code == 0 or transaction.asked(number + 1) or (transaction.asked(number) and run.only(TAKEN)):
-            return True
-        complete = complete and run.complete()
-    return False if complete else None
-
-
-def _due(answers: Sequence[Response]) -> bool:
-    """Whether the CA may be asked again (checkAfter, RFC 4210, 5.3.22). A clock that was set back does not count."""
-    if not answers or answers[-1].body != POLLREP or not answers[-1].path.endswith(".der"):
-        return True
-    age = time.time() - os.stat(answers[-1].path).st_mtime
-    pause = answers[-1].check_after
-    return not 0 <= age < (max(pause, 1) if 0 <= pause < 1 << 63 else 0)
-
-
-NO_OVERRIDES: Mapping[str, str | None] = types.MappingProxyType({})
-
-
-def _command(
-    settings: Settings, arguments: Sequence[str], overrides: Mapping[str, str | None] = NO_OVERRIDES
-) -> list[str]:
-    """The openssl command line: the configured options in their order, then what belongs to this request."""
-    argv = [settings.binary.path, "cmp"]
-    for option, value in {**settings.options, **overrides}.items():
-        if option == "subject" or (option == "popo" and settings.options.get("cmd") == "p10cr"):
-            continue  # decided for each request; no part of a p10cr
-        name = settings.binary.spelled.get(option, option)
-        argv += [f"-{name}"] if value is None else [f"-{name}", value]
-    return [*argv, *arguments]
-
-
-def _openssl_cmp(
-    transaction: Transaction,
-    request: Sequence[str],
-    files: Sequence[str] = (),
-    overrides: Mapping[str, str | None] = NO_OVERRIDES,
-    keep: Sequence[int] = (),
-    asleep: Callable[[], bool] = lambda: False,
-) -> Run:
-    """One run of `openssl cmp`, logged without the many names of `files` for answers."""
-    settings, command = transaction.settings, _command(transaction.settings, request, overrides)
-    if transaction.logger.isEnabledFor(logging.DEBUG):  # it holds no secret: those are in the environment
-        transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
-    limit = int(overrides["total_timeout"] or 0) + GRACE if "total_timeout" in overrides else settings.limit()
-    run = _run([*command, *files], limit, settings.secrets, [transaction.lock, *keep], asleep)
-    answers = transaction.answers()
-    if answers:
-        transaction.cmp_id = answers[-1].transaction
-    words = [word for answer in answers for word in answer.printed()]
-    return run._replace(messages=_messages(run.output, settings.secrets.values(), words), words=words)
-
-
-# --- The chain ----------------------------------------------------------------------------------------------
-
-
-def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
-    """The certificates in a PEM or DER file; what is none is passed over."""
-    if not os.path.isfile(path):
-        return []
-    with open(path, "rb") as file:
-        data = file.read()
-    pem = r"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
-    blocks = re.findall(pem.encode(), data) or [data]
-    found = []
-    for block in blocks:
-        try:
-            der = block if block is data else binascii.a2b_base64(block)
-            found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
-        except (CMPError, binascii.Error, StopIteration) as err:
-            logger.debug("%s: %s", path, err)
-    return found
-
-
-_stored: dict[tuple[str, int, int], list[Certificate]] = {}
-
-
-def _configured_certificates(path: str, transaction: Transaction) -> list[Certificate]:
-    """The certificates in a file that the configuration names. PKCS #12 is openssl's to open."""
-    found = _certificates(path, transaction.logger)
-    if found or not os.path.isfile(path):
-        return found
-    info, settings = os.stat(path), transaction.settings
-    mark = (path, info.st_mtime_ns, info.st_size)
-    if mark not in _stored:
-        source = settings.options.get("otherpass")
-        argv = [settings.binary.path, "storeutl", "-certs", *(["-passin", source] if source else []), path]
-        run = _run(argv, secrets=settings.secrets)
-        if run.killed():
-            raise CMPError(run.killed())
-        transaction.write("stored.pem", run.output)
-        _stored[mark] = _certificates(transaction.file("stored.pem"), transaction.logger)
-        if not _stored[mark]:
-            what = _one_line(path, 100)
-            transaction.logger.warning("%s holds no certificate that can be read: make it PEM", what)
-    return _stored[mark]
-
-
-class Pool(NamedTuple):
-    """Where issuers are found."""
-
-    anchors: list[Certificate]  # what the configuration trusts
-    known: list[Certificate]  # what it names at all, and caPubs
-    sent: list[Certificate]  # extraCerts, which nothing protects (RFC 4210, 5.1)
-
-
-def _pool(transaction: Transaction) -> Pool:
-    """Read the certificates that the configuration names, and those of the answer."""
-    options, logger = transaction.settings.options, transaction.logger
-    files = {o: _file_list(o, options.get(o) or "") for o in ("untrusted", "trusted", "out_trusted")}
-    found = {o: [c for name in files[o] for c in _configured_certificates(name, transaction)] for o in files}
-    anchors = found["trusted"] + found["out_trusted"]
-    capubs = _certificates(transaction.file("capubs.pem"), logger)
-    sent = _certificates(transaction.file("extracerts.pem"), logger)
-    if not sent:  # openssl forgets them when the CA delays its answer to the confirmation
-        sent = [cert for answer in transaction.answers() for cert in _message_certificates(answer.path, logger)]
-    return Pool(anchors, [*found["untrusted"], *anchors, *capubs], sent)
-
-
-def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate]:
-    """extraCerts and caPubs of a saved response (RFC 4210, 5.1 and 5.3.4)."""
-    found = []
-    try:
-        with open(path, "rb") as file:
-            _, body, *rest = _sequence(file.read(MAX_DER))
-        capubs = _sequence(body.value)[:1] if body.tag & 0x1F in (IP, CP) else []
-        for field in [*rest, *capubs]:
-            if field.tag == 0xA1:
-                found += [_certificate(element.raw) for element in _sequence(field.value)]
-    except (CMPError, ValueError) as err:
-        logger.debug("%s: %s", path, err)
-    return found
-
-
-def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
-    """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
-    named = below.authority_issuer
-    return (
-        _name_key(issuer.subject) == _name_key(below.issuer)
-        and (not below.authority_key or issuer.subject_key in (b"", below.authority_key))
-        and below.authority_serial in ("", issuer.serial)
-        and (named is None or _name_key(named) == _name_key(issuer.issuer))
-    )
-
-
-def _key_bits(certificate: Certificate) -> bytes:
-    """The subjectPublicKey."""
-    return _sequence(certificate.key)[1].value[1:]
-
-
-# Links that openssl has verified in this process: (what was signed, the issuer's certificate).
-_links: set[tuple[bytes, bytes]] = set()
-
-
-class Links:
-    """Which certificate has signed which: openssl's answers, each asked for once, and of those only so many."""
-
-    def __init__(self, transaction: Transaction) -> None:
-        self.transaction, self.left, self.passed_over = transaction, MAX_LINKS, ""
-
-    def verified(self, below: Certificate, issuer: Certificate, mark: bytes, protected: bool) -> bool:
-        """Whether `issuer` has signed `below`; a yes is remembered as one for `mark`."""
-        if (mark, issuer.der) in _links:
-            return True
-        if self.left <= 0:
-            return False
-        self.left -= 1
-        logger, name = self.transaction.logger, _name_text(issuer.subject)
-        try:
-            run = self._ask(below, issuer)
-        except (CMPError, OSError) as err:  # no process, no descriptor, no room: the certificate is served all the same
-            self.left = 0
-            logger.warning("cannot verify the chain now: %s", _one_line(str(err)))
-            return False
-        if run.code == 0:
-            if len(_links) > 1000:
-                _links.clear()
-            _links.add((mark, issuer.der))
-            return True
-        fault = re.search(r"lookup: *(.*)", run.output)
-        why = _one_line(fault.group(1) if fault else run.output)
-        if protected:
-            self.passed_over = f" ({name}, which is there, is another: {why})"
-        else:
-            self.left -= FALSE_LINK - 1
-            logger.warning("passed over a false certificate in extraCerts: %s (%s)", name, why)
-        return False
-
-    def _ask(self, below: Certificate, issuer: Certificate) -> Run:
-        """Run `openssl verify` for one link. Raises CMPError where it gives no answer."""
-        write, file = self.transaction.write, self.transaction.file
-        write("issuer.pem", _pem(issuer.der))
-        write("subject.pem", _pem(below.der))
-        argv = [self.transaction.settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
-        argv += ["-check_ss_sig"] if below is issuer else []  # or else it just finds it among the trusted ones
-        run = _run([*argv, "-trusted", file("issuer.pem"), file("subject.pem")])
-        if run.killed():
-            raise CMPError(run.killed())
-        return run
-
-
-class Path(NamedTuple):
-    """A way from the leaf upwards, and how good it is."""
-
-    certificates: list[Certificate]
-    rank: tuple[bool, bool, int]
-
-
-class PathFinder:
-    """Finds the chain of a certificate among those of a pool."""
-
-    def __init__(self, pool: Pool, links: Links) -> None:
-        self.pool, self.links, self.steps = pool, links, MAX_STEPS
-        self.protected = {certificate.der for certificate in pool.known}
-        self.anchors = {certificate.der for certificate in pool.anchors}
-        self.anchor_keys = {(_name_key(a.subject), a.key) for a in pool.anchors}
-        self.known_keys = {(_name_key(c.subject), c.key) for c in pool.known}
-
-    def best(self, path: list[Certificate]) -> Path:
-        """The best way on from the end of `path`: it is at the end itself where that is self-signed."""
-        ends = self.self_signed(path)
-        key, best = b"", Path([], (False, False, -1))
-        self.steps -= 1
-        for issuer, mark in [] if ends or len(path) == MAX_CHAIN or self.steps < 0 else self.candidates(path):
-            # Where one key has signed, no other has.
-            if key in (b"", issuer.key) and self.links.verified(path[-1], issuer, mark, issuer.der in self.protected):
-                key, found = issuer.key, self.best([*path, issuer])
-                best = found if found.rank > best.rank else best
-            if best.rank == (True, True, 2):
-                break
-        return best if best.certificates else Path(path, self.rank(path, ends))
-
-    def rank(self, path: list[Certificate], ends: bool) -> tuple[bool, bool, int]:
-        """What to prefer a path for: it ends at something protected, all is valid now, it ends at a trust anchor."""
-        # In this order, for else the cross-certificate of a stranger would do better than an issuer that has expired.
-        end, trust = (_name_key(path[-1].subject), path[-1].key), 0
-        if self.anchors & {certificate.der for certificate in path} or (ends and end in self.anchor_keys):
-            trust = 2  # also by a renewed certificate of the anchor, which has its name and key
-        elif ends and end in self.known_keys:
-            trust = 1
-        return trust > 0, all(certificate.valid() for certificate in path[1:]), trust
-
-    def self_signed(self, path: list[Certificate]) -> bool:
-        """Whether the last one has signed itself: a CA below one of its own name has not, whatever it is called."""
-        last = path[-1]
-        if not _names_as_issuer(last, last):
-            return False
-        if last.authority_key and last.subject_key:
-            return True
-        return self.links.verified(last, last, last.der, True)
-
-    def candidates(self, path: list[Certificate]) -> list[tuple[Certificate, bytes]]:
-        """Who may have issued the last one, in the order to try them, and what to remember the link by."""
-        last, trodden = path[-1], {(_name_key(c.subject), c.key) for c in path}
-        pool = {c.der: c for c in [*self.pool.known, *self.pool.sent] if _names_as_issuer(last, c)}
-        found = [c for c in pool.values() if (_name_key(c.subject), c.key) not in trodden]
-        if len(found) > 1:
-            # Stable: the configuration stays before caPubs, and these before extraCerts.
-            found.sort(key=lambda c: (not c.valid(), c.der not in self.protected, not _named_by_hash(last, c)))
-        # Authorities are the same again and again, a leaf hardly ever is. So its link is remembered by what it says of
-        # its issuer's key, but only as long as no other key claims to be that one.
-        sure = len(path) == 1 and last.authority_key and len({c.key for c in found}) == 1
-        mark = last.algorithm + last.authority_key if sure else last.der
-        return [(issuer, mark if issuer.subject_key else last.der) for issuer in found]
-
-
-def _named_by_hash(below: Certificate, issuer: Certificate) -> bool:
-    """Whether `below` names the issuer's key by its hash (RFC 5280, 4.2.1.2): nobody can make another of that name."""
-    import hashlib  # only where several claim to be the issuer
-
-    try:
-        return hashlib.sha1(_key_bits(issuer), usedforsecurity=False).digest() == below.authority_key
-    except (CMPError, IndexError):
-        return False
-
-
-def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
-    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
-
-    Whatever goes wrong here does not cost the certificate: what is verified is served, and the log says what is not.
-    """
-    warn = transaction.logger.warning
-    try:
-        pool = _pool(transaction)
-        links = Links(transaction)
-        finder = PathFinder(pool, links)
-        path = finder.best([leaf])
-        ends = finder.self_signed(path.certificates)
-    except (CMPError, OSError) as err:
-        warn("cannot look for the chain now: %s", _one_line(str(err)))
-        return [leaf]
-    chain = path.certificates
-    top, missing = _name_text(chain[-1].subject), _name_text(chain[-1].issuer)
-    roots = any(_names_as_issuer(known, known) for known in pool.known)
-    if len(chain) == 1 and not ends:
-        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted%s", links.passed_over)
-    elif len(chain) == MAX_CHAIN and not ends:
-        warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
-    elif not ends and path.rank[2] < 2 and (roots or finder.candidates(chain)):  # else the root is left out on purpose
-        what = f"name its issuer, {missing}, in cmp_untrusted{links.passed_over}"
-        warn("the bundle ends with %s, below its root: %s", top, what)
-    for authority in chain[1:]:
-        if not authority.valid():
-            name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"
-            warn("the bundle holds %s, valid only from %s: name its renewed certificate in cmp_untrusted", name, limits)
-    return chain
-
-
-# --- The certificate against its CSR ------------------------------------------------------------------------
-
-
-def _general_names(extensions: Mapping[str, bytes]) -> set[str]:
-    """The subjectAltNames (RFC 5280, 4.2.1.6) in small letters, such as `DNS:www.example` and `IP:10.0.0.1`."""
-    names = set()
-    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
-        kind = {0x81: "email", 0x82: "DNS", 0x86: "URI", 0x87: "IP"}.get(name.tag, f"[{name.tag & 0x1F}]")
-        text = name.value.decode("ascii", "backslashreplace").lower() if name.tag in (0x81, 0x82, 0x86) else ""
-        if name.tag == 0x87 and len(name.value) in (4, 16):
-            import ipaddress  # not every certificate has one
-
-            text = str(ipaddress.ip_address(name.value))
-        names.add(f"{kind}:{text or name.value.hex()}")
-    return names
-
-
-def _common_names(subject: Name) -> set[str]:
-    """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
-    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == "2.5.4.3"}
-    return {text for text in texts if re.fullmatch(r"[^\s.@]+(\.[^\s.@]+)+|[0-9a-f]*:[0-9a-f:.]+", text)}
-
-
-def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
-    """Whether it is a CA's: cA in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3)."""
-    flag = _sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\x00"))[:1]
-    usage = next(_elements(extensions.get(KEY_USAGE, b"\x03\x01\x00"))).value
-    return any(e.tag == 0x01 and any(e.value) for e in flag) or bool(usage[1:2] and usage[1] & 0x04)
-
-
-def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
-    """What the CA has made of a request that nobody has asked for, or an empty string. `subject` is cmp_subject."""
-    try:
-        asked, got = _general_names(csr.extensions), _general_names(leaf.extensions)
-        authority = _signs_certificates(leaf.extensions)
-        keys = [_sequence(key)[1].value for key in (_csr_key(csr), leaf.key)]
-    except (CMPError, IndexError, StopIteration) as err:
-        return f"it cannot be compared with the CSR: {err}"
-    # A CA may repeat what the subject says as a subjectAltName, and the other way round.
-    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn} | {""}
-    said |= set(re.findall(r"=([^/=+]*)", subject.lower()))
-    values = {name.partition(":")[2] for name in asked}
-    names = _common_names(leaf.subject)
-    missing = sorted(asked - got) or sorted(
-        _common_names(csr.subject) - {name.partition(":")[2] for name in got} - names if not asked else ()
-    )
-    added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
-    added += sorted(f"CN={name}" for name in names - values - said)
-    shorter = min(map(len, keys))  # an EC point may be compressed: the first octet then says how, the others are x
-    found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("added", added)) if names]
-    found += ["another key"] * (keys[0][2:shorter] != keys[1][2:shorter]) + ["a CA certificate"] * authority
-    return _one_line("; ".join(found), 2 * MAX_TEXT)
-
-
-def _csr_key(csr: CSR) -> bytes:
-    """The subjectPublicKeyInfo of a CSR (RFC 2986, 4.1)."""
-    return _sequence(_sequence(csr.der)[0].raw)[2].raw
-
-
-# --- The handler --------------------------------------------------------------------------------------------
-
-Enrolled = tuple[Optional[str], Optional[str], Optional[str], Optional[str]]
-Polled = tuple[Optional[str], Optional[str], Optional[str], Optional[str], bool]
-Revoked = tuple[int, Optional[str], Optional[str]]
-ACME_ERROR = "urn:ietf:params:acme:error:"
-_warned: set[str] = set()
-
-
-class Log(logging.Logger):
-    """acme2certifier's logger. A log handler that raises does not cost the order that the line is about."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        super().__init__(logger.name)
-        self.parent = self.inner = logger
-
-    def isEnabledFor(self, level: int) -> bool:
-        """As the logger behind it."""
-        return self.inner.isEnabledFor(level)
-
-    def handle(self, record: logging.LogRecord) -> None:
-        """Hand the record on."""
-        with contextlib.suppress(Exception):
-            self.inner.handle(record)
-
-
-class CAhandler:
-    """What acme2certifier calls: a context manager, made anew for each call.
-
-    No method lets an exception out: a failure is a log line and an error value.
-    """
-
-    profile_mapping_field = "cmp_profile"
-
-    def __init__(self, debug: bool | None = None, logger: logging.Logger | None = None) -> None:
-        self.debug = debug
-        self.logger: logging.Logger = Log(logger or logging.getLogger("cmp_ca_handler"))
-        self.cahandler_registry_name: str | None = None  # set by the host where it has several CAs
-        self._helper: types.ModuleType | None = None
-        self._config: Any = {}
-        self.section: dict[str, str] = {}
-        self.config_error = ""
-        self.ask_always = False  # poll() asks the CA even before its checkAfter has passed: for the command line
-
-    def __enter__(self) -> CAhandler:
-        """Read the configuration. Starts no process and leaves nothing on disk: the host does this at every GET."""
-        try:
-            self._helper = _host_helper()
-            self._config = _load_config(self._helper, self.logger)
-            if "CAhandler" not in self._config:
-                raise CMPError("the configuration has no [CAhandler] section")
-            self.section = _our_keys(self._config["CAhandler"])
-            _check_yaml(os.environ.get("ACME_SRV_CONFIGFILE") or "", self.section)
-        except Exception as err:
-            self.config_error = self._failure("configuration", err)
-        return self
-
-    def use_section(self, name: str) -> None:
-        """Overlay `[CAhandler:<name>]`, for the command line: in the host, its `load_config` does that."""
-        if name != "CAhandler":
-            if name not in self._config:
-                raise CMPError(f"the configuration has no section [{_one_line(name)}]")
-            self.section.update(_our_keys(self._config[name]))
-
-    def __exit__(self, *args: object) -> None:
-        """Nothing is open between calls."""
-
-    def enroll(self, csr: str) -> Enrolled:
-        """Get a certificate for a CSR (base64url DER, or PEM).
-
-        Returns (error, bundle in PEM with the leaf first, leaf's DER in base64, poll identifier). A CA that has
-        not decided yet gives (None, None, None, identifier).
-        """
-        what = "enrolment"
-        try:
-            section = self._profiled_section(csr)
-            settings = self._checked(section)
-            request = _csr(csr, settings.san_types)
-            what = f"enrolment of {_wanted(request)}"
-            self._check_seen(request)
-            with closing(_begin(settings, self.logger)) as transaction:
-                transaction.write("enrolling", "")
-                changed = {key: value for key, value in section.items() if self.section.get(key) != value}
-                if changed:
-                    import json  # only for an order with a profile
-
-                    transaction.write("profile", json.dumps(changed))
-                try:
-                    outcome, bundle, certificate = self._go_on(request, transaction)
-                except BaseException as err:
-                    # A fault of ours does not cost what the CA has answered: it may have issued the certificate.
-                    transaction.keep = transaction.answered()
-                    if not transaction.keep or not isinstance(err, Exception):
-                        raise
-                    outcome, bundle, certificate = Outcome(waiting=True, text=self._failure(what, err)), None, None
-                if bundle:
-                    return (None, bundle, certificate, None)
-                about = f"{_wanted(request)}, CMP transaction {transaction.cmp_id or 'unknown'}"
-                if not outcome.waiting:
-                    what = f"enrolment of {about}"
-                    raise CMPError(outcome.text)
-                transaction.wait()
-                text = outcome.text or "undecided"
-                self.logger.info("CMP enrolment %s waits for the CA: %s (%s)", transaction.identifier, text, about)
-                return (None, None, None, transaction.identifier)
-        except Exception as err:
-            return (self._failure(what, err), None, None, None)
-
-    def poll(self, cert_name: str, poll_identifier: str, csr: str) -> Polled:
-        """Go on with an enrolment that the CA had not decided.
-
-        Returns (error, bundle, certificate, identifier, rejected). `rejected` is the CA's final no; a CA that
-        cannot be reached is an error, and the next poll tries again.
-        """
-        what = "poll"
-        try:
-            if self.config_error:
-                raise CMPError(self.config_error)
-            settings = _settings(self.section)
-            fault = _directory_fault(settings)
-            if fault:
-                raise CMPError(fault)
-            what = f"poll of {_check_identifier(poll_identifier)}"
-            kept = _kept_result(settings, poll_identifier)
-            if kept:
-                leaf = _certificate(_decode(kept, "CERTIFICATE"))
-                if csr and _csr(csr, settings.san_types).key != leaf.key:
-                    raise CMPError("its certificate is for another CSR")
-                return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
-            with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
-                transaction.keep = True
-                request = _csr(transaction.read("csr.pem"), settings.san_types)
-                what += f" ({_wanted(request)})"
-                if csr and _decode(csr, CSR_LABEL) != request.der:
-                    raise CMPError("the transaction is for another CSR")
-                answers = _usable(transaction.answers())
-                if not answers:  # without them, openssl would begin a second transaction
-                    raise CMPError(f"the saved answers in {transaction.path} are damaged: order the certificate again")
-                if not self.ask_always and not _due(answers):
-                    return (None, None, None, poll_identifier, False)
-                saved = _saved_profile(transaction, self._profile_keys())
-                transaction.settings = self._checked({**self.section, **saved})
-                outcome, bundle, certificate = self._go_on(request, transaction)
-                if outcome.text:
-                    about = f"{_wanted(request)}, CMP transaction {transaction.cmp_id}"
-                    self.logger.error("CMP poll of %s (%s): %s", poll_identifier, about, outcome.text)
-                transaction.keep = not bundle and not outcome.final
-                return (outcome.text or None, bundle, certificate, poll_identifier, outcome.final)
-        except Exception as err:
-            return (self._failure(what, err), None, None, poll_identifier, False)
-
-    def revoke(self, cert: str, rev_reason: str | None = None, rev_date: str | None = None) -> Revoked:
-        """Revoke a certificate (base64url DER, or PEM) for a reason of RFC 5280, 5.3.1, by name or number.
-
-        Returns (200, None, None) or (HTTP status, ACME error type, detail). CMP dates a revocation itself.
-        """
-        try:
-            code = str(rev_reason).strip() if rev_reason is not None else "unspecified"
-            number = {**REASONS, **{str(number): number for number in REASONS.values()}}.get(code)
-            if number is None:
-                detail = self._failure("revocation", CMPError(f"unknown revocation reason {_one_line(code, 40)}"))
-                return (400, ACME_ERROR + "badRevocationReason", detail)
-            try:
-                parsed = _certificate(_decode(cert, "CERTIFICATE"))
-            except CMPError as err:
-                detail = self._failure("revocation", CMPError(f"not a certificate: {err}"))
-                return (400, ACME_ERROR + "malformed", detail)
-            return self._revoke(parsed, number, self._checked(self._profiled_section(cert, revocation=True)))
-        except Exception as err:
-            return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
-
-    def _revoke(self, certificate: Certificate, number: int, settings: Settings) -> Revoked:
-        """Ask the CA to revoke, with the server and the credentials of `settings`."""
-        options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
-        settings = settings._replace(options={**options, "cmd": "rr"})
-        with closing(_begin(settings, self.logger)) as transaction:
-            transaction.write("cert.pem", _pem(certificate.der))
-            arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
-            if "rspout" in settings.binary.options:
-                arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
-            run = _openssl_cmp(transaction, arguments)
-            newest = next(reversed(transaction.answers()), None)
-        _log_messages(self.logger, run.messages, "$")
-        what = f"serial={certificate.serial} issuer={_name_text(certificate.issuer)}"
-        if run.code == 0 and not run.errors():
-            code = next(name for name, known in REASONS.items() if known == number)
-            self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
-            return (200, None, None)
-        detail = _failure_text(run, newest, settings)
-        self.logger.error("CMP revocation failed: %s: %s", what, detail)
-        # Not from an error message: there it may mean the certificate that has signed the request.
-        revoked = newest is not None and newest.body == RP and newest.protected and "certRevoked" in newest.failures
-        if revoked and run.only(AFTER_ACCEPTANCE):
-            return (400, ACME_ERROR + "alreadyRevoked", detail)
-        return (500, ACME_ERROR + "serverInternal", detail)
-
-    def trigger(self, payload: str) -> tuple[str, None, None]:
-        """CMP has no callbacks."""
-        return ("Method not implemented.", None, None)
-
-    def handler_check(self) -> str | None:
-        """None, or every fault of the configuration on one line. Does not contact the CA."""
-        try:
-            settings = _settings(self.section)
-            faults = [self.config_error] if self.config_error else [*settings.errors, _directory_fault(settings)]
-            return _one_line("; ".join(fault for fault in faults if fault), 4 * MAX_TEXT) or None
-        except Exception as err:
-            return self._failure("check", err)
-
-    def _go_on(self, csr: CSR, transaction: Transaction) -> tuple[Outcome, str | None, str | None]:
-        """Begin or resume the exchange; where that gets a certificate: bundle and leaf, and the log line about them."""
-        _verify(csr, transaction)
-        outcome = _exchange(_request(csr, transaction), csr.key, transaction)
-        if outcome.leaf is None:
-            return outcome, None, None
-        leaf = outcome.leaf
-        names = f"subject={_name_text(leaf.subject)} serial={leaf.serial} issuer={_name_text(leaf.issuer)}"
-        changes = _changes(csr, leaf, transaction.settings.options.get("subject") or "")
-        if changes:
-            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", names, changes)
-            if transaction.settings.refuse_changes:
-                return Outcome(text=self._refuse(leaf, changes, transaction), final=True), None, None
-        chain = _chain(leaf, transaction)
-        bundle = "".join(_pem(cert.der) for cert in chain)
-        if os.path.exists(transaction.file("waiting")):
-            transaction.finish(bundle)
-        names += f" notAfter={leaf.not_after} chain={len(chain)} transaction={transaction.cmp_id or 'unknown'}"
-        self.logger.info("certificate issued: %s seconds=%.2f", names, time.monotonic() - transaction.started)
-        return outcome, bundle, base64.b64encode(leaf.der).decode()
-
-    def _refuse(self, leaf: Certificate, changes: str, transaction: Transaction) -> str:
-        """Revoke a certificate that nobody has asked for; the text for the error."""
-        try:
-            detail = self._revoke(leaf, REASONS["cessationOfOperation"], transaction.settings)[2]
-        except (CMPError, OSError) as err:
-            detail = self._failure("revocation", err)
-        end = f"and could not be revoked ({detail}): revoke serial {leaf.serial} at the CA" if detail else "and revoked"
-        return f"the CA issued something else than the CSR asked for ({changes}): refused {end}"
-
-    def _check_seen(self, csr: CSR) -> None:
-        """Ask acme2certifier how many names it reads in the CSR: it has checked no others. Raises CMPError."""
-        read = getattr(self._helper, "csr_san_get", None)
-        if read is not None:
-            seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("=")))
-            names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr))
-            if seen != names:
-                raise CMPError(
-                    f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
-                )
-
-    def _profile_keys(self) -> list[str]:
-        """The keys that a profile may set: those that the configuration uses, without the protected ones."""
-        keys = dict.fromkeys([*self.section, "cmp_profile"])
-        return [key for key in keys if _option_name(key[4:]) not in PROTECTED_KEYS]
-
-    def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
-        """The section, with what the profile of the order, of its account or of its HTTP header sets."""
-        check = getattr(self._helper, "eab_profile_header_info_check", None)
-        if check is None:
-            return self.section
-        # The host's functions set attributes by `hasattr` and `setattr`: let them find only what a profile may set.
-        chosen = types.SimpleNamespace(**{key: self.section.get(key) for key in self._profile_keys()})
-        chosen.cahandler_registry_name = self.cahandler_registry_name
-        chosen.eab_profiling, chosen.eab_handler = self._host("config_eab_profile_load", (False, None))
-        if revocation:
-            check_revocation = getattr(self._helper, "eab_profile_revocation_check", None)
-            if check_revocation and chosen.eab_profiling and chosen.eab_handler:
-                check_revocation(self.logger, chosen, argument)
-        else:
-            chosen.header_info_field = self._host("config_headerinfo_load", None)
-            chosen.profiles = self._host("config_profile_load", {})
-            error = check(self.logger, chosen, argument, self.profile_mapping_field)
-            if error:
-                raise CMPError(_one_line(str(error)))
-            if chosen.header_info_field and not chosen.eab_profiling and not chosen.profiles:
-                self._check_header_value(chosen)
-        values = {key: getattr(chosen, key, None) for key in self._profile_keys()}
-        return {**self.section, **{key: value for key, value in values.items() if isinstance(value, str)}}
-
-    def _check_header_value(self, chosen: types.SimpleNamespace) -> None:
-        """Undo what an HTTP header has set, unless [Order] allowed_header_values has it: before 0.46 nobody looks."""
-        import json  # only where [Order] has a header_info_list
-
-        field = self.profile_mapping_field
-        try:
-            allowed = json.loads(self._config["Order"]["allowed_header_values"])
-        except (KeyError, ValueError, TypeError, RecursionError):
-            allowed = []
-        value, configured = getattr(chosen, field), self.section.get(field)
-        if value != configured and not (isinstance(allowed, list) and value in allowed):
-            setattr(chosen, field, configured)
-            what = f"{field}={_one_line(str(value), 100)} in an HTTP header ignored"
-            self.logger.warning("%s: it is not in allowed_header_values of [Order]", what)
-
-    def _host(self, function: str, default: Any) -> Any:
-        """What one of the host's functions reads from the configuration; old hosts have not got them all."""
-        load = getattr(self._helper, function, None)
-        return load(self.logger, self._config) if load else default
-
-    def _checked(self, section: Mapping[str, str]) -> Settings:
-        """The settings. Raises CMPError, before anything is sent, with every error there is."""
-        if self.config_error:
-            raise CMPError(self.config_error)
-        settings = _settings(section)
-        for warning in settings.warnings:
-            if warning not in _warned:  # once per process is enough
-                _warned.add(warning)
-                self.logger.warning("configuration: %s", warning)
-        if settings.errors:
-            raise CMPError("configuration error: " + "; ".join(settings.errors))
-        return settings
-
-    def _failure(self, what: str, err: Exception) -> str:
-        """Log a failure and give its text."""
-        if isinstance(err, CMPError):
-            text = str(err)
-        elif isinstance(err, OSError):
-            text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
-            hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
-            text += f" ({hint})" if hint else ""
-        else:
-            line = err.__traceback__.tb_lineno if err.__traceback__ else 0
-            text = f"internal error: {type(err).__name__} {err} (line {line})"
-        text = _one_line(text, 4 * MAX_TEXT)
-        self.logger.error("CMP %s failed: %s", what, text)
-        return text
-
-
-def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str, str]:
-    """What the order's profile had set when the enrolment began."""
-    import json
-
-    try:
-        profile = json.loads(transaction.read("profile") or "{}")
-        return {key: str(value) for key, value in profile.items() if key in allowed}
-    except (ValueError, AttributeError, RecursionError) as err:
-        raise CMPError(f"the file {transaction.file('profile')} is damaged: order the certificate again") from err
 
 
 # --- What differs between operating systems ------------------------------------------------------------------
@@ -3499,7 +3507,7 @@ def _open_lock(path: str, new: bool) -> int:
 
 
 def _above_2(descriptor: int) -> int:
-    """The descriptor, moved where openssl's standard files do not take its place: the host may have closed its own."""
+    """The descriptor, moved where openssl's standard files do not take its place: the server's may be closed."""
     if sys.platform != "win32" and descriptor <= 2:
         try:
             return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -3587,7 +3595,7 @@ def _kill(child: Child) -> None:
     child.process.wait()
 
 
-# --- The command line: the same code paths as in the host ---------------------------------------------------
+# --- The command line: the same code paths as under acme2certifier -------------------------------------------
 
 USAGE = """\
 examples:
@@ -3605,7 +3613,7 @@ exit codes: 0 done, 1 failed, 2 wrong usage, 3 the CA has not decided yet
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. Results go to standard output, all else to standard error."""
-    import argparse  # here, so that loading the handler in the host stays fast
+    import argparse  # here, so that acme2certifier loads this file fast
 
     parser = argparse.ArgumentParser("cmp_ca_handler.py", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description, parser.epilog = "Try and check a [CAhandler] section.", USAGE
@@ -3658,7 +3666,7 @@ def _handler_command(args: Any) -> int:
     logger.setLevel(logging.DEBUG if args.verbose else logging.CRITICAL)
     logger.propagate = False
     here = os.path.dirname(os.path.abspath(__file__))
-    if os.path.basename(here) == "acme_srv":  # copied into an old host: its helper lies beside this file
+    if os.path.basename(here) == "acme_srv":  # copied into an old release: its helper lies beside this file
         sys.path.append(os.path.dirname(here))
     path = _find_configuration(args.config, here)
     with CAhandler(False, logger) as handler:
@@ -3717,7 +3725,7 @@ def _output_file(path: str | None) -> Iterator[IO[bytes] | None]:
 
 
 def _argument_file(path: str) -> str:
-    """A CSR or certificate from a PEM or DER file, as the host would hand it over."""
+    """A CSR or certificate from a PEM or DER file, as acme2certifier would hand it over."""
     with open(path, "rb") as file:
         data = file.read(2 * MAX_DER)
     if data[:1] == b"\x30":

@@ -223,7 +223,7 @@ def test_check_fits_a_terminal(ca: DemoCA, desk: Desk) -> None:
     shutil.copy(ca.options()["cmp_trusted"], desk.directory / "root.pem")
     result = desk("check")
     assert result.returncode == 0
-    lines = [line for line in result.stdout.splitlines() if not line.startswith(("file ", "warning: "))]
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(("file ", "tmp_dir ", "warning: "))]
     assert max(map(len, lines)) <= 80 and "\x1b" not in result.stdout
     assert max(map(len, run("--help").stdout.splitlines())) <= 80
 
