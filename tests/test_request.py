@@ -38,7 +38,10 @@ from shared import (
     in_csr,
     name_der,
     oid,
+    wire,
 )
+
+__all__ = ["wire"]  # a fixture
 
 SAN = bytes.fromhex("0603551d11")  # subjectAltName as an OBJECT IDENTIFIER
 
