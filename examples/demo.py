@@ -254,6 +254,7 @@ class Log(logging.Handler):
     def show_command(self) -> None:
         """The last openssl command, one option per line. No secret is in it: the handler never logs one."""
         command = [text for _, text in self.lines if text.startswith("running ")][-1]
+        command = command.replace(f"{os.path.realpath(os.getcwd())}/", "")  # so that it fits into a terminal
         program, *options = re.split(r" (?=-[a-z_]+(?: |$))", command[len("running ") :])
         show(" \\\n    ".join([program.replace(shutil.which("openssl") or "", "openssl"), *options]))
 

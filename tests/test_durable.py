@@ -232,7 +232,8 @@ def test_poll_killed_at_every_step(ca: DemoCA, handlers: Handlers, monkeypatch: 
         ca.approve(f"n{step}.example")
         process = python(KILLED_POLLER, str(step), identifier, "")
         out, err = process.communicate(timeout=60)
-        wait_until(lambda: not processes(identifier), "openssl's end")
+        lock = handlers.work / identifier / "lock"
+        wait_until(lambda: not processes(identifier) and (not lock.exists() or unlocked(lock.parent)), "openssl's end")
         if process.returncode == 0:
             check_issued(json.loads(out), csr)
         else:
