@@ -2304,7 +2304,8 @@ class Response(NamedTuple):
         said = [", ".join(self.failures) or ("waiting" if self.status == WAITING else "rejection")]
         said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
         said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
-        said += [f"'{_foreign(', '.join(self.details), secrets)}'"] if self.details else []
+        details = [detail for detail in self.details if detail not in self.texts]  # some CAs say the same in both
+        said += [f"'{_foreign(', '.join(details), secrets)}'"] if details else []
         return ", ".join(said)
 
 
@@ -2399,7 +2400,8 @@ def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
         verb = "answered" if newest.status == WAITING else "rejected the request:"
         failures = " ".join(newest.failures) or f"PKIStatus: {'waiting' if newest.status == WAITING else 'rejection'}"
         # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
-        told = failures == "signerNotTrusted" and (newest.details or newest.error_code is not None)
+        more = {*newest.details} - {*newest.texts} or newest.error_code is not None
+        told = failures == "signerNotTrusted" and more
         return f"CMP server {server} {verb} {newest.words(secrets)}" + ("" if told else _hint(failures))
     unverified = f"; an unverified answer says: {newest.words(secrets)}" if newest and newest.refuses() else ""
     if run.killed() and not run.asleep:
