@@ -29,7 +29,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 import cmp_ca_handler
-from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs, needs_root, wait_until
+from conftest import BINARIES, Handlers, as_host, binaries, csr_pem, needs, needs_root, wait_until
 from demo_ca import DemoCA, read_der, write_der
 from host import ROOT
 from proxy import Proxy, TcpServer, nested, signed
