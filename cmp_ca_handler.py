@@ -1323,9 +1323,8 @@ def _check_essentials(settings: Settings) -> None:
 def _check_tls(settings: Settings, section: Mapping[str, str]) -> None:
     """Half a setting of TLS is a connection without TLS, or one with anybody."""
     options, errors, warnings = settings.options, settings.errors, settings.warnings
-    version = re.match(r"OpenSSL (\d+)\.(\d+)", settings.binary.version)
     url = (options.get("server") or "").startswith("https://")
-    assumed = url and version is not None and (int(version.group(1)), int(version.group(2))) >= (3, 5)
+    assumed = url and settings.binary.since(3, 5)
     useless = [f"cmp_{option}" for option in options if option in TLS_KEYS]
     if "tls_used" in options or assumed:
         if "tls_trusted" not in options:
@@ -2436,8 +2435,12 @@ class Binary(NamedTuple):
 
     def margin(self) -> int:
         """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
+        return 2 if self.since(3, 3) else 5
+
+    def since(self, major: int, minor: int) -> bool:
+        """Whether it is this version of OpenSSL or a later one."""
         number = re.match(r"OpenSSL (\d+)\.(\d+)", self.version)
-        return 2 if number is not None and (int(number.group(1)), int(number.group(2))) >= (3, 3) else 5
+        return number is not None and (int(number.group(1)), int(number.group(2))) >= (major, minor)
 
     def converts_csr(self) -> bool:
         """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""

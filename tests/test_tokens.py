@@ -74,6 +74,16 @@ def issued(handlers: Handlers, section: dict[str, str], **changes: str | None) -
     return error or ""
 
 
+def check_works(handlers: Handlers, section: dict[str, str], directory: Path) -> None:
+    """The CA issues, and `check --connect` proves trust and credentials, without the PIN."""
+    assert issued(handlers, section) == ""
+    desk = Desk(directory)
+    desk.configure(section)
+    result = desk("check", "--connect")
+    assert result.returncode == 0 and "trust: yes, credentials: yes" in result.stdout, result.stdout
+    assert PIN not in result.stdout + result.stderr
+
+
 # --- The engine, with OpenSSL 3 ---------------------------------------------------------------------------------------
 
 
@@ -87,12 +97,7 @@ def test_engine(source: str, token: Token, handlers: Handlers, tmp_path: Path, m
         section = {**token.section, "cmp_key": f"{uri}?pin-source=file:{token.file('pin', PIN)}"}
     else:
         section = {**token.section, "cmp_key": uri, "cmp_keypass": "env:RA_PIN"}
-    assert issued(handlers, section) == ""
-    desk = Desk(tmp_path)
-    desk.configure(section)
-    result = desk("check", "--connect")
-    assert result.returncode == 0 and "trust: yes, credentials: yes" in result.stdout, result.stdout
-    assert PIN not in result.stdout + result.stderr
+    check_works(handlers, section, tmp_path)
 
 
 @needs("softhsm2-util", ENGINE)
@@ -171,12 +176,7 @@ def test_provider(
     else:
         section = {**token.section, "cmp_key": token.uri, "cmp_keypass": "env:RA_PIN"}
     section["cmp_openssl_bin"] = openssl
-    assert issued(handlers, section) == ""
-    desk = Desk(tmp_path)
-    desk.configure(section)
-    result = desk("check", "--connect")
-    assert result.returncode == 0 and "trust: yes, credentials: yes" in result.stdout, result.stdout
-    assert PIN not in result.stdout + result.stderr
+    check_works(handlers, section, tmp_path)
 
 
 @needs("softhsm2-util")
