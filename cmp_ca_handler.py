@@ -398,8 +398,7 @@ class CAhandler:
 
     def _revoke(self, certificate: Certificate, number: int, settings: Settings) -> Revoked:
         """Ask the CA to revoke, with the server and the credentials of `settings`."""
-        options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
-        settings = settings._replace(options={**options, "cmd": "rr"})
+        settings = settings.without_enrolment("rr")
         with closing(_begin(settings, self.logger)) as transaction:
             transaction.write("cert.pem", _pem(certificate.der))
             arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
@@ -428,9 +427,8 @@ class CAhandler:
     def handler_check(self) -> str | None:
         """None, or every fault of the configuration on one line. Does not contact the CA."""
         try:
-            settings = _settings(self.section)
-            faults = [self.config_error] if self.config_error else [*settings.errors, _directory_fault(settings)]
-            return _one_line("; ".join(fault for fault in faults if fault), 4 * MAX_TEXT) or None
+            faults = [self.config_error] if self.config_error else _settings(self.section).errors
+            return _one_line("; ".join(faults), 4 * MAX_TEXT) or None
         except Exception as err:
             return self._failure("check", err)
 
@@ -599,16 +597,16 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
 
 
 def _check_yaml(path: str, section: Mapping[str, str]) -> None:
-    """Raise CMPError where YAML has made another number of a value: 0123 is 83 there, and 12:34 is 754."""
-    if not path.endswith((".yaml", ".yml")):
+    """Raise CMPError where YAML has made another value of one: 0123 is 83 there, and 12:34 is 754."""
+    if not path or _is_ini(path):
         return
     with open(path, encoding="utf-8-sig") as file:
-        written = re.findall(r"^\s+(cmp_\w+):[ \t]+([-+.\d][^\s#]*)[ \t]*(?:#.*)?$", file.read(), re.M)
+        written = re.findall(r"^\s+(cmp_\w+)\s*:[ \t]+([-+.\d][^\s#]*)[ \t]*(?:#.*)?$", file.read(), re.M)
     values = {key: {value for name, value in written if name == key} for key, _ in written}
     changed = [key for key in values.keys() & section.keys() if section[key] not in values[key]]
-    changed = sorted(key for key in changed if re.fullmatch(r"[-+.\de]+", section[key]))
+    changed = sorted(key for key in changed if re.fullmatch(r"[-+.\de]+|[-+]?inf|nan", section[key]))
     if changed:
-        raise CMPError(f"{', '.join(changed)}: YAML has made another number of that: write it in quotes")
+        raise CMPError(f"{', '.join(changed)}: YAML reads another value there: write it in quotes")
 
 
 def _is_ini(path: str) -> bool:
@@ -647,10 +645,11 @@ class Settings(NamedTuple):
     binary: Binary
     directory: str
     own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
-    options: dict[str, str | None]  # openssl's option -> value; None for a bare flag
-    secrets: dict[str, str]  # environment variables for openssl
-    errors: list[str]
-    warnings: list[str]
+    options: Mapping[str, str | None]  # openssl's option -> value; None for a bare flag
+    secrets: Mapping[str, str]  # environment variables for openssl
+    hidden: Collection[str]  # must appear nowhere: those secrets, and others that stand where they should not
+    errors: Sequence[str]
+    warnings: Sequence[str]
     refuse_changes: bool  # revoke a certificate that is not what was asked for
     san_types: Sequence[str]  # the kinds of subjectAltNames that a CSR may have
 
@@ -667,12 +666,20 @@ class Settings(NamedTuple):
         """Seconds after which a run of openssl is ended. Its own time-out of 0 is none."""
         return self.seconds("total_timeout") + GRACE if self.seconds("total_timeout") else NO_TIMEOUT
 
-    def keep_secret(self, value: str) -> None:
-        """Note a value that must appear nowhere: not a credential of ours, but found where it should not be."""
-        unquoted = re.sub(b"%([0-9A-Fa-f]{2})", lambda code: bytes([int(code.group(1), 16)]), os.fsencode(value))
-        for secret in (value, os.fsdecode(unquoted)):
-            if secret and "\0" not in secret:
-                self.secrets[f"CMP_CA_HANDLER_HIDDEN_{len(self.secrets)}"] = secret
+    def without_enrolment(self, command: str) -> Settings:
+        """For another command than an enrolment: the same server and credentials."""
+        options = {option: value for option, value in self.options.items() if option not in ENROLMENT_KEYS}
+        return self._replace(options={**options, "cmd": command})
+
+
+FAULT, WARNING = "error", "warning"
+
+
+class Finding(NamedTuple):
+    """What is wrong with the configuration."""
+
+    level: str  # a FAULT stops everything; a WARNING is logged once
+    text: str
 
 
 ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
@@ -910,9 +917,9 @@ def _check_value(option: str, value: str) -> None:
         raise CMPError(CHOICE_HINTS.get(option) or f"'{_one_line(value, 40)}' is no name for it: {hint}")
 
 
-def _option_value(option: str, value: str, settings: Settings) -> str | None:
+def _option_value(option: str, value: str, binary: Binary) -> str | None:
     """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
-    takes_value = settings.binary.options.get(option)
+    takes_value = binary.options.get(option)
     if value.lower() in ON and option != "profile":
         if takes_value:
             raise CMPError("needs a value, not True")
@@ -922,79 +929,95 @@ def _option_value(option: str, value: str, settings: Settings) -> str | None:
     if not value or "\0" in value:
         raise CMPError("has no value: give it one, or delete the line")
     _check_text(option, value)
-    _hidden_secrets(option, value, settings)
+    _check_visible(option, value)
     _check_value(option, value)
-    if option in SECRET_KEYS:
-        return _secret_source(option, value, settings)
-    return _utf8(_slash_dn(value, settings.binary)) if option in DN_KEYS else ",".join(_file_list(option, value))
+    return _utf8(_slash_dn(value, binary)) if option in DN_KEYS else ",".join(_file_list(option, value))
 
 
 def _settings(section: Mapping[str, str]) -> Settings:
-    """Turn the section into openssl's options, with every error and warning that it deserves."""
-    errors: list[str] = []
+    """Read the section. What helpers raise or yield about it is collected here, and in `_options`."""
     section = {key: str(value).strip() for key, value in section.items()}
     # A distinguished name is read first, as characters: see _option_value().
     section = {key: value if key[4:] in DN_KEYS else _utf8(value) for key, value in section.items()}
-    name, directory, binary = section.get("cmp_openssl_bin") or "openssl", section.get("cmp_tmp_dir"), NO_BINARY
+    findings, binary = [], NO_BINARY
     try:
-        binary = _binary(name)
+        binary = _binary(section.get("cmp_openssl_bin") or "openssl")
     except (CMPError, OSError) as err:
-        errors.append(str(err))
-    directory = _openssl_path(os.path.abspath(directory or _default_directory()))  # the process may change its own
-    own = not section.get("cmp_tmp_dir")
-    refuse = section.get("cmp_refuse_changes", "").lower()
-    if refuse not in ("", *ON, *OFF):
-        errors.append("cmp_refuse_changes: is a switch: set it to True or False")
-    kinds = _san_types(section.get("cmp_san_types", "DNS, IP, email"), errors)
-    settings = Settings(binary, directory, own, {"cmd": "ir", "popo": "0"}, {}, errors, [], refuse in ON, kinds)
-    if "cmp_openssl_bin" not in section:
-        path = shutil.which(name) or name
-        settings.warnings.append(f"cmp_openssl_bin is not set: using {path}, the first one on the PATH")
-    if own:
-        lost = "a restart, or systemd's PrivateTmp, takes orders that wait for the CA out of the poller's sight"
-        settings.warnings.append(f"cmp_tmp_dir is not set: using {directory}, and {lost}")
-    for key, value in _credentials(section, settings).items():
+        findings.append(Finding(FAULT, str(err)))
+    options, secrets, errors = _options(section, binary)
+    stray = {spelled for secret in _stray_secrets(section, binary.options) for spelled in (secret, _unquoted(secret))}
+    settings = Settings(
+        binary,
+        # The process may change its own directory.
+        _openssl_path(os.path.abspath(section.get("cmp_tmp_dir") or _default_directory())),
+        own_directory=not section.get("cmp_tmp_dir"),
+        options=options,
+        secrets=secrets,
+        hidden=frozenset({*secrets.values(), *stray} - {""}),
+        errors=(),
+        warnings=(),
+        refuse_changes=section.get("cmp_refuse_changes", "").lower() in ON,
+        san_types=_san_types(section.get("cmp_san_types", "DNS, IP, email")),
+    )
+    findings += [*errors, *_check_section(section, settings)]
+    return settings._replace(
+        options=_with_defaults(options, binary),
+        errors=tuple(text for level, text in findings if level == FAULT),
+        warnings=tuple(text for level, text in findings if level == WARNING),
+    )
+
+
+def _options(section: Mapping[str, str], binary: Binary) -> tuple[dict[str, str | None], dict[str, str], list[Finding]]:
+    """openssl's options, the environment variables with their secrets, and what is wrong with single lines."""
+    options: dict[str, str | None] = {"cmd": "ir", "popo": "0"}
+    secrets: dict[str, str] = {}
+    findings = []
+    for key, value in section.items():
+        option = VARIABLE_KEYS.get(key) or _option_name(key[4:], binary.options)
+        if not value and f"{key}_variable" in section:
+            continue  # left to the variable
         try:
-            _set_key(settings, key, value)
+            if key in VARIABLE_KEYS:
+                if section.get(f"cmp_{option}"):  # a configured value takes precedence
+                    continue
+                value = _variable_value(option, value)
+            elif not _is_option(key, option, value, binary):
+                continue
+            options.pop(option, None)  # the configured ones in their order, after the defaults
+            if value.lower() in OFF and option != "profile":
+                continue
+            options[option] = _option_value(option, value, binary)
+            if option in SECRET_KEYS:
+                name, secrets[name] = _secret(option, value)
+                options[option] = f"env:{name}"
+                _check_secret(secrets[name])
         except CMPError as err:
-            errors.append(f"{_one_line(key, 60)}: {err}")
-            settings.options[_option_name(key[4:])] = None  # it is there, if not usable
-    _complete(settings, section)
-    return settings
+            findings.append(Finding(FAULT, f"{_one_line(key, 60)}: {err}"))
+            options[option] = None  # it is there, if not usable
+    return options, secrets, findings
 
 
-def _set_key(settings: Settings, key: str, value: str) -> None:
-    """Take over one line of the section. Raises CMPError with what is wrong with it."""
+def _is_option(key: str, option: str, value: str, binary: Binary) -> bool:
+    """Whether a key stands for an option of openssl, or for the handler alone. Raises CMPError where it must not be."""
     if not key.startswith("cmp_"):
-        if _looks_secret(key[4:]):
-            settings.keep_secret(value)
         meant = "cmp_" + re.sub(r"^cmp[^a-z]?", "", key.lower()).replace("-", "_")
         raise CMPError(f"is no key of ours and would be ignored; did you mean {_one_line(meant, 60)}?")
-    if key[4:] in OUR_KEYS:
-        _check_text(key[4:], value)
-    else:
-        _set_option(settings, key[4:], value)
-
-
-def _set_option(settings: Settings, option: str, value: str) -> None:
-    """Take over a line that becomes an option of openssl. Raises CMPError with what is wrong with it."""
-    known = settings.binary.options
-    option = _option_name(option, known)
-    if option not in SECRET_KEYS and (option not in known or option in UNUSABLE_KEYS) and _looks_secret(option):
-        settings.keep_secret(value)
-    if option in RUNTIME_KEYS:
-        settings.warnings.append(f"cmp_{option} is set by the handler itself and ignored here: delete it")
-        return
+    if option in OUR_KEYS:
+        _check_text(option, value)
+        if option == "refuse_changes" and value.lower() not in ("", *ON, *OFF):
+            raise CMPError("is a switch: set it to True or False")
+        if option == "san_types":
+            _check_san_types(value)
+        return False
     if option in FORBIDDEN_KEYS:
         raise CMPError(f"-{option} is not for enrolling at a CA: delete it")
-    if known and option not in known:
+    known = binary.options
+    if known and option not in known and option not in RUNTIME_KEYS:
         if option == "profile":
-            raise CMPError(f"needs OpenSSL 3.3 or later, this is {settings.binary.version}")
-        near = _did_you_mean(option, known.keys() - FORBIDDEN_KEYS - RUNTIME_KEYS | OUR_KEYS, "cmp_")
+            raise CMPError(f"needs OpenSSL 3.3 or later, this is {binary.version}")
+        near = _did_you_mean(option, known.keys() - UNUSABLE_KEYS | OUR_KEYS, "cmp_")
         raise CMPError(f"this openssl has no option -{_one_line(option)}{near}")
-    settings.options.pop(option, None)
-    if value.lower() not in OFF or option == "profile":
-        settings.options[option] = _option_value(option, value, settings)
+    return option not in RUNTIME_KEYS
 
 
 # --- Files that the configuration names
@@ -1116,27 +1139,20 @@ def _open_to_all(path: str) -> bool:
 # --- Secrets
 
 
-def _variable(name: str) -> str:
-    """The name of an environment variable for an error, unless it may be the secret itself, put there by mistake."""
-    usual = re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
-    return f"the environment variable {name}" if usual else "the environment variable of that name (not shown)"
+VARIABLE_KEYS = {"cmp_ref_variable": "ref", "cmp_secret_variable": "secret"}
 
 
-def _credentials(section: Mapping[str, str], settings: Settings) -> dict[str, str]:
-    """`section` with cmp_ref and cmp_secret, taken from environment variables where it says so."""
-    result = dict(section)
-    for key in ("cmp_ref", "cmp_secret"):
-        name = result.pop(key + "_variable", None)
-        if name is None or result.get(key):  # a configured value takes precedence
-            continue
-        if os.environ.get(name):
-            result[key] = os.environ[name]
-        else:
-            shown = _variable(name) if key == "cmp_secret" else f"the environment variable {_one_line(name)}"
-            settings.errors.append(f"{key}_variable: {shown} is not set")
-            if key == "cmp_secret" and "not shown" in shown:
-                settings.keep_secret(name)
-    return result
+def _usual_variable(name: str) -> bool:
+    """Whether this looks like the name of an environment variable, and not like a secret, put there by mistake."""
+    return re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name) is not None
+
+
+def _variable_value(option: str, name: str) -> str:
+    """What an environment variable holds. Raises CMPError where it is not set."""
+    if not os.environ.get(name):
+        shown = name if option not in SECRET_KEYS or _usual_variable(name) else "of that name (not shown)"
+        raise CMPError(f"the environment variable {_one_line(shown)} is not set")
+    return os.environ[name]
 
 
 _descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes, which say it only once
@@ -1182,64 +1198,77 @@ def _secret_line(source: str, rest: str) -> str:
     return os.fsdecode(line)
 
 
-def _secret_source(option: str, value: str, settings: Settings) -> str:
-    """The value for openssl's `-secret` and the like; the secret itself goes into the environment."""
+def _secret(option: str, value: str) -> tuple[str, str]:
+    """The environment variable for openssl's `-secret` and the like, and what it is to hold."""
     prefix, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a prefix, the secret
-    source = prefix if colon else ""
+    source, name = prefix if colon else "", "CMP_CA_HANDLER_" + option.upper()
     if value == "stdin":
         raise CMPError("stdin: acme2certifier has no terminal: use file:PATH or env:NAME")
     if source == "env":
-        secret, name = os.environ.get(rest, ""), rest
-        if not secret:
-            if "not shown" in _variable(rest):
-                settings.keep_secret(rest)
-            raise CMPError(f"{_variable(rest)} is not set")
-    else:
-        name = "CMP_CA_HANDLER_" + option.upper()
-        given = rest if source == "pass" else value
-        secret = _secret_line(source, rest) if source in ("file", "fd") else given
-    settings.secrets[name] = secret
-    _check_secret(option, secret, rest if source == "file" else "", settings)
-    return f"env:{name}"
+        return rest, _variable_value(option, rest)
+    if source in ("file", "fd"):
+        return name, _secret_line(source, rest)
+    return name, rest if source == "pass" else value
 
 
-def _check_secret(option: str, secret: str, path: str, settings: Settings) -> None:
-    """Look whether a secret is one. Raises CMPError where it is none, without showing it."""
+def _check_secret(secret: str) -> None:
+    """Raise CMPError where a secret is none, without showing it."""
     if not secret:
         raise CMPError("the secret is empty")
     if re.search(r"[\r\n\0]", secret):
         raise CMPError("the secret contains a line break: take it out")
-    if secret != secret.strip():
-        settings.warnings.append(f"cmp_{option}: the secret begins or ends with a blank, which counts")
-    if option == "secret" and len(secret) < 8:
-        what = "has less than 8 characters: whoever sees one message can find it by trying"
-        settings.warnings.append(f"cmp_secret {what}; ask the CA for a longer one")
-    if path and _open_to_all(path):
-        settings.warnings.append(f"cmp_{option}: every local user can read {_one_line(path, 100)}: chmod o-r")
 
 
-def _hidden_secrets(option: str, value: str, settings: Settings) -> None:
-    """Note what must be shown nowhere in the value of an option. Raises CMPError where everybody could see it."""
-    pins = re.findall(r"pin-value=([^;&?\s]*)", value, re.I)
-    for pin in pins:
-        settings.keep_secret(pin)
-    if pins:
+PIN_VALUE = re.compile(r"pin-value=([^;&?\s]*)", re.I)
+PIN_PARAMETER = re.compile(r"[^=]*(?:pin|pass|secret)[^=]*=(?!file:)(.*)", re.I | re.S)
+
+
+def _check_visible(option: str, value: str) -> None:
+    """Raise CMPError where everybody could see a secret in the value of an option: in the list of processes."""
+    if PIN_VALUE.search(value):
         why = "every local user can see a pin-value in the list of processes"
         raise CMPError(f"{why}: write pin-source=file:PATH in its place, or cmp_keypass: env:NAME")
-    name, equals, parameter = value.partition("=")
-    pin = option == "provparam" and equals and re.search("pin|pass|secret", name, re.I)
-    if pin and not parameter.startswith("file:"):
-        settings.keep_secret(parameter)
+    if option == "provparam" and PIN_PARAMETER.match(value):
         raise CMPError("every local user can see a PIN there: write file:PATH for it, or use cmp_keypass: env:NAME")
     if option in ("server", "proxy") and "@" in value:
-        settings.keep_secret(_password(value))
         raise CMPError("a user and password there are visible to every local user, and openssl ignores them: remove")
+
+
+def _stray_secrets(section: Mapping[str, str], known: Collection[str]) -> Iterator[str]:
+    """What looks like a secret where none should be: it is an error there, and nobody's text may show it either."""
+    for key, value in section.items():
+        option = _option_name(key[4:], known)
+        usable = option in known and option not in UNUSABLE_KEYS and key.startswith("cmp_")
+        if option in SECRET_KEYS or key == "cmp_secret_variable":
+            variable = re.sub("^env:", "", value)
+            named = variable != value or key == "cmp_secret_variable"
+            if named and not os.environ.get(variable) and not _usual_variable(variable):
+                yield variable
+        elif not usable and option not in OUR_KEYS and _looks_secret(option):
+            yield value
+        yield from PIN_VALUE.findall(value)
+        if option == "provparam":
+            yield from PIN_PARAMETER.findall(value)[:1]
+        if option in ("server", "proxy") and "@" in value:
+            yield _password(value)
+    yield from (_password(os.environ[name]) for name in _proxies() if "@" in os.environ[name])
+
+
+def _unquoted(text: str) -> str:
+    """`text` without the percent-encoding of URIs."""
+    plain = re.sub(b"%([0-9A-Fa-f]{2})", lambda code: bytes([int(code.group(1), 16)]), os.fsencode(text))
+    return os.fsdecode(plain)
 
 
 def _password(url: str) -> str:
     """The password in a URL, or else the user's name."""
     user = re.sub("^[A-Za-z]+://", "", url).rpartition("@")[0]
     return user.partition(":")[2] or user
+
+
+def _proxies() -> list[str]:
+    """The environment variables from which openssl takes a proxy."""
+    return [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
 
 
 SECRETIVE = re.compile("secr|pass|pwd|pin$|token|psk", re.I)
@@ -1256,127 +1285,149 @@ def _looks_secret(option: str) -> bool:
 # --- The section as a whole
 
 
-def _complete(settings: Settings, section: Mapping[str, str]) -> None:
-    """Look for what is missing, and set what is not configured."""
-    options, known = settings.options, settings.binary.options
+def _check_section(section: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
+    """What no single line shows: what is missing, what does not fit together, what is weak."""
+    options, binary = settings.options, settings.binary
+    if "cmp_openssl_bin" not in section:
+        yield Finding(WARNING, f"cmp_openssl_bin is not set: using {binary.path or 'openssl'}, the first on the PATH")
+    if settings.own_directory:
+        lost = "a restart, or systemd's PrivateTmp, takes orders that wait for the CA out of the poller's sight"
+        yield Finding(WARNING, f"cmp_tmp_dir is not set: using {settings.directory}, and {lost}")
+    for option in (_option_name(key[4:], binary.options) for key in section if key.startswith("cmp_")):
+        if option in RUNTIME_KEYS:
+            yield Finding(WARNING, f"cmp_{option} is set by the handler itself and ignored here: delete it")
+    yield from _check_secrets(section, settings)
     if options.keys() & {"config", "section"}:
         key = "cmp_config" if "config" in options else "cmp_section"
-        settings.warnings.append(f"{key}: what stands in that OpenSSL configuration file is not checked here")
+        yield Finding(WARNING, f"{key}: what stands in that OpenSSL configuration file is not checked here")
     else:  # an OpenSSL configuration file may hold all of this
-        _check_essentials(settings)
-        _check_tls(settings, section)
-        _check_credentials(settings, "")
-        _check_credentials(settings, "tls_")
-        if "config" in known:
-            options["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
-    _check_weak(settings)
-    if options.get("popo") == "-1" and options.get("cmd") != "p10cr" and "newkeyout" in known:
-        settings.errors.append(f"cmp_popo: {settings.binary.version} sends no request without a proof: delete it")
-    _set_timeouts(settings)
-    if "keep_alive" in known:
-        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
-    _check_proxies(settings)
+        yield from _check_essentials(options)
+        yield from _check_tls(section, settings)
+        yield from _check_credentials(options, "")
+        yield from _check_credentials(options, "tls_")
+    for option in WEAK_KEYS.keys() & options.keys():
+        yield Finding(WARNING, f"cmp_{option} weakens security: {WEAK_KEYS[option]}")
+    if options.get("popo") == "-1" and options.get("cmd") != "p10cr" and "newkeyout" in binary.options:
+        yield Finding(FAULT, f"cmp_popo: {binary.version} sends no request without a proof: delete it")
+    yield from _check_timeouts(options)
+    yield from _check_proxies(options)
+    fault = _directory_fault(settings)
+    if fault:
+        yield Finding(FAULT, fault)
 
 
-def _set_timeouts(settings: Settings) -> None:
-    """Set what is not configured of the two, so that they fit each other."""
-    options = settings.options
+def _check_secrets(section: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
+    """Secrets that are easy to find out, or that look like a mistake."""
+    sources = {_option_name(key[4:]): value for key, value in section.items()}
+    for option in [option for option in settings.options if option in SECRET_KEYS]:
+        secret = settings.secrets.get((settings.options[option] or "").partition(":")[2], "")
+        if secret != secret.strip():
+            yield Finding(WARNING, f"cmp_{option}: the secret begins or ends with a blank, which counts")
+        if option == "secret" and 0 < len(secret) < 8:
+            what = "has less than 8 characters: whoever sees one message can find it by trying"
+            yield Finding(WARNING, f"cmp_secret {what}; ask the CA for a longer one")
+        prefix, _, path = sources.get(option, "").partition(":")
+        if prefix == "file" and _open_to_all(path):
+            yield Finding(WARNING, f"cmp_{option}: every local user can read {_one_line(path, 100)}: chmod o-r")
+
+
+def _check_timeouts(options: Mapping[str, str | None]) -> Iterator[Finding]:
+    """Time-outs that do not fit each other, as openssl wants it."""
     message, total = options.get("msg_timeout"), options.get("total_timeout")
     if total and int(total) == 0 and message != "0":
         what = "0 would wait for ever: set a number of seconds, or cmp_msg_timeout: 0 as well"
-        settings.errors.append(f"cmp_total_timeout: {what}")
-    elif message and total and int(message) > int(total):  # openssl wants it so
-        settings.errors.append("cmp_total_timeout must not be less than cmp_msg_timeout")
-    options["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
-    options["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
+        yield Finding(FAULT, f"cmp_total_timeout: {what}")
+    elif message and total and int(message) > int(total):
+        yield Finding(FAULT, "cmp_total_timeout must not be less than cmp_msg_timeout")
 
 
-def _check_proxies(settings: Settings) -> None:
-    """Say which proxy openssl takes from the environment, and keep its password secret."""
-    proxies = [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
+def _with_defaults(options: Mapping[str, str | None], binary: Binary) -> dict[str, str | None]:
+    """The options, with what is not configured of those that each run needs."""
+    result = dict(options)
+    if "config" in binary.options and not options.keys() & {"config", "section"}:
+        result["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
+    message, total = options.get("msg_timeout"), options.get("total_timeout")
+    result["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
+    result["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
+    if "keep_alive" in binary.options:
+        result.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
+    return result
+
+
+def _check_proxies(options: Mapping[str, str | None]) -> Iterator[Finding]:
+    """Say which proxy openssl takes from the environment."""
+    proxies = _proxies()
     for name in proxies:
         if "@" in os.environ[name]:
-            settings.keep_secret(_password(os.environ[name]))
-            settings.warnings.append(f"{name}: openssl does not send the user and password in it, but prints them")
-    if proxies and not settings.options.keys() & {"proxy", "no_proxy"}:
-        settings.warnings.append(
-            f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not"
-        )
+            yield Finding(WARNING, f"{name}: openssl does not send the user and password in it, but prints them")
+    if proxies and not options.keys() & {"proxy", "no_proxy"}:
+        what = f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not"
+        yield Finding(WARNING, what)
 
 
-def _check_essentials(settings: Settings) -> None:
+def _check_essentials(options: Mapping[str, str | None]) -> Iterator[Finding]:
     """What an enrolment cannot do without."""
-    options, errors, warnings = settings.options, settings.errors, settings.warnings
     if "server" not in options:
-        errors.append("cmp_server is missing: set it to the address:port of the CMP server")
+        yield Finding(FAULT, "cmp_server is missing: set it to the address:port of the CMP server")
     if "secret" not in options and "unprotected_requests" not in options:
         if "cert" not in options or "key" not in options:
-            errors.append("no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key")
+            yield Finding(FAULT, "no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key")
         elif not options.keys() & {"trusted", "srvcert"}:
-            warnings.append("cmp_trusted is not set: the CA's signed answers cannot be verified")
+            yield Finding(WARNING, "cmp_trusted is not set: the CA's signed answers cannot be verified")
     if "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}:
         who = "whoever has a certificate of that CA, and is on the way to it, can answer in its name"
         what = f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}"
-        warnings.append(f"{what}; set cmp_expect_sender to the sender of its answers")
+        yield Finding(WARNING, f"{what}; set cmp_expect_sender to the sender of its answers")
 
 
-def _check_tls(settings: Settings, section: Mapping[str, str]) -> None:
+def _check_tls(section: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
     """Half a setting of TLS is a connection without TLS, or one with anybody."""
-    options, errors, warnings = settings.options, settings.errors, settings.warnings
+    options, binary = settings.options, settings.binary
     url = (options.get("server") or "").startswith("https://")
-    assumed = url and settings.binary.since(3, 5)
-    useless = [f"cmp_{option}" for option in options if option in TLS_KEYS]
-    if "tls_used" in options or assumed:
+    useless = ", ".join(f"cmp_{option}" for option in options if option in TLS_KEYS)
+    if "tls_used" in options or (url and binary.since(3, 5)):
         if "tls_trusted" not in options:
-            warnings.append("cmp_tls_trusted is not set: the TLS server is not authenticated")
+            yield Finding(WARNING, "cmp_tls_trusted is not set: the TLS server is not authenticated")
     elif url:
-        errors.append(f"cmp_tls_used is missing: {settings.binary.version} wants cmp_tls_used: True for https://")
+        what = f"cmp_tls_used is missing: {binary.version} wants cmp_tls_used: True for https://"
+        yield Finding(FAULT, what)
     elif useless and section.get("cmp_tls_used", "").lower() in OFF:
-        warnings.append(f"{', '.join(useless)}: not used, the connection is plain HTTP")
+        yield Finding(WARNING, f"{useless}: not used, the connection is plain HTTP")
     elif useless:
-        errors.append(
-            f"{', '.join(useless)} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True"
-        )
+        what = "without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True"
+        yield Finding(FAULT, f"{useless} {what}")
 
 
-def _check_credentials(settings: Settings, kind: str) -> None:
+def _check_credentials(options: Mapping[str, str | None], kind: str) -> Iterator[Finding]:
     """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key, without starting a process."""
-    options, mine = settings.options, [f"{kind}{what}" for what in ("cert", "key", "keypass")]
-    cert, key, keypass = mine
+    cert, key, keypass = (f"{kind}{what}" for what in ("cert", "key", "keypass"))
     # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
-    report = settings.warnings if not kind and "secret" in options else settings.errors
+    level = WARNING if not kind and "secret" in options else FAULT
     if (cert in options) != (key in options) and (kind or "secret" in options):
         have, lack = (cert, key) if cert in options else (key, cert)
         what = "only the names in it are used" if have == "cert" else "set both, or none"
-        report.append(f"cmp_{have} without cmp_{lack}: {what}")
+        yield Finding(level, f"cmp_{have} without cmp_{lack}: {what}")
     if keypass in options and key not in options:
-        settings.warnings.append(f"cmp_{keypass} without cmp_{key}: there is no key for it")
+        yield Finding(WARNING, f"cmp_{keypass} without cmp_{key}: there is no key for it")
     found = _contents(options.get(key) or "")
     if found.kinds & {ENCRYPTED_KEY, PKCS12} and PRIVATE_KEY not in found.kinds and keypass not in options:
-        report.append(f"cmp_{key}: the key is encrypted: set cmp_{keypass}")
+        yield Finding(level, f"cmp_{key}: the key is encrypted: set cmp_{keypass}")
     if _open_to_all(options.get(key) or ""):
-        settings.warnings.append(f"cmp_{key}: every local user can read {options[key]}: chmod o-r")
-    _check_validity(f"cmp_{cert}", options.get(cert) or "", report, settings.warnings)
+        yield Finding(WARNING, f"cmp_{key}: every local user can read {options[key]}: chmod o-r")
+    yield from _check_validity(f"cmp_{cert}", options.get(cert) or "", level)
 
 
-def _check_validity(key: str, path: str, report: list[str], warnings: list[str]) -> None:
-    """Report a certificate that is not valid now, and warn of one that will not be for long."""
+def _check_validity(key: str, path: str, level: str) -> Iterator[Finding]:
+    """A certificate of ours that is not valid now, or will not be for long."""
     found, now = _contents(path), time.time()
     today, soon = (time.strftime(ISO_TIME, time.gmtime(now + more)) for more in (0, EXPIRES_SOON))
-    day, name = (found.not_before if found.not_before > today else found.not_after)[:10], _one_line(path, 100)
+    what = f"{key}: the certificate in {_one_line(path, 100)}"
     if found.not_before > today:
-        report.append(f"{key}: the certificate in {name} is not valid before {day}")
+        yield Finding(level, f"{what} is not valid before {found.not_before[:10]}")
     elif found.not_after and found.not_after <= today:
-        report.append(f"{key}: the certificate in {name} has expired on {day}: renew it")
+        yield Finding(level, f"{what} has expired on {found.not_after[:10]}: renew it")
     elif found.not_after and found.not_after <= soon:
-        warnings.append(f"{key}: the certificate in {name} expires on {day}: renew it")
-
-
-def _check_weak(settings: Settings) -> None:
-    """Warn of what makes it easier to cheat."""
-    for option, why in WEAK_KEYS.items():
-        if option in settings.options:
-            settings.warnings.append(f"cmp_{option} weakens security: {why}")
+        yield Finding(WARNING, f"{what} expires on {found.not_after[:10]}: renew it")
 
 
 # --- The request --------------------------------------------------------------------------------------------
@@ -1562,15 +1613,19 @@ def _check_alternative_names(value: bytes, kinds: Collection[str]) -> None:
             raise CMPError(f"its subjectAltName {kind} '{text}' is malformed")
 
 
-def _san_types(value: str, errors: list[str]) -> list[str]:
+def _check_san_types(value: str) -> None:
+    """Raise CMPError where cmp_san_types names a kind that there is not."""
+    known = [kind for kind, _ in SAN_KINDS.values()]
+    for word in re.split(r"[,\s]+", value):
+        if word.lower() not in map(str.lower, known):
+            near = _did_you_mean(word, known, "")
+            raise CMPError(f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}")
+
+
+def _san_types(value: str) -> list[str]:
     """The kinds of subjectAltNames that cmp_san_types allows."""
-    known = {kind.lower(): kind for kind, _ in SAN_KINDS.values()}
-    words = re.split(r"[,\s]+", value)
-    for word in words:
-        if word.lower() not in known:
-            near = _did_you_mean(word, known.values(), "")
-            errors.append(f"cmp_san_types: '{_one_line(word, 40)}' is none of {', '.join(known.values())}{near}")
-    kinds = {known[word.lower()] for word in words if word.lower() in known}
+    words = re.split(r"[,\s]+", value.lower())
+    kinds = {kind for kind, _ in SAN_KINDS.values() if kind.lower() in words}
     # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
     return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
 
@@ -1608,7 +1663,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
     # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
     for kind, name in _alternative_names(csr):
         if kind == "DNS" and 0 < len(name) <= 64:
-            text = _slash_form([[Attribute("2.5.4.3", UTF8, name, b"")]], exact=True)
+            text = _slash_form([[Attribute(COMMON_NAME, UTF8, name, b"")]], exact=True)
             return text and _utf8(text)
     return None
 
@@ -2256,7 +2311,7 @@ def _openssl_cmp(
     if answers:
         transaction.cmp_id = answers[-1].transaction
     words = [word for answer in answers for word in answer.printed()]
-    return run._replace(messages=_messages(run.output, settings.secrets.values(), words), words=words)
+    return run._replace(messages=_messages(run.output, settings.hidden, words), words=words)
 
 
 # --- What the CA said: its saved messages, read as DER --------------------------------------------------------
@@ -2394,7 +2449,7 @@ HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
 
 def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
     """Why it failed, on one line, with a hint: in the CA's own words, where openssl has accepted these."""
-    server, secrets = settings.server, settings.secrets.values()
+    server, secrets = settings.server, settings.hidden
     if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
         verb = "answered" if newest.status == WAITING else "rejected the request:"
         failures = " ".join(newest.failures) or f"PKIStatus: {'waiting' if newest.status == WAITING else 'rejection'}"
@@ -2766,7 +2821,7 @@ def _general_names(extensions: Mapping[str, bytes]) -> set[str]:
 
 def _common_names(subject: Name) -> set[str]:
     """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
-    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == "2.5.4.3"}
+    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
     return {text for text in texts if re.fullmatch(r"[^\s.@]+(\.[^\s.@]+)+|[0-9a-f]*:[0-9a-f:.]+", text)}
 
 
@@ -2782,7 +2837,7 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     try:
         asked, got = _general_names(csr.extensions), _general_names(leaf.extensions)
         authority = _signs_certificates(leaf.extensions)
-        keys = [_sequence(key)[1].value for key in (_csr_key(csr), leaf.key)]
+        keys = [_sequence(key)[1].value for key in (csr.key, leaf.key)]
     except (CMPError, IndexError, StopIteration) as err:
         return f"it cannot be compared with the CSR: {err}"
     # A CA may repeat what the subject says as a subjectAltName, and the other way round.
@@ -2799,11 +2854,6 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("added", added)) if names]
     found += ["another key"] * (keys[0][2:shorter] != keys[1][2:shorter]) + ["a CA certificate"] * authority
     return _one_line("; ".join(found), 2 * MAX_TEXT)
-
-
-def _csr_key(csr: CSR) -> bytes:
-    """The subjectPublicKeyInfo of a CSR (RFC 2986, 4.1)."""
-    return _sequence(_sequence(csr.der)[0].raw)[2].raw
 
 
 # --- Running openssl ----------------------------------------------------------------------------------------
@@ -3784,16 +3834,14 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     for key, value in handler.section.items():
         print(f"  {_one_line(key) + ':':<24} {_shown(key, value, settings)}")
     print()
-    findings = [
-        f"warning: {text}" for text in [*settings.warnings, *_check_file(handler, settings, path, args.section)]
-    ]
-    findings += [f"error: {text}" for text in (*settings.errors, _directory_fault(settings)) if text]
+    findings = [Finding(WARNING, text) for text in (*settings.warnings, *_check_file(handler, settings, args.section))]
+    findings += [Finding(FAULT, text) for text in settings.errors]
     if known and not settings.errors:
         findings += [*_check_pair(settings, ""), *_check_pair(settings, "tls_")]
         findings += _check_server(settings) if args.connect else []
-    for finding in findings:
-        print(_masked(finding, settings))
-    if any(finding.startswith("error: ") for finding in findings):
+    for level, text in findings:
+        print(_masked(f"{level}: {text}", settings))
+    if any(level == FAULT for level, _ in findings):
         return 1
     print("an enrolment runs, beside the files of its transaction:")
     words = [shlex.quote(_masked(_one_line(word), settings)) for word in _command(settings, [])]
@@ -3807,7 +3855,7 @@ HIDDEN = "(hidden)"
 
 def _masked(text: str, settings: Settings) -> str:
     """`text` without what is, or looks like, a secret: the PIN of a token, the password of a proxy."""
-    text = _hide(text, settings.secrets.values())
+    text = _hide(text, settings.hidden)
     text = re.sub(r"(?i)\b((?:(?:user)?[-_]?pin|pass(?:word|phrase)?|secret)[=:])[^;&?\s'\"]+", rf"\1{HIDDEN}", text)
     return re.sub(r"(//)[^/@\s'\"]+@", rf"\1{HIDDEN}@", text)
 
@@ -3826,7 +3874,7 @@ def _shown(key: str, value: str, settings: Settings) -> str:
     return _masked(_one_line(value, 200), settings)
 
 
-def _check_file(handler: CAhandler, settings: Settings, path: str, section: str) -> Iterator[str]:
+def _check_file(handler: CAhandler, settings: Settings, section: str) -> Iterator[str]:
     """Warn of what acme2certifier itself is configured to do, beside our section."""
 
     def find(key: str, *sections: str) -> str:
@@ -3844,7 +3892,6 @@ def _check_file(handler: CAhandler, settings: Settings, path: str, section: str)
         module = find(key, section, "CAhandler")
         if module and not _is_this_file(module):
             yield f"{key}: {_one_line(module, 100)} is not this file, which is {os.path.realpath(__file__)}"
-    yield from _yaml_numbers(handler, path, section)
 
 
 def _is_this_file(module: str) -> bool:
@@ -3858,19 +3905,7 @@ def _is_this_file(module: str) -> bool:
         return False
 
 
-def _yaml_numbers(handler: CAhandler, path: str, section: str) -> Iterator[str]:
-    """In YAML 0123 is 83, 12:34 is 754, and neither is what the CA has given out."""
-    if not os.path.isfile(path) or _is_ini(path):
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read(MAX_OUTPUT)
-    for key, value in re.findall(r"^\s+(cmp_\w+)\s*:\s+([\w:.+-]+)\s*(?:#.*)?$", lines, re.M):
-        taken = handler.section.get(key, value)
-        if taken != value and taken not in ("True", "False"):
-            yield f"{key}: YAML takes {value} for the number {taken}; write it in quotes"
-
-
-def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
+def _check_pair(settings: Settings, kind: str) -> Iterator[Finding]:
     """Look at cmp_cert and cmp_key, or cmp_tls_cert and cmp_tls_key: are they a pair, and what for?"""
     certificate, key = settings.options.get(kind + "cert"), settings.options.get(kind + "key")
     if not certificate or not os.path.isfile(certificate):
@@ -3881,7 +3916,8 @@ def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
     about = _run([*x509, "-subject", "-enddate", "-ext", "keyUsage,extendedKeyUsage"], secrets=settings.secrets)
     public = _run([*x509, "-pubkey"], secrets=settings.secrets)
     if about.code != 0 or public.code != 0:
-        yield f"error: cmp_{kind}cert: {certificate} holds no certificate, or cmp_{kind}keypass does not open it"
+        what = f"{certificate} holds no certificate, or cmp_{kind}keypass does not open it"
+        yield Finding(FAULT, f"cmp_{kind}cert: {what}")
         return
     lines = [_one_line(line) for line in about.output.splitlines() if "No ext" not in line]
     print(f"cmp_{kind}cert  {'; '.join(lines)}")
@@ -3890,9 +3926,9 @@ def _check_pair(settings: Settings, kind: str) -> Iterator[str]:
         return
     private = _run([settings.binary.path, "pkey", "-in", key, "-pubout", *password], secrets=settings.secrets)
     if private.code != 0:
-        yield f"error: cmp_{kind}key: {key} cannot be opened: check the file and cmp_{kind}keypass"
+        yield Finding(FAULT, f"cmp_{kind}key: {key} cannot be opened: check the file and cmp_{kind}keypass")
     elif _public_key(private.output) != _public_key(public.output):
-        yield f"error: cmp_{kind}key: {key} does not belong to {certificate}"
+        yield Finding(FAULT, f"cmp_{kind}key: {key} does not belong to {certificate}")
 
 
 def _public_key(output: str) -> str:
@@ -3900,14 +3936,16 @@ def _public_key(output: str) -> str:
     return "".join(re.findall("-----BEGIN PUBLIC KEY-----.*?-----END", output, re.S)[:1])
 
 
-def _check_usage(name: str, about: str, idle: bool) -> Iterator[str]:
+def _check_usage(name: str, about: str, idle: bool) -> Iterator[Finding]:
     """Judge what a certificate of ours may be used for; it is `idle` where a secret protects the messages."""
     usage = re.search(r"X509v3 Key Usage:.*\n(.*)", about)
     if usage and "Digital Signature" not in usage.group(1) and not idle:
-        yield f"warning: {name} lacks the key usage digitalSignature: the CA may refuse what is signed with its key"
+        what = "lacks the key usage digitalSignature: the CA may refuse what is signed with its key"
+        yield Finding(WARNING, f"{name} {what}")
     extended = re.search(r"X509v3 Extended Key Usage:.*\n(.*)", about)
     if extended and name.startswith("cmp_tls_") and not re.search("Client Auth|Any Ext", extended.group(1)):
-        yield f"warning: {name} is for {extended.group(1).strip()}, not for clients: the TLS server may refuse it"
+        what = f"is for {extended.group(1).strip()}, not for clients: the TLS server may refuse it"
+        yield Finding(WARNING, f"{name} {what}")
 
 
 TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
@@ -3923,8 +3961,7 @@ def _unreachable(settings: Settings) -> str:
     options = settings.options
     server, proxy = options.get("server") or "", options.get("proxy") or ""
     excepted = options.get("no_proxy") or os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    from_environment = any(map(os.environ.get, ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")))
-    if not server or (proxy and excepted) or (from_environment and not proxy):
+    if not server or (proxy and excepted) or (_proxies() and not proxy):
         return ""
     key, target = ("cmp_proxy", proxy) if proxy else ("cmp_server", server)
     try:
@@ -3937,7 +3974,7 @@ def _unreachable(settings: Settings) -> str:
     return ""
 
 
-def _check_server(settings: Settings) -> list[str]:
+def _check_server(settings: Settings) -> list[Finding]:
     """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment.
 
     What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
@@ -3946,9 +3983,8 @@ def _check_server(settings: Settings) -> list[str]:
 
     fault = _unreachable(settings)
     if fault:
-        return [f"error: {fault}"]
-    options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
-    command = _command(settings._replace(options={**options, "cmd": "genm"}), [])
+        return [Finding(FAULT, fault)]
+    command = _command(settings.without_enrolment("genm"), [])
     with tempfile.TemporaryDirectory() as directory:
         saved = _openssl_path(directory) + "/answer.der"
         for option, values in (("batch", []), ("rspout", [saved])):
@@ -3956,7 +3992,7 @@ def _check_server(settings: Settings) -> list[str]:
         run = _run(command, settings.limit(), settings.secrets)
         answer = _response(saved)
     words = answer.printed() if answer else []
-    messages = _messages(run.output, settings.secrets.values(), words)
+    messages = _messages(run.output, settings.hidden, words)
     run = run._replace(words=words, messages=[m for m in messages if not m.text.startswith("Did not receive response")])
     contact = next((m.text[13:] for m in messages if m.text.lower().startswith("will contact ")), settings.server)
     print(_masked(f"connect   {_one_line(contact, 200)}", settings))
@@ -3967,17 +4003,21 @@ def _check_server(settings: Settings) -> list[str]:
     proven.update({"TLS": bool(answer) or tls, "path": bool(answer), "trust": authentic})
     # A CA may sign its no for anybody. Only those who have the secret can make a MAC with it.
     proven["credentials"] = authentic and (run.code == 0 or bool(answer and answer.mac))
-    if "tls_used" not in options:
+    if "tls_used" not in settings.options:
         del proven["TLS"]
     print("          proven: " + ", ".join(f"{what}: {'yes' if yes else 'no'}" for what, yes in proven.items()))
     if run.code == 0:
         return []
     text = _failure_text(run, answer, settings)
     if not authentic:
-        return [f"error: {text}"]
+        return [Finding(FAULT, text)]
     if answer and CREDENTIALS_REFUSED & {*answer.failures}:
-        return [f"error: the CA does not accept the credentials: {text}"]
-    return [f"warning: the CA answers, authentically, that it wants no general message; an enrolment may do: {text}"]
+        return [Finding(FAULT, f"the CA does not accept the credentials: {text}")]
+    return [
+        Finding(
+            WARNING, f"the CA answers, authentically, that it wants no general message; an enrolment may do: {text}"
+        )
+    ]
 
 
 CA_CERTS = "1.3.6.1.5.5.7.4.17"  # id-it-caCerts
@@ -3990,14 +4030,13 @@ def _ca_certificates(settings: Settings) -> str:
     known, none = settings.binary.options, f"CMP server {settings.server} sends no certificates: ask the CA's operator"
     if not known.keys() >= {"infotype", "rspout", "cacertsout"}:
         raise CMPError(f"{settings.binary.version} cannot ask for CA certificates, OpenSSL 3.0 can")
-    options = {option: value for option, value in settings.options.items() if option not in ENROLMENT_KEYS}
-    command = _command(settings._replace(options={**options, "cmd": "genm"}), ["-infotype", "caCerts", "-batch"])
+    command = _command(settings.without_enrolment("genm"), ["-infotype", "caCerts", "-batch"])
     with tempfile.TemporaryDirectory() as directory:
         # Read out of the saved answer: the file is empty with 3.0, and later ones insist on it.
         path = f"{directory}/answer.der"
         command += ["-rspout", path, "-cacertsout", f"{directory}/cacerts.pem"]
         run = _run(command, settings.limit(), settings.secrets)
-        run = run._replace(messages=_messages(run.output, settings.secrets.values()))
+        run = run._replace(messages=_messages(run.output, settings.hidden))
         if run.code != 0:
             lacking = "does not include suitable value" in " ".join(run.errors())
             raise CMPError(none if lacking else _failure_text(run, None, settings))

@@ -296,14 +296,11 @@ def test_yaml(ca: DemoCA, tmp_path: Path) -> None:
     """acme2certifier reads YAML, in which some of what a CA gives out is a number."""
     options = {"cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": "work", **ca.options()}
     lines = [f'  {key}: "{value}"\n' for key, value in options.items() if key != "cmp_ref"]
-    for reference, taken in (("0123", "83"), ("12:34", "754"), ('"0123"', ""), ("1234", "")):
+    for reference, other in (("0123", True), ("12:34", True), ('"0123"', False), ("1234", False)):
         text = "CAhandler:\n" + "".join(lines) + f"  cmp_ref: {reference}\n"
         (tmp_path / "acme_srv.cfg").write_text(text)
         checked = Checked(checked_with_helper(tmp_path))
-        told = [warning for warning in checked.warnings if "quotes" in warning]
-        assert told == (
-            [f"warning: cmp_ref: YAML takes {reference} for the number {taken}; write it in quotes"] * bool(taken)
-        )
+        assert checked.errors == ["error: cmp_ref: YAML reads another value there: write it in quotes"] * other
 
 
 @pytest.mark.parametrize(

@@ -639,7 +639,7 @@ def test_half_of_tls_in_the_address(openssl: str, handlers: Handlers, tmp_path: 
     said = [*settings.errors, *settings.warnings]
     assert any(text.startswith("cmp_tls_") for text in said), said
     tls = cmp_ca_handler._settings(handlers(section, tls_used="True").section)
-    assert tls.errors == []
+    assert tls.errors == ()
 
 
 @binaries
@@ -665,7 +665,7 @@ def test_a_pin_is_shown_nowhere(value: str, where: str, command: Commands, caplo
     handler = command.handler(SECTION, **{where: value})
     texts = [str(handler.handler_check()), str(handler.enroll(CSR)[0]), caplog.text]
     assert not re.search("s3cret", " ".join(texts))
-    assert "s3cret!x" in cmp_ca_handler._settings(handler.section).secrets.values()
+    assert "s3cret!x" in cmp_ca_handler._settings(handler.section).hidden
     assert not command.log.exists()
 
 
@@ -682,12 +682,12 @@ def test_what_is_masked(
     changes: dict[str, str | None] = {"secret": f"file:{tmp_path}/secret", "keypass": "env:KEYPASS"}
     changes.update(otherpass=f"fd:{read}", tls_keypass="pass:from here", newkeypass="set anyway", secert="misspelt")
     for _ in range(2):  # a pipe says it only once
-        secrets = cmp_ca_handler._settings(command.handler(SECTION, **changes).section).secrets
+        hidden = cmp_ca_handler._settings(command.handler(SECTION, **changes).section).hidden
         expected = ["a file", "a variable", "a pipe", "here", "a proxy"]
-        assert {f"from {where}" for where in expected} | {"set anyway", "misspelt"} <= set(secrets.values())
+        assert {f"from {where}" for where in expected} | {"set anyway", "misspelt"} <= {*hidden}
     os.close(read)
     text = "a from a file, FROM a from here from a proxy pin-value=12&x"
-    assert cmp_ca_handler._hide(text, secrets.values()) == "a ***, FROM a *** *** pin-value=***&x"
+    assert cmp_ca_handler._hide(text, hidden) == "a ***, FROM a *** *** pin-value=***&x"
 
 
 @pytest.mark.parametrize(
@@ -704,7 +704,7 @@ def test_a_secret_in_the_wrong_place_is_masked(key: str, value: str, handlers: H
     section = {name: text for name, text in SECTION.items() if name != "cmp_secret"}
     settings = cmp_ca_handler._settings(handlers({**section, key: value}).section)
     assert "h4rd" not in " ".join([*settings.errors, *settings.warnings])
-    assert cmp_ca_handler._hide("it is h4rd-to-guess", settings.secrets.values()) == "it is ***"
+    assert cmp_ca_handler._hide("it is h4rd-to-guess", settings.hidden) == "it is ***"
 
 
 def test_masked_before_cut() -> None:
@@ -734,7 +734,7 @@ def test_timeouts_fit_each_other(
     if isinstance(used, str):
         assert [error for error in settings.errors if error.startswith(used)]
     else:
-        assert settings.errors == []
+        assert settings.errors == ()
         assert (settings.options["msg_timeout"], settings.options["total_timeout"]) == used
 
 
@@ -781,5 +781,5 @@ def test_numbers_of_yaml(tmp_path: Path) -> None:
     command = [sys.executable, cmp_ca_handler.__file__, "--config", str(tmp_path / "acme_srv.yaml"), "check"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: cmp_ref, cmp_secret: YAML has made another number of that: write it in quotes"]
+    assert errors == ["error: cmp_ref, cmp_secret: YAML reads another value there: write it in quotes"]
     assert "12:34" not in result.stdout + result.stderr and "754" not in result.stdout + result.stderr
