@@ -234,6 +234,10 @@ ACME_ERROR = "urn:ietf:params:acme:error:"
 _warned: set[str] = set()
 
 
+class CMPError(Exception):
+    """What went wrong, on one line, in words for the administrator."""
+
+
 class Log(logging.Logger):
     """acme2certifier's logger. A log handler that raises does not cost the order that the line is about."""
 
@@ -467,7 +471,7 @@ class CAhandler:
         read = getattr(self._helper, "csr_san_get", None)
         if read is not None:
             seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("=")))
-            names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr))
+            names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr.extensions))
             if seen != names:
                 raise CMPError(
                     f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
@@ -1138,6 +1142,14 @@ def _open_to_all(path: str) -> bool:
 
 # --- Secrets
 
+# Where a secret could come out, and what keeps it in:
+#   openssl's arguments   `_options` puts `env:NAME` there; `_check_visible` refuses PINs and passwords in other options
+#   openssl's environment `_start` adds `Settings.secrets` for that one process; nobody but its user can read it
+#   the log, errors       openssl's and the CA's texts pass `_foreign`, which masks `Settings.hidden`; of ours, those
+#                         about a secret never show its value
+#   files                 none is written with one: openssl reads `cmp_secret: file:` and the like through us
+#   the command line      `check` prints through `_masked`, keys with secrets through `_shown`
+
 
 VARIABLE_KEYS = {"cmp_ref_variable": "ref", "cmp_secret_variable": "secret"}
 
@@ -1630,22 +1642,24 @@ def _san_types(value: str) -> list[str]:
     return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
 
 
-def _alternative_names(csr: CSR) -> Iterator[tuple[str, str]]:
-    """The CSR's subjectAltNames (RFC 5280, 4.2.1.6) as (type, text); text is empty where -sans cannot carry it."""
-    for name in _sequence(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
-        kind = SAN_KINDS[name.tag][0]
-        text = name.value.decode("ascii", "replace")
-        if kind == "IP":
-            import ipaddress  # only for a cmpossl before 3.0
+def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """The subjectAltNames (RFC 5280, 4.2.1.6) as (kind, text); what is no text is in hexadecimal."""
+    names = []
+    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
+        kind, text = SAN_KINDS.get(name.tag, (f"[{name.tag & 0x1F}]",))[0], name.value.hex()
+        if kind in ("email", "DNS", "URI"):
+            text = name.value.decode("ascii", "backslashreplace")
+        elif kind == "IP" and len(name.value) in (4, 16):
+            import ipaddress  # not every certificate has one
 
             text = str(ipaddress.ip_address(name.value))
-        usable = kind in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", text)
-        yield kind, text if usable else ""
+        names.append((kind, text))
+    return names
 
 
 def _wanted(csr: CSR) -> str:
     """What a CSR asks for, for the log: its subject, or else its names."""
-    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr))
+    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr.extensions))
     return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
 
 
@@ -1661,7 +1675,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
     if "subject" in settings.options:
         return settings.options["subject"]
     # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
-    for kind, name in _alternative_names(csr):
+    for kind, name in _alternative_names(csr.extensions):
         if kind == "DNS" and 0 < len(name) <= 64:
             text = _slash_form([[Attribute(COMMON_NAME, UTF8, name, b"")]], exact=True)
             return text and _utf8(text)
@@ -1682,12 +1696,14 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
     if settings.binary.converts_csr() or settings.options.get("cmd") == "p10cr":
         arguments += ["-csr", transaction.file("csr.pem")]
     else:
-        names = list(_alternative_names(csr))
-        lost = [kind for kind, name in names if not name] + [e for e in csr.extensions if e != SUBJECT_ALT_NAME]
+        names = _alternative_names(csr.extensions)
+        carried = [(k, name) for k, name in names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
+        lost = [kind for kind, name in names if (kind, name) not in carried]
+        lost += [oid for oid in csr.extensions if oid != SUBJECT_ALT_NAME]
         if lost:
             transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
-        if any(name for _, name in names):
-            arguments += ["-sans", _utf8(",".join(name for _, name in names if name))]
+        if carried:
+            arguments += ["-sans", _utf8(",".join(name for _, name in carried))]
     if subject is not None and settings.options.get("cmd") != "p10cr":
         arguments += ["-subject", subject]
         if not transaction.read("subject"):
@@ -1707,9 +1723,9 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
     run = _run(argv, 10 + GRACE)
     # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
-    verified = re.search(r"^(Certificate request self-signature )?verify OK$", run.output, re.M)
+    verified = SIGNATURE_FITS.search(run.output)
     key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
-    if re.search("verify failure", run.output):
+    if SIGNATURE_WRONG.search(run.output):
         raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused")
     if run.code != 0 or not verified or not key:
         said = [m.text for m in _messages(run.output)]
@@ -2075,8 +2091,8 @@ def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> O
     _copy_requests(transaction, _next_number(before))
     outcome = _verdict(run, request, key, transaction, before)
     transaction.remove_requests()
-    expected = ["-server option|too few -rspin"] if before else []
-    expected += ["total timeout|polling failed"] if outcome.waiting and not outcome.text else []
+    expected = [END_OF_REPLAY] if before else []
+    expected += [END_OF_WAIT] if outcome.waiting and not outcome.text else []
     _log_messages(transaction.logger, run.messages, "|".join(expected) or "$")
     return outcome
 
@@ -2086,45 +2102,62 @@ def _next_number(answers: Sequence[Response]) -> int:
     return max(map(_number, answers), default=0) + 1
 
 
+class Watch(NamedTuple):
+    """Looks at what openssl has saved while it runs, to end it when it can do no more than sleep."""
+
+    transaction: Transaction
+    first: int  # the number of its first answer
+    waited: bool  # it goes on from a transaction that waits
+    gate: Gate | None
+    gated: int  # the number of the request behind the gate
+    deadline: float  # until when openssl sends another request
+
+    def asleep(self) -> bool:
+        """Whether the CA wants to be asked later than there is time for. Else the next request may pass the gate."""
+        if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
+            return False  # the usual case, and this is asked often
+        saved = [name for name in self.transaction.saved() if int(name[:-4]) >= self.first]
+        newest = _response(self.transaction.file(saved[-1])) if saved else None
+        if newest is None:
+            return False
+        left = self.deadline - time.monotonic()
+        in_time = 1 <= newest.check_after <= left and not self.waited and len(saved) < MAX_RESPONSES // 2
+        if newest.body == POLLREP and not in_time:
+            return True
+        if len(saved) >= self.gated - self.first:
+            self.open_gate()
+        return False
+
+    def open_gate(self) -> None:
+        """Save the request behind the gate, if it is there, and let openssl send it."""
+        if self.gate:
+            self.gate.open(self.transaction.file(f"{self.gated:03d}.req"))
+
+
 def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Response], more_seconds: int = 0) -> Run:
-    """Run openssl, save each answer, and end it when it has nothing more to do than to sleep."""
+    """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
     settings, known, replay = transaction.settings, transaction.settings.binary.options, _needed_again(before)
-    number, started = _next_number(before), time.monotonic()
-    gated = number + (1 if before else 2)  # the first request that may follow a pollRep
+    first = _next_number(before)
+    gated = first + (1 if before else 2)  # the first request that may follow a pollRep
     overrides = _resumed_timeouts(settings, before[-1], more_seconds) if before else {}
     total = int(overrides.get("total_timeout") or settings.seconds("total_timeout") or NO_TIMEOUT)
-    scratch, numbers = [transaction.file("scratch")] * len(replay), range(number, number + MAX_RESPONSES)
+    numbers = range(first, first + MAX_RESPONSES)
     files, gate = [], None
+    if "rspin" in known:
+        scratch = [transaction.file("scratch")] * len(replay)  # what it has seen already is saved once more
+        files += ["-rspout", ",".join([*scratch, *(transaction.file(f"{number:03d}.new") for number in numbers)])]
+        files += ["-rspin", ",".join(replay)] if replay else []
     with contextlib.ExitStack() as stack:
-        if "rspin" in known:
-            files += ["-rspout", ",".join([*scratch, *(transaction.file(f"{n:03d}.new") for n in numbers)])]
-            files += ["-rspin", ",".join(replay)] if replay else []
         if "reqout" in known:
-            requests = [transaction.file(f"{n:03d}.req") for n in numbers]
+            requests = [transaction.file(f"{number:03d}.req") for number in numbers]
             if sys.platform != "win32" and os.path.exists("/dev/fd"):
                 gate = stack.enter_context(closing(Gate()))
-                requests[gated - number] = gate.file
+                requests[gated - first] = gate.file
             files += ["-reqout", ",".join([*(path[:-4] + ".req" for path in replay), *requests])]
-
-        def asleep() -> bool:
-            """Whether openssl can do no more for us now: the CA wants to be asked later than there is time for."""
-            if not os.path.exists(transaction.file(f"{number:03d}.new")):
-                return False
-            saved = [name for name in transaction.saved() if int(name[:-4]) >= number]
-            newest = _response(transaction.file(saved[-1])) if saved else None
-            if newest is None:
-                return False
-            left = total - (time.monotonic() - started) - max(settings.seconds("msg_timeout"), settings.binary.margin())
-            in_time = 1 <= newest.check_after <= left and not before and len(saved) < MAX_RESPONSES // 2
-            if newest.body == POLLREP and not in_time:
-                return True
-            if gate and len(saved) >= gated - number:
-                gate.open(transaction.file(f"{gated:03d}.req"))
-            return False
-
-        run = _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], asleep)
-        if gate:  # what has passed it last may still be in the pipe
-            gate.open(transaction.file(f"{gated:03d}.req"))
+        deadline = time.monotonic() + total - max(settings.seconds("msg_timeout"), settings.binary.margin())
+        watch = Watch(transaction, first, bool(before), gate, gated, deadline)
+        run = _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], watch.asleep)
+        watch.open_gate()  # what has passed it last may still be in the pipe
         return run
 
 
@@ -2159,7 +2192,7 @@ def _verdict(
     if run.code == 0:
         text = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
     repeated = any(answer.grants() for answer in before)
-    not_taken = any(error.startswith("certificate not accepted") for error in run.errors())
+    not_taken = any(map(CERTIFICATE_NOT_ACCEPTED.match, run.errors()))
     refused = newest is not None and newest.refuses() and newest.protected
     if run.only(AFTER_ACCEPTANCE) and (not_taken or (refused and not repeated)):
         return Outcome(text=text, final=True)
@@ -2186,7 +2219,7 @@ def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
 
 def _asked_in_vain(run: Run, transaction: Transaction) -> bool:
     """Whether the CA has left a repeated certConf without an answer, for the second time. Being away does not count."""
-    if any(error.startswith("connect timeout") for error in run.errors()):
+    if any(map(CONNECT_TIMEOUT.match, run.errors())):
         return False
     again = os.path.exists(transaction.file("repeated"))
     transaction.write("repeated", "")
@@ -2427,124 +2460,36 @@ def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
 MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
 
 
-# Lines that openssl prints only after it has accepted the newest message.
-ACCEPTED = (
-    r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
-    '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
-    "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses|Did not receive resp"
-)
-# Lines about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
-NOT_TAKEN = (
-    "failed to validate newly enrolled|rejecting newly enrolled|certificate not accepted|different key types"
-    "|key type mismatch|key values mismatch|certificate verification failed"
-)
-AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED}|{NOT_TAKEN}", re.I)
-# Lines that say no more than that the time is up while the CA lets us wait.
-TIME_IS_UP = re.compile("total timeout", re.I)
-# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
-TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
-# What an HTTP server may write is not searched for hints, or they would be its choice.
-HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
-
-
 def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
     """Why it failed, on one line, with a hint: in the CA's own words, where openssl has accepted these."""
-    server, secrets = settings.server, settings.hidden
     if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
-        verb = "answered" if newest.status == WAITING else "rejected the request:"
-        failures = " ".join(newest.failures) or f"PKIStatus: {'waiting' if newest.status == WAITING else 'rejection'}"
-        # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
-        more = {*newest.details} - {*newest.texts} or newest.error_code is not None
-        told = failures == "signerNotTrusted" and more
-        return f"CMP server {server} {verb} {newest.words(secrets)}" + ("" if told else _hint(failures))
-    unverified = f"; an unverified answer says: {newest.words(secrets)}" if newest and newest.refuses() else ""
+        return _refusal_text(newest, settings)
+    unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
     if run.killed() and not run.asleep:
-        return f"{run.killed()} (CMP server {server}){unverified}"
+        return f"{run.killed()} (CMP server {settings.server}){unverified}"
     # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-    errors = [error for error in run.errors() if not unverified or not re.match(ACCEPTED, error)]
+    errors = [error for error in run.errors() if not unverified or not ACCEPTED.match(error)]
     searched = " ".join(HTTP_WORDS.sub("", error) for error in errors)
-    if not run.errors() or run.errors()[0].lower().startswith(
-        "cannot set up cmp context"
-    ):  # no server has written anything
-        telling = re.compile(
-            "(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I
-        )
-        errors = [m.text for m in run.messages if telling.match(m.text)]  # the cause is no message of the log
-        searched = " ".join(m.text for m in run.messages)
+    if not run.errors() or NOT_BEGUN.match(run.errors()[0]):
+        errors = [m.text for m in run.messages if CAUSE.match(m.text)]
+        searched = " ".join(m.text for m in run.messages)  # no server has written anything
     if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
         usable = newest is not None and 0 <= newest.check_after < 1 << 63
         errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
         searched = errors[0]
     said = _one_line("; ".join(errors[:4])) or "openssl gave no reason"
-    return f"CMP with {server} failed: {said}{unverified}" + _hint(searched)
+    return f"CMP with {settings.server} failed: {said}{unverified}" + _hint(searched)
 
 
-class Binary(NamedTuple):
-    """What an openssl program can do: `options` tells of each option of its `cmp` whether it takes a value."""
-
-    path: str
-    version: str
-    options: dict[str, bool]
-    spelled: dict[str, str]  # option -> how this program writes it
-    fault: str = ""  # why it cannot serve an RA
-
-    def margin(self) -> int:
-        """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
-        return 2 if self.since(3, 3) else 5
-
-    def since(self, major: int, minor: int) -> bool:
-        """Whether it is this version of OpenSSL or a later one."""
-        number = re.match(r"OpenSSL (\d+)\.(\d+)", self.version)
-        return number is not None and (int(number.group(1)), int(number.group(2))) >= (major, minor)
-
-    def converts_csr(self) -> bool:
-        """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
-        number = re.match(r"OpenSSL (\d+)\.\d+\.\d+(-(?:alpha|beta|dev|pre))?", self.version)
-        return number is not None and int(number.group(1)) >= 3 and not number.group(2)
-
-
-NO_BINARY = Binary("", "", {}, {})
-_binaries: dict[tuple[str, int, int], Binary] = {}  # asked once per process, and again when the file changes
-
-
-def _binary(name: str) -> Binary:
-    """Ask an openssl program for its version and the options of its `cmp`. Raises CMPError if it has none."""
-    path = shutil.which(name)
-    if path is None:
-        raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
-    if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
-        # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
-        raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
-    info = os.stat(path)
-    key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
-    if key not in _binaries:
-        run = _run([path, "cmp", "-help"])
-        # " -name val   description": a value's type stands one blank behind the name, a description two or more.
-        found = re.findall(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", run.output, re.M)
-        spelled = {_option_name(option): option for option, _ in found}
-        options = {_option_name(option): bool(value) for option, value in found}
-        version = _run([path, "version"]).output.partition("(")[0]
-        fault = "" if options.keys() >= {"cmd", "server"} else _no_cmp(run)
-        if re.search(r"^ -newkey \S+ +Private key", run.output, re.M):
-            fault = (
-                "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
-            )
-        asked = Binary(path, _one_line(version, 60), options, spelled, fault)
-        if not asked.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
-            options.pop("rspin", None)
-        _binaries[key] = asked
-    binary = _binaries[key]
-    if binary.fault:
-        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
-    return binary
-
-
-def _no_cmp(run: Run) -> str:
-    """Why `openssl cmp -help` shows no options: too old, or it cannot start (a broken openssl.cnf, a library)."""
-    said = run.killed() or _one_line("; ".join(m.text for m in _messages(run.output) if m.level != "info"))
-    if run.code == 0 or not said or re.search("invalid command", said, re.I):
-        return "has no cmp command: install OpenSSL 3"
-    return f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
+def _refusal_text(answer: Response, settings: Settings) -> str:
+    """What the CA has answered in place of a yes."""
+    waiting = answer.status == WAITING
+    verb = "answered" if waiting else "rejected the request:"
+    failures = " ".join(answer.failures) or f"PKIStatus: {'waiting' if waiting else 'rejection'}"
+    # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
+    more = {*answer.details} - {*answer.texts} or answer.error_code is not None
+    hint = "" if failures == "signerNotTrusted" and more else _hint(failures)
+    return f"CMP server {settings.server} {verb} {answer.words(settings.hidden)}{hint}"
 
 
 # --- The chain ----------------------------------------------------------------------------------------------
@@ -2673,7 +2618,7 @@ class Links:
                 _links.clear()
             _links.add((mark, issuer.der))
             return True
-        fault = re.search(r"lookup: *(.*)", run.output)
+        fault = FALSE_SIGNER.search(run.output)
         why = _one_line(fault.group(1) if fault else run.output)
         if protected:
             self.passed_over = f" ({name}, which is there, is another: {why})"
@@ -2805,20 +2750,6 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
 # --- The certificate against its CSR ------------------------------------------------------------------------
 
 
-def _general_names(extensions: Mapping[str, bytes]) -> set[str]:
-    """The subjectAltNames (RFC 5280, 4.2.1.6) in small letters, such as `DNS:www.example` and `IP:10.0.0.1`."""
-    names = set()
-    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
-        kind = {0x81: "email", 0x82: "DNS", 0x86: "URI", 0x87: "IP"}.get(name.tag, f"[{name.tag & 0x1F}]")
-        text = name.value.decode("ascii", "backslashreplace").lower() if name.tag in (0x81, 0x82, 0x86) else ""
-        if name.tag == 0x87 and len(name.value) in (4, 16):
-            import ipaddress  # not every certificate has one
-
-            text = str(ipaddress.ip_address(name.value))
-        names.add(f"{kind}:{text or name.value.hex()}")
-    return names
-
-
 def _common_names(subject: Name) -> set[str]:
     """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
     texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
@@ -2835,7 +2766,10 @@ def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     """What the CA has made of a request that nobody has asked for, or an empty string. `subject` is cmp_subject."""
     try:
-        asked, got = _general_names(csr.extensions), _general_names(leaf.extensions)
+        asked, got = (
+            {f"{kind}:{text.lower()}" for kind, text in _alternative_names(extensions)}
+            for extensions in (csr.extensions, leaf.extensions)
+        )
         authority = _signs_certificates(leaf.extensions)
         keys = [_sequence(key)[1].value for key in (csr.key, leaf.key)]
     except (CMPError, IndexError, StopIteration) as err:
@@ -2856,15 +2790,77 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     return _one_line("; ".join(found), 2 * MAX_TEXT)
 
 
-# --- Running openssl ----------------------------------------------------------------------------------------
+# --- openssl as a process -----------------------------------------------------------------------------------
+
+
+class Binary(NamedTuple):
+    """What an openssl program can do: `options` tells of each option of its `cmp` whether it takes a value."""
+
+    path: str
+    version: str
+    options: dict[str, bool]
+    spelled: dict[str, str]  # option -> how this program writes it
+    fault: str = ""  # why it cannot serve an RA
+
+    def margin(self) -> int:
+        """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
+        return 2 if self.since(3, 3) else 5
+
+    def since(self, major: int, minor: int) -> bool:
+        """Whether it is this version of OpenSSL or a later one."""
+        number = re.match(r"OpenSSL (\d+)\.(\d+)", self.version)
+        return number is not None and (int(number.group(1)), int(number.group(2))) >= (major, minor)
+
+    def converts_csr(self) -> bool:
+        """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
+        number = re.match(r"OpenSSL (\d+)\.\d+\.\d+(-(?:alpha|beta|dev|pre))?", self.version)
+        return number is not None and int(number.group(1)) >= 3 and not number.group(2)
+
+
+NO_BINARY = Binary("", "", {}, {})
+_binaries: dict[tuple[str, int, int], Binary] = {}  # asked once per process, and again when the file changes
+
+
+def _binary(name: str) -> Binary:
+    """Ask an openssl program for its version and the options of its `cmp`. Raises CMPError if it has none."""
+    path = shutil.which(name)
+    if path is None:
+        raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
+    if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
+        # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
+        raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
+    info = os.stat(path)
+    key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
+    if key not in _binaries:
+        run = _run([path, "cmp", "-help"])
+        found = OPTION.findall(run.output)
+        spelled = {_option_name(option): option for option, _ in found}
+        options = {_option_name(option): bool(value) for option, value in found}
+        version = _run([path, "version"]).output.partition("(")[0]
+        fault = "" if options.keys() >= {"cmd", "server"} else _no_cmp(run)
+        if ONLY_PRIVATE_KEYS.search(run.output):
+            fault = (
+                "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
+            )
+        asked = Binary(path, _one_line(version, 60), options, spelled, fault)
+        if not asked.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
+            options.pop("rspin", None)
+        _binaries[key] = asked
+    binary = _binaries[key]
+    if binary.fault:
+        raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
+    return binary
+
+
+def _no_cmp(run: Run) -> str:
+    """Why `openssl cmp -help` shows no options: too old, or it cannot start (a broken openssl.cnf, a library)."""
+    said = run.killed() or _one_line("; ".join(m.text for m in _messages(run.output) if m.level != "info"))
+    if run.code == 0 or not said or NO_COMMAND.search(said):
+        return "has no cmp command: install OpenSSL 3"
+    return f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
 
 
 LOST = 256  # no exit code
-# cmpossl of 2019 has its levels in capitals.
-MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
-QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
-
-NOT_ACCEPTED = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
 
 
 class Message(NamedTuple):
@@ -2906,8 +2902,8 @@ class Run(NamedTuple):
                 for before, after in (('"', '"'), ("errorDetails: ", "\n")):
                     output = output.replace(before + text + after, before + " ".join(text.split()) + after)
         run = self._replace(messages=_messages(output))
-        errors = [error for error in run.errors() if not error.startswith("polling failed")]  # with each of them
-        sender = any("does not match expected sender" in message.text for message in run.messages)  # no error in 3.0
+        errors = [error for error in run.errors() if not POLLING_FAILED.match(error)]
+        sender = any(OTHER_SENDER.search(message.text) for message in run.messages)
         return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
 
     def killed(self) -> str:
@@ -2983,17 +2979,13 @@ def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
     return _one_line(_hide(text, secrets), limit)
 
 
-# OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
-ONE_WAY_TLS = "-tls_used given without -tls_key;"
-
-
 def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str) -> None:
     """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
     levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
     if len(messages) > MAX_MESSAGES:  # a stranger's certificate may hold any number of lines
         logger.warning("openssl cmp: %s of its %s messages left out", len(messages) - MAX_MESSAGES, len(messages))
     for level, text in [*messages[: MAX_MESSAGES // 2], *messages[MAX_MESSAGES // 2 :][-MAX_MESSAGES // 2 :]]:
-        lowest = level in ("debug", "trace") or text.startswith(ONE_WAY_TLS) or re.match(expected, text, re.I)
+        lowest = level in ("debug", "trace") or ONE_WAY_TLS.match(text) or re.match(expected, text, re.I)
         logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
 
 
@@ -3002,12 +2994,63 @@ def _hint(searched: str) -> str:
     return next((f" ({hint})" for words, hint in HINTS if re.search(words, searched, re.I)), "")
 
 
-# --- Errors -------------------------------------------------------------------------------------------------
+# --- openssl's words -----------------------------------------------------------------------------------------
 
+# All texts of openssl that this file looks for. Where a new version words one of them in another way, test_hints.py or
+# test_verdict.py fails with it, and this is the place to change.
 
-class CMPError(Exception):
-    """What went wrong, on one line, in words for the administrator."""
+# cmpossl of 2019 has its levels in capitals.
+MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
+QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
 
+# Error lines that openssl prints only after it has accepted the newest message.
+ACCEPTED = re.compile(
+    r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
+    '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
+    "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses"
+    "|Did not receive response",
+    re.I,
+)
+# The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
+CERTIFICATE_NOT_ACCEPTED = re.compile("certificate not accepted")
+NOT_TAKEN = re.compile(
+    "failed to validate newly enrolled|rejecting newly enrolled|certificate not accepted|different key types"
+    "|key type mismatch|key values mismatch|certificate verification failed",
+    re.I,
+)
+AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED.pattern}|{NOT_TAKEN.pattern}", re.I)
+# Lines that say no more than that the time is up while the CA lets us wait.
+TIME_IS_UP = re.compile("total timeout", re.I)
+# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
+TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
+# Words of an answer that is not accepted, as somebody could put them into a text of his own.
+NOT_ACCEPTED = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
+# A sender that is not cmp_expect_sender: for OpenSSL 3.0 no error.
+OTHER_SENDER = re.compile("does not match expected sender")
+# It stands beside the errors of a poll, and says nothing by itself.
+POLLING_FAILED = re.compile("polling failed")
+# The end of a run that only has to see what was saved, or of one that the CA lets wait: no errors for the log.
+END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", "total timeout|polling failed"
+CONNECT_TIMEOUT = re.compile("connect timeout")
+# What an HTTP server may write is not searched for hints, or they would be its choice.
+HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
+# The first error where openssl has not even begun. Then the cause is no message of its log, but a line like these.
+NOT_BEGUN = re.compile("cannot set up cmp context", re.I)
+CAUSE = re.compile("(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I)
+# OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
+ONE_WAY_TLS = re.compile("-tls_used given without -tls_key;")
+# For `check --connect` and `cacerts`.
+TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
+WILL_CONTACT = re.compile("will contact (.*)", re.I)
+NO_ANSWER_TO_GENM = re.compile("Did not receive response")
+NO_CA_CERTS = re.compile("does not include suitable value")
+# For other commands than cmp.
+SIGNATURE_FITS = re.compile(r"^(Certificate request self-signature )?verify OK$", re.M)
+SIGNATURE_WRONG = re.compile("verify failure")
+FALSE_SIGNER = re.compile("lookup: *(.*)")
+NO_COMMAND = re.compile("invalid command", re.I)
+OPTION = re.compile(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", re.M)  # a value's type stands one blank behind the name
+ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
 
 # What openssl says (a regular expression) -> what to do. The first one that fits counts, so special ones come first.
 # A test holds docs/troubleshooting.md to the same list.
@@ -3948,7 +3991,6 @@ def _check_usage(name: str, about: str, idle: bool) -> Iterator[Finding]:
         yield Finding(WARNING, f"{name} {what}")
 
 
-TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
 # Of PKIFailureInfo (RFC 4210, 5.2.3), what says that the CA does not take us for who we are.
 CREDENTIALS_REFUSED = {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"}
 
@@ -3993,11 +4035,11 @@ def _check_server(settings: Settings) -> list[Finding]:
         answer = _response(saved)
     words = answer.printed() if answer else []
     messages = _messages(run.output, settings.hidden, words)
-    run = run._replace(words=words, messages=[m for m in messages if not m.text.startswith("Did not receive response")])
-    contact = next((m.text[13:] for m in messages if m.text.lower().startswith("will contact ")), settings.server)
+    run = run._replace(words=words, messages=[m for m in messages if not NO_ANSWER_TO_GENM.match(m.text)])
+    contact = next((found.group(1) for m in messages if (found := WILL_CONTACT.match(m.text))), settings.server)
     print(_masked(f"connect   {_one_line(contact, 200)}", settings))
     authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
-    proven = {"address": bool(answer) or not any("connect timeout" in text for text in run.errors())}
+    proven = {"address": bool(answer) or not any(map(CONNECT_TIMEOUT.search, run.errors()))}
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
     tls = bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors()))
     proven.update({"TLS": bool(answer) or tls, "path": bool(answer), "trust": authentic})
@@ -4038,7 +4080,7 @@ def _ca_certificates(settings: Settings) -> str:
         run = _run(command, settings.limit(), settings.secrets)
         run = run._replace(messages=_messages(run.output, settings.hidden))
         if run.code != 0:
-            lacking = "does not include suitable value" in " ".join(run.errors())
+            lacking = any(map(NO_CA_CERTS.search, run.errors()))
             raise CMPError(none if lacking else _failure_text(run, None, settings))
         with open(path, "rb") as file:
             body = _sequence(file.read(MAX_DER))[1]

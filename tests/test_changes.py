@@ -52,7 +52,7 @@ CHANGED = {
     "another address": (["IP:10.0.0.1"], "", [SAN + "IP:10.0.0.2"], "missing IP:10.0.0.1; added IP:10.0.0.2"),
     "IPv6": (["IP:2001:db8::1"], "", [SAN + "IP:2001:db8::2"], "missing IP:2001:db8::1; added IP:2001:db8::2"),
     "another kind": (["DNS:10.0.0.1"], "x", [SAN + "IP:10.0.0.1"], "missing DNS:10.0.0.1; added IP:10.0.0.1"),
-    "a UPN": (["DNS:a.tld"], "", [SAN + "DNS:a.tld,otherName:1.3.6.1.4.1.311.20.2.3;UTF8:u@x"], "added [0]:"),
+    "a UPN": (["DNS:a.tld"], "", [SAN + "DNS:a.tld,otherName:1.3.6.1.4.1.311.20.2.3;UTF8:u@x"], "added otherName:"),
     "CA": (["DNS:a.tld"], "", ["basicConstraints = CA:TRUE"], "a CA certificate"),
     "keyCertSign": (["DNS:a.tld"], "", ["keyUsage = digitalSignature,keyCertSign"], "a CA certificate"),
 }
