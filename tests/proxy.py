@@ -1,8 +1,10 @@
-"""A man in the middle: what he can do to the exchange between the handler and a CA."""
+"""A man in the middle: what he can do to the exchange between the handler and a CA; and messages in the CA's name."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
+import hmac
 import socket
 import urllib.request
 from collections.abc import Sequence
@@ -117,3 +119,90 @@ def signed(answer: bytes, body: bytes, key: ec.EllipticCurvePrivateKey, chain: S
     signature = key.sign(write_der(0x30, protected), ec.ECDSA(hashes.SHA256()))
     message = write_der(0x30, protected + nested(b"\0" + signature, 0xA0, 0x03))
     return with_certificates(message, [c.public_bytes(serialization.Encoding.DER) for c in chain])
+
+
+# --- Messages in the name of the CA
+
+SECRET = "demo-secret"  # of demo_ca.py
+KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+REJECTED = bytes.fromhex("020102")  # PKIStatus
+
+
+FORGED = "request rejected by server:PKIStatus: rejection; PKIFailureInfo: badCertTemplate"
+
+
+PKICONF = bytes.fromhex("b3020500")
+
+
+def message_parts(message: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """PKIMessage: header, body, protection and extraCerts, the last two empty if there are none (RFC 4210, 5.1)."""
+    parts = read_der(message).parts()
+    by_tag = {part.tag: part.whole for part in parts[2:]}
+    return parts[0].whole, parts[1].whole, by_tag.get(0xA0, b""), by_tag.get(0xA1, b"")
+
+
+def protected(old_header: bytes, header: bytes, body: bytes, extra: bytes) -> bytes:
+    """A message protected by the shared secret, as its CA can make any (PasswordBasedMac, RFC 4210, 5.1.3.1).
+
+    The one piece of cryptography that is done in Python here: no program can be told to protect nonsense.
+    """
+    algorithm = next(part for part in read_der(old_header).parts() if part.tag == 0xA1)
+    salt, _, iterations, _ = read_der(algorithm.content).parts()[1].parts()
+    key = SECRET.encode() + salt.content
+    for _ in range(int.from_bytes(iterations.content, "big")):
+        key = hashlib.sha256(key).digest()
+    mac = hmac.new(key, write_der(0x30, header + body), "sha1").digest()
+    return write_der(0x30, header + body + write_der(0xA0, write_der(3, b"\0" + mac)) + extra)
+
+
+def integer(number: int) -> bytes:
+    """An INTEGER."""
+    return write_der(2, number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True))
+
+
+def free_text(*texts: bytes) -> bytes:
+    """PKIFreeText (RFC 4210, 5.1.1)."""
+    return write_der(0x30, b"".join(write_der(0x0C, text) for text in texts))
+
+
+def status_info(status: int, texts: Sequence[bytes], bits: bytes) -> bytes:
+    """PKIStatusInfo (5.2.3)."""
+    return write_der(
+        0x30, integer(status) + (free_text(*texts) if texts else b"") + (write_der(3, bits) if bits else b"")
+    )
+
+
+def body(tag: int, content: bytes) -> bytes:
+    """A PKIBody of one SEQUENCE."""
+    return write_der(0xA0 | tag, write_der(0x30, content))
+
+
+def cert_response(tag: int, info: bytes, certificate: bytes, number: int = 0) -> bytes:
+    """CertRepMessage (5.3.4) with one response."""
+    pair = write_der(0x30, write_der(0xA0, certificate)) if certificate else b""
+    return body(tag, write_der(0x30, write_der(0x30, integer(number) + info + pair)))
+
+
+def poll_rep(after: int, texts: Sequence[bytes]) -> bytes:
+    """PollRepContent (5.3.22)."""
+    return body(26, write_der(0x30, integer(0) + integer(after) + (free_text(*texts) if texts else b"")))
+
+
+def error_body(*texts: str, status: bytes = REJECTED) -> bytes:
+    """An error message (RFC 4210, 5.3.21) with a statusString."""
+    strings = b"".join(write_der(0x0C, text.encode()) for text in texts)
+    return nested(status + (write_der(0x30, strings) if texts else b""), 0xB7, 0x30, 0x30)
+
+
+def stranger(text: str, subject: x509.Name) -> x509.Certificate:
+    """Somebody's own certificate; openssl prints what its authorityKeyIdentifier calls the issuer as it is."""
+    issuer = x509.AuthorityKeyIdentifier(None, [x509.UniformResourceIdentifier(text)], 7)
+    return x509.load_der_x509_certificate(forge(KEY, subject, name("nobody"), issuer))
+
+
+def sender_of(ca: DemoCA, authentication: str) -> x509.Name:
+    """Who sends the CA's answers."""
+    signer = {"secret": "sub", "certificate": "cmp"}[authentication]
+    return x509.load_pem_x509_certificates((ca.directory / f"{signer}.pem").read_bytes())[0].subject

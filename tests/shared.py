@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from cmp_ca_handler import CAhandler
@@ -361,3 +363,77 @@ def load_config(logger=None, mfilter=None, cfg_file=None):
     config.read(cfg_file or os.path.join(os.path.dirname(__file__), "acme_srv.cfg"), encoding="utf8")
     return config
 """
+
+
+# --- Hostile bytes
+
+# Cases of the long run, for all of the tests together; without it, the short one.
+LONG = int(os.environ.get("CMP_FUZZ_CASES", "0"))
+
+
+def cases(short: int, share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """How many cases: `short` in every run, `share` of a long one. The short run is the same every time."""
+    return settings(
+        max_examples=int(LONG * share) or short,
+        derandomize=not LONG,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    )
+
+
+class Change(NamedTuple):
+    """One change to a string of bytes; positions are fractions of its length."""
+
+    kind: str
+    start: float
+    size: int
+    data: bytes
+
+    def apply(self, old: bytes) -> bytes:
+        """The changed bytes."""
+        start = int(self.start * len(old))
+        end = min(start + self.size, len(old))
+        if self.kind == "flip" and old:
+            start = min(start, len(old) - 1)
+            return old[:start] + bytes([old[start] ^ 1 << self.size % 8]) + old[start + 1 :]
+        parts = {"cut": old[:start], "delete": old[:start] + old[end:], "insert": old[:start] + self.data + old[start:]}
+        parts.update(
+            {"repeat": old[:end] + old[start:], "set": old[:start] + self.data + old[start + len(self.data) :]}
+        )
+        return parts.get(self.kind, old)
+
+
+INTERESTING = [
+    b"\0",
+    b"\xff",
+    b"\x80",
+    b"\x84\xff\xff\xff\xff",
+    b"\x30\x80",
+    b"\x1f\x1f",
+    b"\x0d\x0a",
+    b"\x30\x00",
+    b"A" * 9000,
+]
+
+
+CHANGES = st.lists(
+    st.builds(
+        Change,
+        st.sampled_from(["flip", "flip", "cut", "delete", "insert", "repeat", "set"]),
+        st.floats(0, 0.9999),
+        st.integers(1, 300),
+        st.sampled_from(INTERESTING) | st.binary(min_size=1, max_size=12),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def changed(old: bytes, changes: Sequence[Change]) -> bytes:
+    """Every change, one after the other."""
+    for change in changes:
+        old = change.apply(old)
+    return old

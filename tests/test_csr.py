@@ -30,22 +30,25 @@ from demo_ca import DemoCA, read_der, write_der
 from host import CONTACT, HANDLER, Host
 from shared import (
     BMP,
+    CHANGES,
     DNS,
     IA5,
     KEY,
+    LONG,
     PRINTABLE,
     TELETEX,
     UTF8,
     Asked,
     Wire,
     base64url,
+    cases,
+    changed,
     in_csr,
     name_der,
     oid,
     on_wire,
     wire,
 )
-from test_fuzz import CHANGES, LONG, cases, changed
 
 __all__ = ["wire"]  # a fixture
 

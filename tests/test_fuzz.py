@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import configparser
 import contextlib
-import hashlib
-import hmac
 import http.client
 import logging
 import os
@@ -29,7 +27,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cmp_ca_handler
@@ -37,27 +35,25 @@ import proxy
 from cmp_ca_handler import CAhandler
 from conftest import OPENSSL, csr_pem, wait_until
 from demo_ca import decide, read_der, write_der
+from proxy import (
+    PKICONF,
+    SECRET,
+    body,
+    cert_response,
+    free_text,
+    integer,
+    message_parts,
+    poll_rep,
+    protected,
+    status_info,
+)
+from shared import CHANGES, LONG, Change, cases, changed
 from soak import children, demo_ca
 
-# Cases of the long run, for all of the tests together; without it, the short one.
-LONG = int(os.environ.get("CMP_FUZZ_CASES", "0"))
 PATIENCE = 60  # seconds that no call takes unless it hangs
 
 # The four tests share one arena, and so one process when the tests run side by side.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fuzz")]
-
-
-def cases(short: int, share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """How many cases: `short` in every run, `share` of a long one. The short run is the same every time."""
-    return settings(
-        max_examples=int(LONG * share) or short,
-        derandomize=not LONG,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    )
 
 
 # --- The arena: a handler, a CA, a hostile server between the two, and what must be true after every call
@@ -78,7 +74,7 @@ class Records(logging.Handler):
 class Arena:
     """Everything that the handler may touch lies under one directory, and is looked at after each call."""
 
-    secret = "demo-secret"
+    secret = SECRET
 
     def __init__(self, root: Path, section: dict[str, str]) -> None:
         self.root, self.work, self.ca = root, root / "work", section
@@ -322,59 +318,6 @@ def fresh(arena: Arena, request: pytest.FixtureRequest) -> Iterator[Arena]:
 
 
 # --- Bytes
-
-
-class Change(NamedTuple):
-    """One change to a string of bytes; positions are fractions of its length."""
-
-    kind: str
-    start: float
-    size: int
-    data: bytes
-
-    def apply(self, old: bytes) -> bytes:
-        """The changed bytes."""
-        start = int(self.start * len(old))
-        end = min(start + self.size, len(old))
-        if self.kind == "flip" and old:
-            start = min(start, len(old) - 1)
-            return old[:start] + bytes([old[start] ^ 1 << self.size % 8]) + old[start + 1 :]
-        parts = {"cut": old[:start], "delete": old[:start] + old[end:], "insert": old[:start] + self.data + old[start:]}
-        parts.update(
-            {"repeat": old[:end] + old[start:], "set": old[:start] + self.data + old[start + len(self.data) :]}
-        )
-        return parts.get(self.kind, old)
-
-
-INTERESTING = [
-    b"\0",
-    b"\xff",
-    b"\x80",
-    b"\x84\xff\xff\xff\xff",
-    b"\x30\x80",
-    b"\x1f\x1f",
-    b"\x0d\x0a",
-    b"\x30\x00",
-    b"A" * 9000,
-]
-CHANGES = st.lists(
-    st.builds(
-        Change,
-        st.sampled_from(["flip", "flip", "cut", "delete", "insert", "repeat", "set"]),
-        st.floats(0, 0.9999),
-        st.integers(1, 300),
-        st.sampled_from(INTERESTING) | st.binary(min_size=1, max_size=12),
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-def changed(old: bytes, changes: Sequence[Change]) -> bytes:
-    """Every change, one after the other."""
-    for change in changes:
-        old = change.apply(old)
-    return old
 
 
 def nested(depth: int, tag: int = 0x30, inner: bytes = b"") -> bytes:
@@ -645,27 +588,6 @@ class Trick(NamedTuple):
         return as_http(protected(header, header, body, extra))
 
 
-def message_parts(message: bytes) -> tuple[bytes, bytes, bytes, bytes]:
-    """PKIMessage: header, body, protection and extraCerts, the last two empty if there are none (RFC 4210, 5.1)."""
-    parts = read_der(message).parts()
-    by_tag = {part.tag: part.whole for part in parts[2:]}
-    return parts[0].whole, parts[1].whole, by_tag.get(0xA0, b""), by_tag.get(0xA1, b"")
-
-
-def protected(old_header: bytes, header: bytes, body: bytes, extra: bytes) -> bytes:
-    """A message protected by the shared secret, as its CA can make any (PasswordBasedMac, RFC 4210, 5.1.3.1).
-
-    The one piece of cryptography that is done in Python here: no program can be told to protect nonsense.
-    """
-    algorithm = next(part for part in read_der(old_header).parts() if part.tag == 0xA1)
-    salt, _, iterations, _ = read_der(algorithm.content).parts()[1].parts()
-    key = Arena.secret.encode() + salt.content
-    for _ in range(int.from_bytes(iterations.content, "big")):
-        key = hashlib.sha256(key).digest()
-    mac = hmac.new(key, write_der(0x30, header + body), "sha1").digest()
-    return write_der(0x30, header + body + write_der(0xA0, write_der(3, b"\0" + mac)) + extra)
-
-
 START = b"HTTP/1.1 200 OK\r\nContent-Type: application/pkixcmp\r\n"
 TRICKS = [
     b"HTTP/1.1 200 OK\r\nContent-Length: %(length)d\r\n\r\n",
@@ -906,40 +828,6 @@ SWALLOWING = [
 SAID = st.sampled_from([*WORDS, *SWALLOWING]).map(lambda text: text.encode("utf-8", "replace"))
 
 
-def integer(number: int) -> bytes:
-    """An INTEGER."""
-    return write_der(2, number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True))
-
-
-def free_text(*texts: bytes) -> bytes:
-    """PKIFreeText (RFC 4210, 5.1.1)."""
-    return write_der(0x30, b"".join(write_der(0x0C, text) for text in texts))
-
-
-def status_info(status: int, texts: Sequence[bytes], bits: bytes) -> bytes:
-    """PKIStatusInfo (5.2.3)."""
-    return write_der(
-        0x30, integer(status) + (free_text(*texts) if texts else b"") + (write_der(3, bits) if bits else b"")
-    )
-
-
-def body(tag: int, content: bytes) -> bytes:
-    """A PKIBody of one SEQUENCE."""
-    return write_der(0xA0 | tag, write_der(0x30, content))
-
-
-def cert_response(tag: int, info: bytes, certificate: bytes, number: int = 0) -> bytes:
-    """CertRepMessage (5.3.4) with one response."""
-    pair = write_der(0x30, write_der(0xA0, certificate)) if certificate else b""
-    return body(tag, write_der(0x30, write_der(0x30, integer(number) + info + pair)))
-
-
-def poll_rep(after: int, texts: Sequence[bytes]) -> bytes:
-    """PollRepContent (5.3.22)."""
-    return body(26, write_der(0x30, integer(0) + integer(after) + (free_text(*texts) if texts else b"")))
-
-
-PKICONF = bytes.fromhex("b3020500")
 ACCEPTED = write_der(0x30, integer(0))
 
 

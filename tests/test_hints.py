@@ -15,9 +15,21 @@ import pytest
 import cmp_ca_handler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
-from proxy import Proxy, TcpServer, nested, signed, spoilt, with_body
+from proxy import (
+    FORGED,
+    KEY,
+    REJECTED,
+    Proxy,
+    TcpServer,
+    error_body,
+    nested,
+    sender_of,
+    signed,
+    spoilt,
+    stranger,
+    with_body,
+)
 from shared import SHORT, begin, hold
-from test_verdict import FORGED, KEY, REJECTED, error_body, sender_of, stranger
 
 CSR = csr_pem(["a.example"])
 # PBMParameter (RFC 4210, 5.1.3.1): SHA-256, 500 times, HMAC-SHA256

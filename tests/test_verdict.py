@@ -7,46 +7,40 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
 import demo_ca
 from conftest import BINARIES, Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
-from proxy import Forward, Proxy, forge, name, nested, signed, spoilt, with_body
+from proxy import (
+    FORGED,
+    KEY,
+    PKICONF,
+    REJECTED,
+    Forward,
+    Proxy,
+    body,
+    error_body,
+    name,
+    nested,
+    protected,
+    sender_of,
+    signed,
+    spoilt,
+    status_info,
+    stranger,
+    with_body,
+)
 from shared import SHORT, begin, check_issued, hold, requests, version
-from test_fuzz import PKICONF, body, protected, status_info
 
-KEY = ec.generate_private_key(ec.SECP256R1())
-REJECTED = bytes.fromhex("020102")  # PKIStatus
 REFUSAL = nested(bytes.fromhex("020100") + nested(REJECTED, 0x30), 0xA1, 0x30, 0x30, 0x30)  # ip
-FORGED = "request rejected by server:PKIStatus: rejection; PKIFailureInfo: badCertTemplate"
-
-
-def error_body(*texts: str, status: bytes = REJECTED) -> bytes:
-    """An error message (RFC 4210, 5.3.21) with a statusString."""
-    strings = b"".join(write_der(0x0C, text.encode()) for text in texts)
-    return nested(status + (write_der(0x30, strings) if texts else b""), 0xB7, 0x30, 0x30)
-
-
-def stranger(text: str, subject: x509.Name) -> x509.Certificate:
-    """Somebody's own certificate; openssl prints what its authorityKeyIdentifier calls the issuer as it is."""
-    issuer = x509.AuthorityKeyIdentifier(None, [x509.UniformResourceIdentifier(text)], 7)
-    return x509.load_der_x509_certificate(forge(KEY, subject, name("nobody"), issuer))
 
 
 def with_protection(answer: bytes, body: bytes) -> bytes:
     """The message with another body under the protection that it had, which does not fit any more."""
     header, _, protection, *_ = (part.whole for part in read_der(answer).parts())
     return write_der(0x30, header + body + protection)
-
-
-def sender_of(ca: DemoCA, authentication: str) -> x509.Name:
-    """Who sends the CA's answers."""
-    signer = {"secret": "sub", "certificate": "cmp"}[authentication]
-    return x509.load_pem_x509_certificates((ca.directory / f"{signer}.pem").read_bytes())[0].subject
 
 
 @binaries
