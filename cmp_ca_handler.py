@@ -62,7 +62,8 @@ def _keys(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Keys that are no openssl options.
+# Keys that are no openssl options. Of a new one, `_is_option` checks the value, and Settings and `_settings` hold it;
+# profiles cannot set it, and docs/configuration.md describes it.
 OUR_KEYS = _keys("openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes")
 # Set by the handler for each transaction: ignored in the configuration, with a warning.
 RUNTIME_KEYS = _keys(
@@ -85,6 +86,7 @@ DN_KEYS = _keys("recipient issuer expect_sender subject")
 FILE_KEYS = _keys("cert key srvcert tls_cert tls_key config")
 FILE_LIST_KEYS = _keys("trusted untrusted out_trusted own_trusted extracerts tls_extra tls_trusted")
 TLS_KEYS = _keys("tls_cert tls_key tls_keypass tls_extra tls_trusted tls_host")
+ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
 NUMBER_KEYS = _keys("days keep_alive verbosity verify_depth auth_level attime")
 # The names that `openssl cmp` takes: OBJ_ln2nid() knows no other spelling.
 CHOICES = {
@@ -121,13 +123,13 @@ ENROLMENT_KEYS = _keys(
 PROTECTED_KEYS = OUR_KEYS | RUNTIME_KEYS | FORBIDDEN_KEYS | SECRET_KEYS
 PROTECTED_KEYS |= _keys(
     "ref cert key keyform cmd popo config section engine provider provider-path provparam propquery tls_cert tls_key"
-    " rand writerand reqout srvcertout crlout msg_timeout total_timeout unprotected_requests unprotected_errors"
+    " rand writerand reqout srvcertout msg_timeout total_timeout unprotected_requests unprotected_errors"
     " verbosity tls_used"
 )
 PROTECTED_KEYS |= frozenset(WEAK_KEYS)
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
 # cmpossl before 2020 spells many options without the underscore: inside this file each has OpenSSL 3's name.
-OPTION_NAMES = PROTECTED_KEYS | ENROLMENT_KEYS | SECRET_KEYS | DN_KEYS | FILE_KEYS | FILE_LIST_KEYS
+OPTION_NAMES = PROTECTED_KEYS | ENROLMENT_KEYS | DN_KEYS | FILE_KEYS | FILE_LIST_KEYS
 OPTION_NAMES |= _keys("tls_used tls_host no_proxy keep_alive ignore_keyusage")
 WITHOUT_UNDERSCORES = {name.replace("_", ""): name for name in OPTION_NAMES}
 
@@ -136,6 +138,11 @@ def _option_name(option: str, known: Iterable[str] = ()) -> str:
     """`option` under the name that this file, or else the openssl that has the options `known`, has for it."""
     plain = option.replace("_", "")
     return WITHOUT_UNDERSCORES.get(plain) or next((name for name in known if name.replace("_", "") == plain), option)
+
+
+def _key(key: str) -> str:
+    """A key of the section under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`."""
+    return "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key
 
 
 # RFC 5280, 5.3.1, in the order of their numbers; 7 is not used.
@@ -195,8 +202,11 @@ DN_ALIASES = dict(
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 
+SUBJECT_KEY_ID, SUBJECT_ALT_NAME, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.17", "2.5.29.35"
+KEY_USAGE, BASIC_CONSTRAINTS = "2.5.29.15", "2.5.29.19"
+
 # PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers, and of the request that confirms a certificate.
-IP, CP, KUP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 8, 12, 19, 23, 24, 26
+IP, CP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 12, 19, 23, 24, 26
 # PKIStatus, 5.2.3. The two warnings come with the certificate.
 GRANTED, WAITING, GOOD = (0, 1), 3, (0, 1, 4, 5)
 # PKIFailureInfo, 5.2.3, in the order of the bits.
@@ -264,13 +274,13 @@ class CAhandler:
     profile_mapping_field = "cmp_profile"
 
     def __init__(self, debug: bool | None = None, logger: logging.Logger | None = None) -> None:
-        self.debug = debug
         self.logger: logging.Logger = Log(logger or logging.getLogger("cmp_ca_handler"))
         self.cahandler_registry_name: str | None = None  # set by acme2certifier where it has several CAs
         self._helper: types.ModuleType | None = None
         self._config: Any = {}
         self.section: dict[str, str] = {}
         self.config_error = ""
+        self._hidden: Collection[str] = ()
         self.ask_always = False  # poll() asks the CA even before its checkAfter has passed: for the command line
 
     def __enter__(self) -> CAhandler:
@@ -345,13 +355,12 @@ class CAhandler:
         """
         what = "poll"
         try:
-            if self.config_error:
-                raise CMPError(self.config_error)
-            settings = _settings(self.section)
+            settings = _settings(self._configured())
             fault = _directory_fault(settings)
             if fault:
                 raise CMPError(fault)
-            what = f"poll of {_check_identifier(poll_identifier)}"
+            _check_identifier(poll_identifier)
+            what = f"poll of {poll_identifier}"
             kept = _kept_result(settings, poll_identifier)
             if kept:
                 leaf = _certificate(_decode(kept, "CERTIFICATE"))
@@ -404,13 +413,13 @@ class CAhandler:
         """Ask the CA to revoke, with the server and the credentials of `settings`."""
         settings = settings.without_enrolment("rr")
         with closing(_begin(settings, self.logger)) as transaction:
-            transaction.write("cert.pem", _pem(certificate.der))
-            arguments = ["-oldcert", transaction.file("cert.pem"), "-revreason", str(number), "-batch"]
+            transaction.write("old.pem", _pem(certificate.der))
+            arguments = ["-oldcert", transaction.file("old.pem"), "-revreason", str(number)]
             if "rspout" in settings.binary.options:
                 arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
             run = _openssl_cmp(transaction, arguments)
             newest = next(reversed(transaction.answers()), None)
-        _log_messages(self.logger, run.messages, "$")
+        _log_messages(self.logger, run.messages)
         what = f"serial={certificate.serial} issuer={_name_text(certificate.issuer)}"
         if run.code == 0 and not run.errors():
             code = next(name for name, known in REASONS.items() if known == number)
@@ -444,7 +453,7 @@ class CAhandler:
             return outcome, None, None
         leaf = outcome.leaf
         names = f"subject={_name_text(leaf.subject)} serial={leaf.serial} issuer={_name_text(leaf.issuer)}"
-        changes = _changes(csr, leaf, transaction.settings.options.get("subject") or "")
+        changes = _changes(csr, leaf, transaction.read("subject"))
         if changes:
             self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", names, changes)
             if transaction.settings.refuse_changes:
@@ -482,11 +491,17 @@ class CAhandler:
         keys = dict.fromkeys([*self.section, "cmp_profile"])
         return [key for key in keys if _option_name(key[4:]) not in PROTECTED_KEYS]
 
+    def _configured(self) -> dict[str, str]:
+        """The section. Raises CMPError where there is none that can be read."""
+        if self.config_error:
+            raise CMPError(self.config_error)
+        return self.section
+
     def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
         """The section, with what the profile of the order, of its account or of its HTTP header sets."""
         check = getattr(self._helper, "eab_profile_header_info_check", None)
-        if check is None:
-            return self.section
+        if check is None or self.config_error:
+            return self._configured()
         # acme2certifier sets attributes by `hasattr` and `setattr`: let it find only what a profile may set.
         chosen = types.SimpleNamespace(**{key: self.section.get(key) for key in self._profile_keys()})
         chosen.cahandler_registry_name = self.cahandler_registry_name
@@ -528,9 +543,8 @@ class CAhandler:
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error there is."""
-        if self.config_error:
-            raise CMPError(self.config_error)
         settings = _settings(section)
+        self._hidden = settings.hidden
         for warning in settings.warnings:
             if warning not in _warned:  # once per process is enough
                 _warned.add(warning)
@@ -548,9 +562,11 @@ class CAhandler:
             hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
             text += f" ({hint})" if hint else ""
         else:
-            line = err.__traceback__.tb_lineno if err.__traceback__ else 0
-            text = f"internal error: {type(err).__name__} {err} (line {line})"
-        text = _one_line(text, 4 * MAX_TEXT)
+            import traceback  # hopefully never
+
+            lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
+            text = f"internal error: {type(err).__name__} {err} (lines {', '.join(lines)})"
+        text = _foreign(text, self._hidden, 4 * MAX_TEXT)
         self.logger.error("CMP %s failed: %s", what, text)
         return text
 
@@ -602,7 +618,7 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
 
 def _check_yaml(path: str, section: Mapping[str, str]) -> None:
     """Raise CMPError where YAML has made another value of one: 0123 is 83 there, and 12:34 is 754."""
-    if not path or _is_ini(path):
+    if not os.path.isfile(path) or _is_ini(path):
         return
     with open(path, encoding="utf-8-sig") as file:
         written = re.findall(r"^\s+(cmp_\w+)\s*:[ \t]+([-+.\d][^\s#]*)[ \t]*(?:#.*)?$", file.read(), re.M)
@@ -684,9 +700,6 @@ class Finding(NamedTuple):
 
     level: str  # a FAULT stops everything; a WARNING is logged once
     text: str
-
-
-ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
 
 
 DN_SYNTAX = "is not a distinguished name such as C=DE, CN=Issuing CA"
@@ -940,7 +953,7 @@ def _option_value(option: str, value: str, binary: Binary) -> str | None:
 
 def _settings(section: Mapping[str, str]) -> Settings:
     """Read the section. What helpers raise or yield about it is collected here, and in `_options`."""
-    section = {key: str(value).strip() for key, value in section.items()}
+    section = {_key(key): str(value).strip() for key, value in section.items()}
     # A distinguished name is read first, as characters: see _option_value().
     section = {key: value if key[4:] in DN_KEYS else _utf8(value) for key, value in section.items()}
     findings, binary = [], NO_BINARY
@@ -992,9 +1005,9 @@ def _options(section: Mapping[str, str], binary: Binary) -> tuple[dict[str, str 
                 continue
             options[option] = _option_value(option, value, binary)
             if option in SECRET_KEYS:
-                name, secrets[name] = _secret(option, value)
-                options[option] = f"env:{name}"
-                _check_secret(secrets[name])
+                name, secret = _secret(option, value)
+                options[option], secrets[name] = f"env:{name}", secret
+                _check_secret(secret)
         except CMPError as err:
             findings.append(Finding(FAULT, f"{_one_line(key, 60)}: {err}"))
             options[option] = None  # it is there, if not usable
@@ -1131,11 +1144,13 @@ def _check_files(option: str, value: str) -> None:
     what = "private key" if option.endswith("key") else "certificate"
     for name in names if option != "config" else ():
         kinds = _contents(name).kinds
+        if kinds == {EMPTY}:
+            raise CMPError(f"{_one_line(name, 100)} is empty")
         if kinds and not kinds & wanted:
             raise CMPError(f"{_one_line(name, 100)} holds no {what}, but {' and '.join(sorted(kinds))}")
 
 
-def _open_to_all(path: str) -> bool:
+def _readable_by_all(path: str) -> bool:
     """Whether every local user can read a file."""
     return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
 
@@ -1147,8 +1162,11 @@ def _open_to_all(path: str) -> bool:
 #   openssl's environment `_start` adds `Settings.secrets` for that one process; nobody but its user can read it
 #   the log, errors       openssl's and the CA's texts pass `_foreign`, which masks `Settings.hidden`; of ours, those
 #                         about a secret never show its value
+#   unexpected exceptions `CAhandler._failure` masks their texts as well
+#   what cannot be read   `_load_config` and `_read_ini` say the number of the line, not what is in it
 #   files                 none is written with one: openssl reads `cmp_secret: file:` and the like through us
-#   the command line      `check` prints through `_masked`, keys with secrets through `_shown`
+#   the command line      `check` prints through `_masked`, keys with secrets through `_shown`; `convert` prints what
+#                         the user has typed, with a warning
 
 
 VARIABLE_KEYS = {"cmp_ref_variable": "ref", "cmp_secret_variable": "secret"}
@@ -1173,7 +1191,7 @@ _descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes
 def _read_descriptor(number: str) -> bytes:
     """What acme2certifier has inherited in a file descriptor."""
     if sys.platform == "win32" or not re.fullmatch(r"\d{1,6}", number):
-        raise CMPError("fd: wants the number of a file descriptor, and not Windows")
+        raise CMPError("fd: wants the number of a file descriptor, which Windows has not got")
     descriptor = int(number)
     info = os.fstat(descriptor)
     if stat.S_ISREG(info.st_mode):
@@ -1303,11 +1321,11 @@ def _check_section(section: Mapping[str, str], settings: Settings) -> Iterator[F
     if "cmp_openssl_bin" not in section:
         yield Finding(WARNING, f"cmp_openssl_bin is not set: using {binary.path or 'openssl'}, the first on the PATH")
     if settings.own_directory:
-        lost = "a restart, or systemd's PrivateTmp, takes orders that wait for the CA out of the poller's sight"
+        lost = "a restart, or systemd's PrivateTmp, hides orders that wait for the CA from the poller"
         yield Finding(WARNING, f"cmp_tmp_dir is not set: using {settings.directory}, and {lost}")
-    for option in (_option_name(key[4:], binary.options) for key in section if key.startswith("cmp_")):
-        if option in RUNTIME_KEYS:
-            yield Finding(WARNING, f"cmp_{option} is set by the handler itself and ignored here: delete it")
+    for key in section:
+        if key.startswith("cmp_") and key[4:] in RUNTIME_KEYS:
+            yield Finding(WARNING, f"{key} is set by the handler itself and ignored here: delete it")
     yield from _check_secrets(section, settings)
     if options.keys() & {"config", "section"}:
         key = "cmp_config" if "config" in options else "cmp_section"
@@ -1330,7 +1348,6 @@ def _check_section(section: Mapping[str, str], settings: Settings) -> Iterator[F
 
 def _check_secrets(section: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
     """Secrets that are easy to find out, or that look like a mistake."""
-    sources = {_option_name(key[4:]): value for key, value in section.items()}
     for option in [option for option in settings.options if option in SECRET_KEYS]:
         secret = settings.secrets.get((settings.options[option] or "").partition(":")[2], "")
         if secret != secret.strip():
@@ -1338,8 +1355,8 @@ def _check_secrets(section: Mapping[str, str], settings: Settings) -> Iterator[F
         if option == "secret" and 0 < len(secret) < 8:
             what = "has less than 8 characters: whoever sees one message can find it by trying"
             yield Finding(WARNING, f"cmp_secret {what}; ask the CA for a longer one")
-        prefix, _, path = sources.get(option, "").partition(":")
-        if prefix == "file" and _open_to_all(path):
+        prefix, _, path = section.get(f"cmp_{option}", "").partition(":")
+        if prefix == "file" and _readable_by_all(path):
             yield Finding(WARNING, f"cmp_{option}: every local user can read {_one_line(path, 100)}: chmod o-r")
 
 
@@ -1424,7 +1441,7 @@ def _check_credentials(options: Mapping[str, str | None], kind: str) -> Iterator
     found = _contents(options.get(key) or "")
     if found.kinds & {ENCRYPTED_KEY, PKCS12} and PRIVATE_KEY not in found.kinds and keypass not in options:
         yield Finding(level, f"cmp_{key}: the key is encrypted: set cmp_{keypass}")
-    if _open_to_all(options.get(key) or ""):
+    if _readable_by_all(options.get(key) or ""):
         yield Finding(WARNING, f"cmp_{key}: every local user can read {options[key]}: chmod o-r")
     yield from _check_validity(f"cmp_{cert}", options.get(cert) or "", level)
 
@@ -1690,8 +1707,8 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
     arguments += ["-extracertsout", transaction.file("extracerts.pem")]
     if "cacertsout" in known:
         arguments += ["-cacertsout", transaction.file("capubs.pem")]
-    # Without -san_nodefault the names of the RA's own certificate go into the request.
-    arguments += [f"-{settings.binary.spelled[switch]}" for switch in ("san_nodefault", "batch") if switch in known]
+    if "san_nodefault" in known:  # without it the names of the RA's own certificate go into the request
+        arguments += [f"-{settings.binary.spelled['san_nodefault']}"]
     subject = _subject(csr, settings)
     if settings.binary.converts_csr() or settings.options.get("cmd") == "p10cr":
         arguments += ["-csr", transaction.file("csr.pem")]
@@ -1712,7 +1729,10 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
 
 
 def _prove_possession(csr: CSR, transaction: Transaction) -> None:
-    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit."""
+    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit.
+
+    `_check_key`, before this, has refused the keys with which anybody can sign.
+    """
     # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
     if transaction.read("pubkey.pem"):
         return  # a poll: it was verified before the CA was asked
@@ -1721,10 +1741,10 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     program = transaction.settings.binary.path
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
     argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
-    run = _run(argv, 10 + GRACE)
+    run = _run(argv)
     # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
     verified = SIGNATURE_FITS.search(run.output)
-    key = re.search(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", run.output, re.S)
+    key = PUBLIC_KEY.search(run.output)
     if SIGNATURE_WRONG.search(run.output):
         raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused")
     if run.code != 0 or not verified or not key:
@@ -1737,13 +1757,13 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
 # --- A transaction is a directory ---------------------------------------------------------------------------
 
 
-def _way(path: str, links: int = 0) -> Iterator[str]:
+def _way(path: str, depth: int = 0) -> Iterator[str]:
     """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
     here = os.path.abspath(path)
     while True:
         yield here
-        if os.path.islink(here) and links < 40:
-            yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), links + 1)
+        if os.path.islink(here) and depth < 40:
+            yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), depth + 1)
         if here == os.path.dirname(here):
             return
         here = os.path.dirname(here)
@@ -1766,7 +1786,7 @@ def _directory_fault(settings: Settings) -> str:
         return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
     # Whoever can rename our directories, or those above, can put another public key into a request.
     places = (place for place in _way(configured) if os.path.lexists(place))
-    return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _open_to_others(p))), "")
+    return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _writable_by_others(p))), "")
 
 
 def _make_directory(path: str) -> None:
@@ -1781,12 +1801,20 @@ def _make_directory(path: str) -> None:
 class Transaction:
     """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs. close() deletes it, or keeps it.
 
-    csr.pem, pubkey.pem, subject, profile   the request
-    NNN.der                                 the CA's answers; the newest holds the nonce that it expects next
-    NNN.new                                 an answer as openssl saved it: the last of them may be anybody's
-    enrolling                               renamed to `waiting` when the CA's decision is still out
-    issued                                  the result of a poll, kept for a day, when all else is gone
-    lock                                    held by the process that works on it, however that ends, and its openssl
+    csr.pem, pubkey.pem         the request: what the client has signed, and its key
+    subject, profile            what was sent as -subject; what the order's profile has set
+    NNN.der                     the CA's answers; the newest holds the nonce that it expects next
+    NNN.new                     an answer as openssl saved it: the last of them may be anybody's
+    enrolling                   renamed to `waiting` when the CA's decision is still out
+    repeated                    a repeated certConf got no answer
+    issued                      the result of a poll, kept for a day, when all else is gone
+    lock                        held by the process that works on it, however that ends, and its openssl
+    of one run alone            NNN.req, scratch, cert.pem, extracerts.pem, capubs.pem; of the chain stored.pem,
+                                issuer.pem, below.pem; of a revocation old.pem
+
+    Where the CA answers "waiting", wait() keeps those of the request, the answers, `waiting` and `lock`. The next poll
+    locks it (`_resume`), returns at once if checkAfter has not passed (`_due`), or else replays the answers to openssl,
+    which asks the CA (`_exchange`). With a certificate, or a final no, close() deletes it all, but `issued`.
     """
 
     def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
@@ -1917,16 +1945,14 @@ def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
     return Transaction(settings, identifier, lock, logger)
 
 
-def _check_identifier(identifier: object) -> str:
-    """The identifier, before it touches a path. Raises CMPError where it is none."""
+def _check_identifier(identifier: object) -> None:
+    """Raise CMPError where it is none: it becomes a part of paths."""
     if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
         raise CMPError("not a transaction identifier")
-    return identifier
 
 
-def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> Transaction:
+def _resume(settings: Settings, identifier: str, logger: logging.Logger) -> Transaction:
     """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it."""
-    identifier = _check_identifier(identifier)
     base, path = settings.directory, os.path.join(settings.directory, identifier, "lock")
     unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
     try:
@@ -1936,14 +1962,14 @@ def _resume(settings: Settings, identifier: object, logger: logging.Logger) -> T
     except BlockingIOError as err:
         raise CMPError(f"transaction {identifier} is in progress: somebody else polls it now") from err
     if not os.path.exists(path):  # finished between our open and our lock
-        os.close(lock)
+        _unlock(lock)
         raise unknown
     return Transaction(settings, identifier, lock, logger)
 
 
-def _kept_result(settings: Settings, identifier: object) -> str:
+def _kept_result(settings: Settings, identifier: str) -> str:
     """The bundle that an earlier poll has returned, empty if there is none."""
-    path = os.path.join(settings.directory, _check_identifier(identifier), "issued")
+    path = os.path.join(settings.directory, identifier, "issued")
     if os.path.islink(path) or not os.path.isfile(path):
         return ""
     with open(path, encoding="ascii") as file:
@@ -2028,17 +2054,25 @@ class Gate:
         """Let it pass, and save the request."""
         with contextlib.suppress(BlockingIOError), open(path, "ab") as file:
             while True:
-                file.write(os.read(self.reader, 65536).lstrip(b"\0"))
+                chunk = os.read(self.reader, 65536)
+                file.write(chunk if file.tell() else chunk.lstrip(b"\0"))  # the zeros before it are ours
 
     def close(self) -> None:
-        """The end of it."""
+        """Close the pipe."""
         os.close(self.reader)
         os.close(self.writer)
 
 
+# What a poll replays to openssl (-rspin): of the saved answers, those from which openssl can go on (`_usable`), without
+# the pollReps that another answer has superseded (`_needed_again`).
+
+
 def _usable(answers: Iterable[Response]) -> list[Response]:
-    """The answers that openssl can go on from: waiting, pollRep.., certificate, and, where the CA takes its time with
-    the confirmation, waiting, pollRep.., pkiConf. A second "waiting" is a recorded one: OpenSSL 3.5 takes it, and ends.
+    """The answers as far as openssl can go on from them.
+
+    That is: waiting, pollRep.., certificate, and, where the CA takes its time with the confirmation, waiting,
+    pollRep.., pkiConf. A CA says "waiting" once. So a second one is a recording that somebody sends, to end the order:
+    OpenSSL 3.5 would take it, and ask no more.
     """
     usable: list[Response] = []
     granted = waiting = False
@@ -2054,7 +2088,7 @@ def _usable(answers: Iterable[Response]) -> list[Response]:
 
 
 def _needed_again(answers: Sequence[Response]) -> list[str]:
-    """What of the answers openssl has to see again. An older pollRep has no more to say, and costs a sleep."""
+    """The files that openssl has to see again. An older pollRep says nothing more, and openssl would sleep for it."""
     return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
 
 
@@ -2093,7 +2127,7 @@ def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> O
     transaction.remove_requests()
     expected = [END_OF_REPLAY] if before else []
     expected += [END_OF_WAIT] if outcome.waiting and not outcome.text else []
-    _log_messages(transaction.logger, run.messages, "|".join(expected) or "$")
+    _log_messages(transaction.logger, run.messages, "|".join(expected))
     return outcome
 
 
@@ -2200,7 +2234,7 @@ def _verdict(
     progress = newest is not None and _number(newest) in map(_number, log)
     if repeated and not progress and not not_taken and run.complete() and _confirmed(transaction, before):
         issued = next(answer for answer in before if answer.grants())
-        if _certificate(issued.certificate).key == key and (newest or _asked_in_vain(run, transaction)):
+        if _certificate(issued.certificate).key == key and (newest or _note_unanswered(run, transaction)):
             transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
             return Outcome(_certificate(issued.certificate))
     undecided = progress and (run.asleep or run.only(TIME_IS_UP))
@@ -2217,13 +2251,13 @@ def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
     return request is not None and request.body == CERTCONF and request.status in GRANTED
 
 
-def _asked_in_vain(run: Run, transaction: Transaction) -> bool:
-    """Whether the CA has left a repeated certConf without an answer, for the second time. Being away does not count."""
+def _note_unanswered(run: Run, transaction: Transaction) -> bool:
+    """Note that a repeated certConf got no answer; whether that was so before. A CA that is away does not count."""
     if any(map(CONNECT_TIMEOUT.match, run.errors())):
         return False
-    again = os.path.exists(transaction.file("repeated"))
+    before = os.path.exists(transaction.file("repeated"))
     transaction.write("repeated", "")
-    return again
+    return before
 
 
 def _keep_authentic(
@@ -2232,21 +2266,14 @@ def _keep_authentic(
     """Let the transaction hold its authentic answers, on the disk, and no others; these are returned.
 
     openssl saves an answer before it checks it. It goes on only from one that it has accepted, so all are authentic but
-    perhaps the newest. Whether that one is, no text decides: a live answer thrown away takes with it the nonce that the
-    CA expects next. openssl gets it replayed instead, and either goes on from it or does not.
+    perhaps the newest. That one is thrown away only if openssl has certainly not accepted it: a live answer thrown away
+    takes with it the nonce that the CA expects next.
 
     Superseded pollReps stay until the newest answer is known to be authentic: if it is not, the one before it is the
     newest again.
     """
     log = _usable([*before, *answers])
-    authentic: bool | None = True  # None: nobody knows, so nothing is thrown away
-    if answers and log[-1:] == list(answers[-1:]):
-        fits = _fits(log, _response(answers[-1].path[:-4] + ".req"))
-        authentic = run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, log))
-    elif log and not answers and log[-1].path.endswith(".new"):
-        # What openssl has not come to, it has not refused: the secret may be another one now, for example.
-        refused = run.complete() and transaction.asked(_number(log[-1]))
-        authentic = True if transaction.asked(_next_number(log)) else False if refused else None
+    authentic = _is_newest_authentic(run, request, transaction, log, answers)
     if authentic is False:
         log = log[:-1]
     kept = []
@@ -2263,10 +2290,33 @@ def _keep_authentic(
     return [answer for answer in kept if answer.path in needed]
 
 
+def _is_newest_authentic(
+    run: Run, request: Sequence[str], transaction: Transaction, log: Sequence[Response], answers: Sequence[Response]
+) -> bool | None:
+    """Whether the newest answer is the CA's. None: nobody knows now.
+
+    - One of this run, and usable: yes if openssl says no more than that the time is up. Or else all of them are
+      replayed without a server: yes if openssl goes on from this answer, and it fits its request.
+    - One of a poll that was killed (NNN.new): yes if openssl has made the request that follows it; no if openssl has
+      ended without that. None if openssl did not come so far: perhaps cmp_secret is wrong for now.
+    - All others were known before.
+    """
+    if answers and log[-1:] == list(answers[-1:]):
+        fits = _fits(log, _response(answers[-1].path[:-4] + ".req"))
+        return run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, log))
+    if log and not answers and log[-1].path.endswith(".new"):
+        if transaction.asked(_next_number(log)):
+            return True
+        return False if run.complete() and transaction.asked(_number(log[-1])) else None
+    return True
+
+
 def _fits(log: Sequence[Response], request: Response | None) -> bool:
     """Whether the newest answer is one to its request: by the transaction, and by the nonce of that request or, as
-    RFC 9483 (4.4) has it, of the first one. A recorded answer is not. When it is replayed, openssl does not see that:
-    then it takes transaction and nonces from the answers.
+    RFC 9483 (4.4) has it, of the first one.
+
+    Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
+    that, for openssl then takes transaction and nonces from the answers themselves.
     """
     newest, nonces = log[-1], [answer.nonces[1] for answer in log[:-1][:1]]
     return request is None or (
@@ -2303,7 +2353,7 @@ def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequenc
 
 def _due(answers: Sequence[Response]) -> bool:
     """Whether the CA may be asked again (checkAfter, RFC 4210, 5.3.22). A clock that was set back does not count."""
-    if not answers or answers[-1].body != POLLREP or not answers[-1].path.endswith(".der"):
+    if answers[-1].body != POLLREP or not answers[-1].path.endswith(".der"):
         return True
     age = time.time() - os.stat(answers[-1].path).st_mtime
     pause = answers[-1].check_after
@@ -2323,6 +2373,7 @@ def _command(
             continue  # decided for each request; no part of a p10cr
         name = settings.binary.spelled.get(option, option)
         argv += [f"-{name}"] if value is None else [f"-{name}", value]
+    argv += ["-batch"] if "batch" in settings.binary.options else []  # it asks nobody anything
     return [*argv, *arguments]
 
 
@@ -2368,18 +2419,18 @@ class Response(NamedTuple):
     certificate: bytes = b""
 
     def waits(self) -> bool:
-        """Whether the CA has not decided yet (ip, cp, kup or error, with the status waiting)."""
-        return self.body in (IP, CP, KUP, ERROR) and self.status == WAITING
+        """Whether the CA has not decided yet (ip, cp or error, with the status waiting)."""
+        return self.body in (IP, CP, ERROR) and self.status == WAITING
 
     def grants(self) -> bool:
         """Whether it brings a certificate."""
-        return self.body in (IP, CP, KUP) and self.status in GOOD and bool(self.certificate)
+        return self.body in (IP, CP) and self.status in GOOD and bool(self.certificate)
 
     def refuses(self) -> bool:
         """Whether it is the end without a certificate, or of a revocation without success."""
         if self.body == RP:
             return self.status not in (*GOOD, WAITING)
-        return self.body in (IP, CP, KUP, ERROR) and not self.waits() and not self.grants()
+        return self.body in (IP, CP, ERROR) and not self.waits() and not self.grants()
 
     def printed(self) -> list[str]:
         """Its texts, as they are in openssl's output."""
@@ -2394,6 +2445,9 @@ class Response(NamedTuple):
         details = [detail for detail in self.details if detail not in self.texts]  # some CAs say the same in both
         said += [f"'{_foreign(', '.join(details), secrets)}'"] if details else []
         return ", ".join(said)
+
+
+MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
 
 
 def _response(path: str) -> Response | None:
@@ -2429,7 +2483,7 @@ def _body(kind: int, value: bytes) -> dict[str, Any]:
     if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
         _, _, *info = _elements(_sequence(value)[0].value)
         return _status_info(info[0]) if info else {"status": 0}
-    if kind in (IP, CP, KUP):  # CertRepMessage, 5.3.4: caPubs may come first
+    if kind in (IP, CP):  # CertRepMessage, 5.3.4: caPubs may come first
         responses = [field for field in _sequence(value) if field.tag == 0x30]
         _, status, *pair = _elements(next(_elements(responses[0].value)).value)
         certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
@@ -2455,9 +2509,6 @@ def _integer(element: Element) -> int:
 def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
     """PKIFreeText, 5.1.1."""
     return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
-
-
-MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
 
 
 def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
@@ -2501,7 +2552,7 @@ def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
         return []
     with open(path, "rb") as file:
         data = file.read()
-    pem = r"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
+    pem = rf"-----BEGIN (?:{'|'.join(CERTIFICATE_LABELS)})-----([A-Za-z0-9+/=\s]*)-----END"
     blocks = re.findall(pem.encode(), data) or [data]
     found = []
     for block in blocks:
@@ -2530,11 +2581,19 @@ def _configured_certificates(path: str, transaction: Transaction) -> list[Certif
         if run.killed():
             raise CMPError(run.killed())
         transaction.write("stored.pem", run.output)
-        _stored[mark] = _certificates(transaction.file("stored.pem"), transaction.logger)
-        if not _stored[mark]:
+        found = _certificates(transaction.file("stored.pem"), transaction.logger)
+        if not found:  # not remembered: the pass phrase may be another one next time
             what = _one_line(path, 100)
             transaction.logger.warning("%s holds no certificate that can be read: make it PEM", what)
+            return []
+        _stored[mark] = found
     return _stored[mark]
+
+
+# The chain is found in this order: `_chain`, which says what is missing; `PathFinder`, which tries the candidates and
+# prefers (`rank`) a path to what the configuration trusts or names; `Links`, which lets openssl verify each link.
+# Nothing is trusted because of where it stands: a certificate from extraCerts is served if openssl says that it has
+# signed the one below, and no path through it is preferred to one that ends in the configuration.
 
 
 class Pool(NamedTuple):
@@ -2584,11 +2643,6 @@ def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
     )
 
 
-def _key_bits(certificate: Certificate) -> bytes:
-    """The subjectPublicKey."""
-    return _sequence(certificate.key)[1].value[1:]
-
-
 # Links that openssl has verified in this process: (what was signed, the issuer's certificate).
 _links: set[tuple[bytes, bytes]] = set()
 
@@ -2608,7 +2662,7 @@ class Links:
         self.left -= 1
         logger, name = self.transaction.logger, _name_text(issuer.subject)
         try:
-            run = self._ask(below, issuer)
+            run = self._run(below, issuer)
         except (CMPError, OSError) as err:  # no process, no descriptor, no room: the certificate is served all the same
             self.left = 0
             logger.warning("cannot verify the chain now: %s", _one_line(str(err)))
@@ -2620,21 +2674,23 @@ class Links:
             return True
         fault = FALSE_SIGNER.search(run.output)
         why = _one_line(fault.group(1) if fault else run.output)
-        if protected:
-            self.passed_over = f" ({name}, which is there, is another: {why})"
+        if below is issuer:
+            pass  # it just is not self-signed
+        elif protected:
+            self.passed_over = f" (the {name} that is there has not signed it: {why})"
         else:
             self.left -= FALSE_LINK - 1
             logger.warning("passed over a false certificate in extraCerts: %s (%s)", name, why)
         return False
 
-    def _ask(self, below: Certificate, issuer: Certificate) -> Run:
+    def _run(self, below: Certificate, issuer: Certificate) -> Run:
         """Run `openssl verify` for one link. Raises CMPError where it gives no answer."""
         write, file = self.transaction.write, self.transaction.file
         write("issuer.pem", _pem(issuer.der))
-        write("subject.pem", _pem(below.der))
+        write("below.pem", _pem(below.der))
         argv = [self.transaction.settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
         argv += ["-check_ss_sig"] if below is issuer else []  # or else it just finds it among the trusted ones
-        run = _run([*argv, "-trusted", file("issuer.pem"), file("subject.pem")])
+        run = _run([*argv, "-trusted", file("issuer.pem"), file("below.pem")])
         if run.killed():
             raise CMPError(run.killed())
         return run
@@ -2699,7 +2755,8 @@ class PathFinder:
             # Stable: the configuration stays before caPubs, and these before extraCerts.
             found.sort(key=lambda c: (not c.valid(), c.der not in self.protected, not _named_by_hash(last, c)))
         # Authorities are the same again and again, a leaf hardly ever is. So its link is remembered by what it says of
-        # its issuer's key, but only as long as no other key claims to be that one.
+        # its issuer's key, but only as long as no other key claims to be that one, and for this very issuer: a leaf of
+        # the same authority then needs no process.
         sure = len(path) == 1 and last.authority_key and len({c.key for c in found}) == 1
         mark = last.algorithm + last.authority_key if sure else last.der
         return [(issuer, mark if issuer.subject_key else last.der) for issuer in found]
@@ -2710,7 +2767,8 @@ def _named_by_hash(below: Certificate, issuer: Certificate) -> bool:
     import hashlib  # only where several claim to be the issuer
 
     try:
-        return hashlib.sha1(_key_bits(issuer), usedforsecurity=False).digest() == below.authority_key
+        key = _sequence(issuer.key)[1].value[1:]  # without the number of unused bits
+        return hashlib.sha1(key, usedforsecurity=False).digest() == below.authority_key
     except (CMPError, IndexError):
         return False
 
@@ -2764,29 +2822,36 @@ def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
 
 
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
-    """What the CA has made of a request that nobody has asked for, or an empty string. `subject` is cmp_subject."""
+    """What the CA has made of a request that nobody has asked for, or an empty string.
+
+    A CA may repeat a name of the subject as a subjectAltName, and the other way round. `subject` is what was sent as
+    `-subject`, where the CSR has none.
+    """
     try:
         asked, got = (
             {f"{kind}:{text.lower()}" for kind, text in _alternative_names(extensions)}
             for extensions in (csr.extensions, leaf.extensions)
         )
         authority = _signs_certificates(leaf.extensions)
-        keys = [_sequence(key)[1].value for key in (csr.key, leaf.key)]
+        theirs, ours = (_sequence(key)[1].value for key in (leaf.key, csr.key))
     except (CMPError, IndexError, StopIteration) as err:
         return f"it cannot be compared with the CSR: {err}"
-    # A CA may repeat what the subject says as a subjectAltName, and the other way round.
+    asked_values, got_values = ({name.partition(":")[2] for name in names} for names in (asked, got))
+    asked_names, got_names = _common_names(csr.subject), _common_names(leaf.subject)
     said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn} | {""}
     said |= set(re.findall(r"=([^/=+]*)", subject.lower()))
-    values = {name.partition(":")[2] for name in asked}
-    names = _common_names(leaf.subject)
-    missing = sorted(asked - got) or sorted(
-        _common_names(csr.subject) - {name.partition(":")[2] for name in got} - names if not asked else ()
-    )
+    missing = sorted(asked - got)
+    if not asked:
+        missing = sorted(asked_names - got_values - got_names)
     added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
-    added += sorted(f"CN={name}" for name in names - values - said)
-    shorter = min(map(len, keys))  # an EC point may be compressed: the first octet then says how, the others are x
+    added += sorted(f"CN={name}" for name in got_names - asked_values - said)
     found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("added", added)) if names]
-    found += ["another key"] * (keys[0][2:shorter] != keys[1][2:shorter]) + ["a CA certificate"] * authority
+    # An EC point may be compressed. Its first octets say how, and the end of the longer form is missing.
+    shorter = min(len(theirs), len(ours))
+    if theirs[2:shorter] != ours[2:shorter]:
+        found.append("another key")
+    if authority:
+        found.append("a CA certificate")
     return _one_line("; ".join(found), 2 * MAX_TEXT)
 
 
@@ -2808,13 +2873,13 @@ class Binary(NamedTuple):
 
     def since(self, major: int, minor: int) -> bool:
         """Whether it is this version of OpenSSL or a later one."""
-        number = re.match(r"OpenSSL (\d+)\.(\d+)", self.version)
+        number = OPENSSL.match(self.version)
         return number is not None and (int(number.group(1)), int(number.group(2))) >= (major, minor)
 
     def converts_csr(self) -> bool:
         """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
-        number = re.match(r"OpenSSL (\d+)\.\d+\.\d+(-(?:alpha|beta|dev|pre))?", self.version)
-        return number is not None and int(number.group(1)) >= 3 and not number.group(2)
+        number = OPENSSL.match(self.version)
+        return number is not None and self.since(3, 0) and not number.group(3)
 
 
 NO_BINARY = Binary("", "", {}, {})
@@ -2899,7 +2964,7 @@ class Run(NamedTuple):
         output = self.output
         for text in self.words:
             if not NOT_ACCEPTED.search(text):
-                for before, after in (('"', '"'), ("errorDetails: ", "\n")):
+                for before, after in AROUND_TEXTS:
                     output = output.replace(before + text + after, before + " ".join(text.split()) + after)
         run = self._replace(messages=_messages(output))
         errors = [error for error in run.errors() if not POLLING_FAILED.match(error)]
@@ -2979,13 +3044,14 @@ def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
     return _one_line(_hide(text, secrets), limit)
 
 
-def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str) -> None:
+def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str = "") -> None:
     """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
     levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
     if len(messages) > MAX_MESSAGES:  # a stranger's certificate may hold any number of lines
         logger.warning("openssl cmp: %s of its %s messages left out", len(messages) - MAX_MESSAGES, len(messages))
     for level, text in [*messages[: MAX_MESSAGES // 2], *messages[MAX_MESSAGES // 2 :][-MAX_MESSAGES // 2 :]]:
-        lowest = level in ("debug", "trace") or ONE_WAY_TLS.match(text) or re.match(expected, text, re.I)
+        usual = ONE_WAY_TLS.match(text) or (expected and re.match(expected, text, re.I))
+        lowest = level in ("debug", "trace") or usual
         logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
 
 
@@ -3014,7 +3080,7 @@ ACCEPTED = re.compile(
 # The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
 CERTIFICATE_NOT_ACCEPTED = re.compile("certificate not accepted")
 NOT_TAKEN = re.compile(
-    "failed to validate newly enrolled|rejecting newly enrolled|certificate not accepted|different key types"
+    f"{CERTIFICATE_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled|different key types"
     "|key type mismatch|key values mismatch|certificate verification failed",
     re.I,
 )
@@ -3025,12 +3091,14 @@ TIME_IS_UP = re.compile("total timeout", re.I)
 TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
 # Words of an answer that is not accepted, as somebody could put them into a text of his own.
 NOT_ACCEPTED = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
+# What stands around the texts of an answer.
+AROUND_TEXTS = (('"', '"'), ("errorDetails: ", "\n"))
 # A sender that is not cmp_expect_sender: for OpenSSL 3.0 no error.
 OTHER_SENDER = re.compile("does not match expected sender")
 # It stands beside the errors of a poll, and says nothing by itself.
 POLLING_FAILED = re.compile("polling failed")
 # The end of a run that only has to see what was saved, or of one that the CA lets wait: no errors for the log.
-END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", "total timeout|polling failed"
+END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", f"{TIME_IS_UP.pattern}|{POLLING_FAILED.pattern}"
 CONNECT_TIMEOUT = re.compile("connect timeout")
 # What an HTTP server may write is not searched for hints, or they would be its choice.
 HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
@@ -3050,6 +3118,8 @@ SIGNATURE_WRONG = re.compile("verify failure")
 FALSE_SIGNER = re.compile("lookup: *(.*)")
 NO_COMMAND = re.compile("invalid command", re.I)
 OPTION = re.compile(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", re.M)  # a value's type stands one blank behind the name
+OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
+PUBLIC_KEY = re.compile("-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", re.S)
 ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
 
 # What openssl says (a regular expression) -> what to do. The first one that fits counts, so special ones come first.
@@ -3405,10 +3475,6 @@ def _extensions(raw: bytes) -> dict[str, bytes]:
     return extensions
 
 
-SUBJECT_KEY_ID, SUBJECT_ALT_NAME, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.17", "2.5.29.35"
-KEY_USAGE, BASIC_CONSTRAINTS = "2.5.29.15", "2.5.29.19"
-
-
 class Certificate(NamedTuple):
     """What the chain, the comparison with the CSR and the log need to know of a certificate."""
 
@@ -3528,7 +3594,7 @@ def _openssl_path(path: str) -> str:
     return path.replace("\\", "/") if os.sep == "\\" else path
 
 
-def _open_to_others(path: str) -> str:
+def _writable_by_others(path: str) -> str:
     """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
     if sys.platform == "win32":
         return ""
@@ -3778,7 +3844,7 @@ def _handler_command(args: Any) -> int:
         argument = _argument_file(args.csr) if args.command == "enroll" else ""
         with _output_file(args.output) as output:  # before the CA is asked: what it has issued must not get lost
             if args.command == "cacerts":
-                return _result(None, _ca_certificates(handler._checked(handler.section)), None, output)
+                return _result(None, _ca_certificates(handler._checked(handler._configured())), None, output)
             if args.command == "enroll":
                 error, bundle, _, identifier = handler.enroll(argument)
             else:
@@ -3905,9 +3971,9 @@ def _masked(text: str, settings: Settings) -> str:
 
 def _shown(key: str, value: str, settings: Settings) -> str:
     """The value of a key, unless it is a secret: a misspelt key of one has a secret for its value, too."""
-    option, known = key[4:], settings.binary.options
+    option, known = _key(key)[4:], settings.binary.options
     known_key = option in known.keys() | OUR_KEYS if known else not _looks_secret(option)
-    secret = _option_name(option) in SECRET_KEYS or "pass" in option or not known_key or not key.startswith("cmp_")
+    secret = option in SECRET_KEYS or "pass" in option or not known_key or not key.startswith("cmp_")
     if option.endswith("_variable"):  # of its name, unless it is the secret itself, by mistake
         secret = value not in os.environ
     if secret and value:
@@ -3970,13 +4036,8 @@ def _check_pair(settings: Settings, kind: str) -> Iterator[Finding]:
     private = _run([settings.binary.path, "pkey", "-in", key, "-pubout", *password], secrets=settings.secrets)
     if private.code != 0:
         yield Finding(FAULT, f"cmp_{kind}key: {key} cannot be opened: check the file and cmp_{kind}keypass")
-    elif _public_key(private.output) != _public_key(public.output):
+    elif PUBLIC_KEY.findall(private.output) != PUBLIC_KEY.findall(public.output):  # there may be warnings, too
         yield Finding(FAULT, f"cmp_{kind}key: {key} does not belong to {certificate}")
-
-
-def _public_key(output: str) -> str:
-    """The public key that openssl has printed, maybe among warnings."""
-    return "".join(re.findall("-----BEGIN PUBLIC KEY-----.*?-----END", output, re.S)[:1])
 
 
 def _check_usage(name: str, about: str, idle: bool) -> Iterator[Finding]:
@@ -4010,7 +4071,7 @@ def _unreachable(settings: Settings) -> str:
         address = urlsplit(target if "://" in target else "http://" + target)
         tls = not proxy and (address.scheme == "https" or "tls_used" in options)
         where = (address.hostname or "", address.port or (443 if tls else 80))
-        socket.create_connection(where, settings.seconds("msg_timeout") or 5).close()
+        socket.create_connection(where, settings.seconds("msg_timeout") or MSG_TIMEOUT).close()
     except (OSError, ValueError) as err:
         return f"{key}: {_one_line(target, 100)} does not answer: {getattr(err, 'strerror', None) or err}"
     return ""
@@ -4029,8 +4090,7 @@ def _check_server(settings: Settings) -> list[Finding]:
     command = _command(settings.without_enrolment("genm"), [])
     with tempfile.TemporaryDirectory() as directory:
         saved = _openssl_path(directory) + "/answer.der"
-        for option, values in (("batch", []), ("rspout", [saved])):
-            command += [f"-{option}", *values] if option in settings.binary.options else []
+        command += ["-rspout", saved] if "rspout" in settings.binary.options else []
         run = _run(command, settings.limit(), settings.secrets)
         answer = _response(saved)
     words = answer.printed() if answer else []
@@ -4039,7 +4099,7 @@ def _check_server(settings: Settings) -> list[Finding]:
     contact = next((found.group(1) for m in messages if (found := WILL_CONTACT.match(m.text))), settings.server)
     print(_masked(f"connect   {_one_line(contact, 200)}", settings))
     authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
-    proven = {"address": bool(answer) or not any(map(CONNECT_TIMEOUT.search, run.errors()))}
+    proven = {"address": bool(answer) or not any(map(CONNECT_TIMEOUT.match, run.errors()))}
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
     tls = bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors()))
     proven.update({"TLS": bool(answer) or tls, "path": bool(answer), "trust": authentic})
@@ -4057,7 +4117,8 @@ def _check_server(settings: Settings) -> list[Finding]:
         return [Finding(FAULT, f"the CA does not accept the credentials: {text}")]
     return [
         Finding(
-            WARNING, f"the CA answers, authentically, that it wants no general message; an enrolment may do: {text}"
+            WARNING,
+            f"the CA answers, authentically, that it wants no general message; an enrolment may still work: {text}",
         )
     ]
 
@@ -4072,11 +4133,11 @@ def _ca_certificates(settings: Settings) -> str:
     known, none = settings.binary.options, f"CMP server {settings.server} sends no certificates: ask the CA's operator"
     if not known.keys() >= {"infotype", "rspout", "cacertsout"}:
         raise CMPError(f"{settings.binary.version} cannot ask for CA certificates, OpenSSL 3.0 can")
-    command = _command(settings.without_enrolment("genm"), ["-infotype", "caCerts", "-batch"])
+    command = _command(settings.without_enrolment("genm"), ["-infotype", "caCerts"])
     with tempfile.TemporaryDirectory() as directory:
         # Read out of the saved answer: the file is empty with 3.0, and later ones insist on it.
-        path = f"{directory}/answer.der"
-        command += ["-rspout", path, "-cacertsout", f"{directory}/cacerts.pem"]
+        path = _openssl_path(directory) + "/answer.der"
+        command += ["-rspout", path, "-cacertsout", _openssl_path(directory) + "/cacerts.pem"]
         run = _run(command, settings.limit(), settings.secrets)
         run = run._replace(messages=_messages(run.output, settings.hidden))
         if run.code != 0:
@@ -4108,6 +4169,9 @@ def _typed_words() -> list[str]:
         raise CMPError(f"not a command line: {err}") from err
 
 
+OUR_VALUES = (("cmd", "ir"), ("popo", "0"), ("config", ""))
+
+
 def _convert(words: list[str]) -> int:
     """Print the `[CAhandler]` section for an `openssl cmp` command line, and what is wrong with that."""
     if "cmp" not in words:
@@ -4125,7 +4189,7 @@ def _convert(words: list[str]) -> int:
             errors.append(f"openssl has no option -{option}{_did_you_mean(option, options, '-')}")
         elif option in FORBIDDEN_KEYS:
             errors.append(f"-{option} is not for enrolling at a CA")
-        elif option in RUNTIME_KEYS or option == "subject" or (option, value) in (("cmd", "ir"), ("popo", "0")):
+        elif option in RUNTIME_KEYS or option == "subject" or (option, value) in OUR_VALUES:
             ours.append(f"-{option}")
         else:
             found[option] = _comma_dn(value) if option in DN_KEYS else value or "True"

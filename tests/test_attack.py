@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -137,6 +138,16 @@ def test_lost_exit_status_is_no_yes() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         os.waitpid(process.pid, 0)
         assert cmp_ca_handler._exit_code(process) == cmp_ca_handler.LOST != 0
+
+
+def test_request_behind_the_gate_in_pieces(tmp_path: Path) -> None:
+    """The zeros before a request are the gate's, those in it are not, wherever a read happens to begin."""
+    with contextlib.closing(cmp_ca_handler.Gate()) as gate:
+        gate.open(str(tmp_path / "request"))
+        for piece in (b"0\1\0", b"\0\2"):
+            os.write(gate.writer, piece)
+            gate.open(str(tmp_path / "request"))
+    assert (tmp_path / "request").read_bytes() == b"0\1\0\0\2"
 
 
 FORKING = """

@@ -589,7 +589,7 @@ DEEP = authority("deep ca", b"deep")
             [],
             [certificate(IMPOSTOR, IMPOSTOR)],
             0,
-            "another: certificate signature failure)",
+            "has not signed it: certificate signature failure)",
         ),
     ],
     ids=["no issuer", "two missing", "no root", "expired", "another root", "another issuer"],

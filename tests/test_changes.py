@@ -14,6 +14,7 @@ import cmp_ca_handler
 import demo_ca
 from conftest import Handlers, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA
+from shared import SHORT, begin, check_issued, hold
 
 SAN = "subjectAltName = "
 WARNING = "the CA issued something else than the CSR asked for"
@@ -110,6 +111,19 @@ def test_configured_subject(
     """Its CN is what the administrator has set, also where the CA makes a name of it."""
     alter(monkeypatch, SAN + "DNS:a.tld,DNS:gateway.plant.example")
     assert handlers(ca.options(), subject=subject).enroll(csr_pem(["a.tld"]))[0] is None
+    assert said(caplog) == []
+
+
+def test_subject_that_is_configured_otherwise_since(
+    ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What counts is what the CA was asked for, not what the next order would ask for."""
+    options = hold(ca).options()
+    csr = csr_pem(["a.tld"])
+    identifier = begin(handlers(options, subject="CN=gateway.plant.example", **SHORT), csr)
+    ca.approve("all")
+    result = handlers(options, subject="CN=other.example", refuse_changes="True", **SHORT).poll("name", identifier, "")
+    check_issued(result, csr)
     assert said(caplog) == []
 
 

@@ -61,6 +61,13 @@ def test_convert_gives_the_documents_section() -> None:
     assert "better cmp_secret_variable" in result.stdout
 
 
+def test_convert_without_a_configuration_file() -> None:
+    """The command that `check` prints has an empty -config, which the handler sets itself."""
+    result = run("convert", "--", "openssl", "cmp", "-config", "", "-server", "127.0.0.1:80")
+    assert section_of(result.stdout) == {"cmp_openssl_bin": "openssl", "cmp_server": "127.0.0.1:80"}
+    assert "# set by the handler itself: -config" in result.stdout
+
+
 @pytest.mark.parametrize(
     "pasted",
     [

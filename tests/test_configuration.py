@@ -242,7 +242,7 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "two addresses": ({"server": "127.0.0.1:1 127.0.0.1:2"}, ["cmp_server", "address"]),
     "proxy port": ({"proxy": "127.0.0.1:99999"}, ["cmp_proxy", "99999"]),
     "path is a URL": ({"path": "http://127.0.0.1/pkix"}, ["cmp_path", "path on the server"]),
-    "empty trust": ({"trusted": "ca.pem"}, ["cmp_trusted", "ca.pem", "nothing"]),
+    "empty trust": ({"trusted": "ca.pem"}, ["cmp_trusted", "ca.pem", "is empty"]),
     "request as trust": ({"trusted": "pki/request.pem"}, ["cmp_trusted", "pki/request.pem", "certificate request"]),
     "request in DER": ({"trusted": "pki/request.der"}, ["cmp_trusted", "certificate request"]),
     "key as trust": ({"untrusted": "pki/cert.pem pki/key.pem"}, ["cmp_untrusted", "pki/key.pem", "a private key"]),
@@ -783,3 +783,16 @@ def test_numbers_of_yaml(tmp_path: Path) -> None:
     errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
     assert errors == ["error: cmp_ref, cmp_secret: YAML reads another value there: write it in quotes"]
     assert "12:34" not in result.stdout + result.stderr and "754" not in result.stdout + result.stderr
+
+
+def test_keys_without_underscores(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """openssl of 2019 spells its options so. The handler's own keys are no exception: none is ignored in silence."""
+    work = str(tmp_path / "tmp")
+    changes = {"cmp_refusechanges": "True", "cmp_santypes": "DNS, URI", "cmp_tmpdir": work}
+    settings = cmp_ca_handler._settings({**SECTION, **changes})
+    assert settings.refuse_changes and settings.san_types == ["DNS", "URI"]
+    assert settings.directory == work and not settings.own_directory
+    fault = handlers(SECTION, refusechanges="perhaps").handler_check()
+    assert fault == "cmp_refuse_changes: is a switch: set it to True or False"
+    warned = cmp_ca_handler._settings({**SECTION, "cmp_tlsused": "False", "cmp_tlshost": "cmp.example"})
+    assert "cmp_tls_host: not used, the connection is plain HTTP" in warned.warnings

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
@@ -430,3 +431,34 @@ def ended(pid: str) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return True
+
+
+def test_fault_of_the_handler_itself(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says where, also deep down; and a secret in the text of an exception stays one."""
+
+    def broken(*_: object) -> None:
+        raise KeyError(ca.secret)
+
+    monkeypatch.setattr(cmp_ca_handler, "_prove_possession", broken)
+    handler = handlers(ca.options())
+    error = handler.enroll(as_host(csr_pem(["a.example"])))[0]
+    lines = re.findall(r"\d+", str(re.search(r"internal error: KeyError '\*\*\*' \(lines (.*)\)", str(error))))
+    source = Path(cmp_ca_handler.__file__).read_text().splitlines()
+    assert any("_prove_possession(csr, transaction)" in source[int(line) - 1] for line in lines[-2:]), error
+    assert ca.secret not in caplog.text
+
+
+def test_helper_that_fails_without_a_configuration(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles are read from the configuration: where there is none, that is what is wrong."""
+    handler = handlers({})
+    handler.config_error = "cannot read acme_srv.cfg"
+    helper = types.SimpleNamespace(eab_profile_header_info_check=broken_helper)
+    monkeypatch.setattr(handler, "_helper", helper)
+    assert handler.enroll(as_host(csr_pem(["a.example"])))[0] == "cannot read acme_srv.cfg"
+
+
+def broken_helper(*_: object) -> str:
+    """acme2certifier's, where there is nothing to read."""
+    raise KeyError("CAhandler")
