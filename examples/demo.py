@@ -308,6 +308,9 @@ def main() -> int:
         except (DemoFailed, DemoError) as error:
             print(f"\ndemo: {error}", file=sys.stderr)
             return 1
+        except BrokenPipeError:  # the reader has seen enough; and Python is not to try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except KeyboardInterrupt:
             return 130
         finally:

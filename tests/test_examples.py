@@ -64,6 +64,18 @@ def test_demo(arguments: list[str], said: list[str], tmp_path: Path) -> None:
     assert left == sorted(["project", "project/examples", *(f"project/{file}" for file in files), "tmp"])
 
 
+def test_demo_for_a_reader_who_has_seen_enough(tmp_path: Path) -> None:
+    """`demo.py | head`."""
+    command = [sys.executable, "-B", ROOT / "examples" / "demo.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configuration(
     name: str,
