@@ -565,8 +565,9 @@ class CAhandler:
             import traceback  # hopefully never
 
             lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
-            text = f"internal error: {type(err).__name__} {err} (lines {', '.join(lines)})"
-        text = _foreign(text, self._hidden, 4 * MAX_TEXT)
+            kind = f"{type(err).__name__} {_foreign(str(err), self._hidden)}"
+            text = f"internal error: {kind} (lines {', '.join(lines)})"
+        text = _one_line(text, 4 * MAX_TEXT)
         self.logger.error("CMP %s failed: %s", what, text)
         return text
 

@@ -66,7 +66,7 @@ def test_demo(arguments: list[str], said: list[str], tmp_path: Path) -> None:
 
 def test_demo_for_a_reader_who_has_seen_enough(tmp_path: Path) -> None:
     """`demo.py | head`."""
-    command = [sys.executable, "-B", ROOT / "examples" / "demo.py"]
+    command: list[str | Path] = [sys.executable, "-B", ROOT / "examples" / "demo.py"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.readline()
