@@ -207,7 +207,7 @@ KEY_USAGE, BASIC_CONSTRAINTS = "2.5.29.15", "2.5.29.19"
 
 # PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers, and of the request that confirms a certificate.
 IP, CP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 12, 19, 23, 24, 26
-# PKIStatus, 5.2.3. The two warnings come with the certificate.
+# PKIStatus, 5.2.3. With GOOD comes a certificate, in spite of the two warnings; GRANTED says a certConf that takes it.
 GRANTED, WAITING, GOOD = (0, 1), 3, (0, 1, 4, 5)
 # PKIFailureInfo, 5.2.3, in the order of the bits.
 FAILURES = (
@@ -364,7 +364,7 @@ class CAhandler:
             kept = _kept_result(settings, poll_identifier)
             if kept:
                 leaf = _certificate(_decode(kept, "CERTIFICATE"))
-                if csr and _csr(csr, settings.san_types).key != leaf.key:
+                if csr and not _same_key(_csr(csr, settings.san_types).key, leaf.key):
                     raise CMPError("its certificate is for another CSR")
                 return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
             with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
@@ -679,6 +679,12 @@ class Settings(NamedTuple):
         """Who answers, for messages."""
         return _one_line(self.options.get("server") or "the server in OpenSSL's configuration file", 100)
 
+    @property
+    def tls(self) -> bool:
+        """Whether openssl uses TLS: since 3.5 it does so by itself for https://."""
+        url = (self.options.get("server") or "").startswith("https://")
+        return "tls_used" in self.options or (url and self.binary.since(3, 5))
+
     def seconds(self, name: str) -> int:
         """One of the two time-outs."""
         return int(self.options[name] or 0)
@@ -809,7 +815,10 @@ DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **D
 def _known_types(program: str, version: str) -> dict[str, str]:
     """Name or number of an object -> the short name that this openssl has for it."""
     types: dict[str, str] = {}
-    for line in _run([program, "list", "-objects"]).output.splitlines():
+    run = _run([program, "list", "-objects"])
+    if run.killed():  # half a list is not remembered
+        raise CMPError(run.killed())
+    for line in run.output.splitlines():
         short, _, rest = line.partition(" = ")
         names, _, number = rest.rpartition(", ")
         if re.fullmatch(r"\d+(\.\d+)+", number) and re.fullmatch(r"[\w.-]+", short):
@@ -975,7 +984,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
         errors=(),
         warnings=(),
         refuse_changes=section.get("cmp_refuse_changes", "").lower() in ON,
-        san_types=_san_types(section.get("cmp_san_types", "DNS, IP, email")),
+        san_types=_san_types(section.get("cmp_san_types", "")),
     )
     findings += [*errors, *_check_section(section, settings)]
     return settings._replace(
@@ -998,7 +1007,7 @@ def _options(section: Mapping[str, str], binary: Binary) -> tuple[dict[str, str 
             if key in VARIABLE_KEYS:
                 if section.get(f"cmp_{option}"):  # a configured value takes precedence
                     continue
-                value = _variable_value(option, value)
+                value = f"env:{value}" if option in SECRET_KEYS else _variable_value(option, value)
             elif not _is_option(key, option, value, binary):
                 continue
             options.pop(option, None)  # the configured ones in their order, after the defaults
@@ -1078,8 +1087,10 @@ def _der_contents(data: bytes) -> Contents:
         return Contents(frozenset({PKCS12 if first.value == b"\3" else PRIVATE_KEY}))
     if first.tag == 0x06:
         return Contents(frozenset({PEM_KINDS["PKCS7"] if _oid(first.value) == SIGNED_DATA else UNREADABLE}))
-    encrypted = first.tag == 0x30 and [other.tag for other in others] == [0x04]
-    return Contents(frozenset({ENCRYPTED_KEY if encrypted else PEM_KINDS["CERTIFICATE REQUEST"]}))
+    if [other.tag for other in others] == [0x04]:
+        return Contents(frozenset({ENCRYPTED_KEY}))
+    request = first.value[:3] == b"\x02\x01\x00"
+    return Contents(frozenset({PEM_KINDS["CERTIFICATE REQUEST"] if request else "something else"}))
 
 
 @functools.lru_cache(maxsize=64)
@@ -1161,8 +1172,8 @@ def _readable_by_all(path: str) -> bool:
 # Where a secret could come out, and what keeps it in:
 #   openssl's arguments   `_options` puts `env:NAME` there; `_check_visible` refuses PINs and passwords in other options
 #   openssl's environment `_start` adds `Settings.secrets` for that one process; nobody but its user can read it
-#   the log, errors       openssl's and the CA's texts pass `_foreign`, which masks `Settings.hidden`; of ours, those
-#                         about a secret never show its value
+#   the log, errors       openssl's messages, and the CA's texts in them and in its answers, pass `_foreign`: it masks
+#                         `Settings.hidden`; of ours, those about a secret never show its value
 #   unexpected exceptions `CAhandler._failure` masks their texts as well
 #   what cannot be read   `_load_config` and `_read_ini` say the number of the line, not what is in it
 #   files                 none is written with one: openssl reads `cmp_secret: file:` and the like through us
@@ -1192,7 +1203,7 @@ _descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes
 def _read_descriptor(number: str) -> bytes:
     """What acme2certifier has inherited in a file descriptor."""
     if sys.platform == "win32" or not re.fullmatch(r"\d{1,6}", number):
-        raise CMPError("fd: wants the number of a file descriptor, which Windows has not got")
+        raise CMPError("fd: needs the number of a file descriptor; on Windows there is none")
     descriptor = int(number)
     info = os.fstat(descriptor)
     if stat.S_ISREG(info.st_mode):
@@ -1415,7 +1426,7 @@ def _check_tls(section: Mapping[str, str], settings: Settings) -> Iterator[Findi
     options, binary = settings.options, settings.binary
     url = (options.get("server") or "").startswith("https://")
     useless = ", ".join(f"cmp_{option}" for option in options if option in TLS_KEYS)
-    if "tls_used" in options or (url and binary.since(3, 5)):
+    if settings.tls:
         if "tls_trusted" not in options:
             yield Finding(WARNING, "cmp_tls_trusted is not set: the TLS server is not authenticated")
     elif url:
@@ -1526,7 +1537,7 @@ class CSR(NamedTuple):
 CSR_LABEL = "(?:NEW )?CERTIFICATE REQUEST"
 
 
-def _csr(argument: object, kinds: Collection[str] = CHECKED_KINDS) -> CSR:
+def _csr(argument: object, kinds: Collection[str]) -> CSR:
     """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
     try:
         der = _decode(argument, CSR_LABEL)
@@ -1536,7 +1547,8 @@ def _csr(argument: object, kinds: Collection[str] = CHECKED_KINDS) -> CSR:
             version, subject, key, *attributes = _sequence(information.raw)
             if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
                 raise ValueError
-            _check_key(*_sequence(key.raw))
+            algorithm, bits = _sequence(key.raw)
+            _check_key(algorithm, bits)
             csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
         except (IndexError, ValueError) as err:
             raise CMPError("it is not a PKCS #10 request") from err
@@ -1737,8 +1749,7 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
     if transaction.read("pubkey.pem"):
         return  # a poll: it was verified before the CA was asked
-    if not transaction.read("csr.pem"):
-        transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
+    transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
     program = transaction.settings.binary.path
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
     argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
@@ -1786,7 +1797,8 @@ def _directory_fault(settings: Settings) -> str:
         user = _user()
         return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    places = (place for place in _way(configured) if os.path.lexists(place))
+    ways = dict.fromkeys([*_way(configured), *_way(os.path.realpath(configured))])
+    places = (place for place in ways if os.path.lexists(place))
     return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _writable_by_others(p))), "")
 
 
@@ -1862,8 +1874,8 @@ class Transaction:
 
     def asked(self, number: int) -> bool:
         """Whether openssl has made the request for this answer, that is, has accepted the one before."""
-        request = _response(self.file(f"{number:03d}.req"))
-        return request is not None and request.body != ERROR
+        made = _response(self.file(f"{number:03d}.req"))
+        return made is not None and made.body != ERROR
 
     def answers(self) -> list[Response]:
         """The saved answers that are whole, in order."""
@@ -2016,7 +2028,7 @@ def _sweep_enrolment(settings: Settings, name: str, logger: logging.Logger) -> N
             answers = transaction.answers()
             text = f"CMP transaction {answers[-1].transaction}" if answers else "no answer of the CA"
             with contextlib.suppress(CMPError):  # killed before the CSR was written
-                text = f"{_wanted(_csr(transaction.read('csr.pem')))}, {text}"
+                text = f"{_wanted(_csr(transaction.read('csr.pem'), settings.san_types))}, {text}"
             what = f"deleted {transaction.path}, left by an enrolment that was killed: {text}"
             logger.warning("%s; the CA may have issued a certificate that nobody has: revoke it there", what)
 
@@ -2185,7 +2197,7 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
     with contextlib.ExitStack() as stack:
         if "reqout" in known:
             requests = [transaction.file(f"{number:03d}.req") for number in numbers]
-            if sys.platform != "win32" and os.path.exists("/dev/fd"):
+            if "rspin" in known and sys.platform != "win32" and os.path.exists("/dev/fd"):
                 gate = stack.enter_context(closing(Gate()))
                 requests[gated - first] = gate.file
             files += ["-reqout", ",".join([*(path[:-4] + ".req" for path in replay), *requests])]
@@ -2202,7 +2214,7 @@ def _copy_requests(transaction: Transaction, number: int) -> None:
     for path, source in zip(wanted, range(number, number + MAX_RESPONSES)):
         saved = transaction.file(f"{source:03d}.req")
         try:
-            if path and os.path.exists(saved):
+            if path and os.path.exists(saved) and os.path.getsize(saved):
                 shutil.copyfile(saved, path)
         except OSError as err:
             transaction.logger.warning("cmp_reqout: cannot write %s: %s", path, err.strerror)
@@ -2227,19 +2239,19 @@ def _verdict(
     if run.code == 0:
         text = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
     repeated = any(answer.grants() for answer in before)
-    not_taken = any(map(CERTIFICATE_NOT_ACCEPTED.match, run.errors()))
+    leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, run.errors()))
     refused = newest is not None and newest.refuses() and newest.protected
-    if run.only(AFTER_ACCEPTANCE) and (not_taken or (refused and not repeated)):
+    if run.only(AFTER_ACCEPTANCE) and (leaf_refused or (refused and not repeated)):
         return Outcome(text=text, final=True)
-    log = _keep_authentic(run, request, transaction, before, answers)
-    progress = newest is not None and _number(newest) in map(_number, log)
-    if repeated and not progress and not not_taken and run.complete() and _confirmed(transaction, before):
+    history = _keep_authentic(run, request, transaction, before, answers)
+    progress = newest is not None and _number(newest) in map(_number, history)
+    if repeated and not progress and not leaf_refused and run.complete() and _confirmed(transaction, before):
         issued = next(answer for answer in before if answer.grants())
-        if _certificate(issued.certificate).key == key and (newest or _note_unanswered(run, transaction)):
+        if _same_key(_certificate(issued.certificate).key, key) and (newest or _note_unanswered(run, transaction)):
             transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
             return Outcome(_certificate(issued.certificate))
     undecided = progress and (run.asleep or run.only(TIME_IS_UP))
-    return Outcome(waiting=bool(log), text="" if undecided else text)
+    return Outcome(waiting=bool(history), text="" if undecided else text)
 
 
 def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
@@ -2248,8 +2260,8 @@ def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
         return True  # then only its text says when it does not
     replay, issued = _needed_again(before), next(answer.path for answer in before if answer.grants())
     followed = [*replay, transaction.file(f"{_next_number(before):03d}.new")][replay.index(issued) + 1]
-    request = _response(followed[:-4] + ".req")
-    return request is not None and request.body == CERTCONF and request.status in GRANTED
+    certconf = _response(followed[:-4] + ".req")
+    return certconf is not None and certconf.body == CERTCONF and certconf.status in GRANTED
 
 
 def _note_unanswered(run: Run, transaction: Transaction) -> bool:
@@ -2273,13 +2285,13 @@ def _keep_authentic(
     Superseded pollReps stay until the newest answer is known to be authentic: if it is not, the one before it is the
     newest again.
     """
-    log = _usable([*before, *answers])
-    authentic = _is_newest_authentic(run, request, transaction, log, answers)
+    history = _usable([*before, *answers])
+    authentic = _is_newest_authentic(run, request, transaction, history, answers)
     if authentic is False:
-        log = log[:-1]
+        history = history[:-1]
     kept = []
-    for answer in log:
-        if answer.path.endswith(".new") and (authentic is not None or answer is not log[-1]):
+    for answer in history:
+        if answer.path.endswith(".new") and (authentic is not None or answer is not history[-1]):
             _sync(answer.path)
             os.replace(answer.path, answer.path[:-4] + ".der")
             answer = answer._replace(path=answer.path[:-4] + ".der")
@@ -2292,7 +2304,7 @@ def _keep_authentic(
 
 
 def _is_newest_authentic(
-    run: Run, request: Sequence[str], transaction: Transaction, log: Sequence[Response], answers: Sequence[Response]
+    run: Run, request: Sequence[str], transaction: Transaction, history: Sequence[Response], answers: Sequence[Response]
 ) -> bool | None:
     """Whether the newest answer is the CA's. None: nobody knows now.
 
@@ -2302,37 +2314,35 @@ def _is_newest_authentic(
       ended without that. None if openssl did not come so far: perhaps cmp_secret is wrong for now.
     - All others were known before.
     """
-    if answers and log[-1:] == list(answers[-1:]):
-        fits = _fits(log, _response(answers[-1].path[:-4] + ".req"))
-        return run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, log))
-    if log and not answers and log[-1].path.endswith(".new"):
-        if transaction.asked(_next_number(log)):
+    if answers and history[-1:] == list(answers[-1:]):
+        fits = _fits(history, _response(answers[-1].path[:-4] + ".req"))
+        return run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, history))
+    if history and not answers and history[-1].path.endswith(".new"):
+        if transaction.asked(_next_number(history)):
             return True
-        return False if run.complete() and transaction.asked(_number(log[-1])) else None
+        return False if run.complete() and transaction.asked(_number(history[-1])) else None
     return True
 
 
-def _fits(log: Sequence[Response], request: Response | None) -> bool:
+def _fits(history: Sequence[Response], asked: Response | None) -> bool:
     """Whether the newest answer is one to its request: by the transaction, and by the nonce of that request or, as
     RFC 9483 (4.4) has it, of the first one.
 
     Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
     that, for openssl then takes transaction and nonces from the answers themselves.
     """
-    newest, nonces = log[-1], [answer.nonces[1] for answer in log[:-1][:1]]
-    return request is None or (
-        newest.transaction == request.transaction and newest.nonces[1] in [*nonces, request.nonces[0]]
-    )
+    newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
+    return asked is None or (newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]])
 
 
-def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequence[Response]) -> bool | None:
+def _goes_on_from(transaction: Transaction, request: Sequence[str], history: Sequence[Response]) -> bool | None:
     """Whether openssl accepts the newest of these answers: it gets them replayed, and no server. None: nobody knows."""
-    settings, replay = transaction.settings, _needed_again(log)
+    settings, replay = transaction.settings, _needed_again(history)
     known = settings.binary.options
     if not {"rspin", "reqout"} <= known.keys():
         return None
     files = ["-rspin", ",".join(replay)]
-    number = _number(log[-1])
+    number = _number(history[-1])
     requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
     files += ["-reqout", ",".join(map(transaction.file, requests))]
     for option in ("certout", "extracertsout", "cacertsout"):  # the disk may be full, which says nothing of the answer
@@ -2342,11 +2352,11 @@ def _goes_on_from(transaction: Transaction, request: Sequence[str], log: Sequenc
 
     complete = True
     # With so little time openssl gives up on a pollRep at once, and says so. Where it says more, it has to go on.
-    for total in [1, 1 + settings.binary.margin()] if log[-1].body == POLLREP else [1]:
+    for total in [1, 1 + settings.binary.margin()] if history[-1].body == POLLREP else [1]:
         transaction.remove(*requests)
         overrides = {**nowhere, "total_timeout": str(total)}
         run = _openssl_cmp(transaction, request, files, overrides, asleep=lambda: transaction.asked(number + 1))
-        if run.code == 0 or transaction.asked(number + 1) or (transaction.asked(number) and run.only(TAKEN)):
+        if run.code == 0 or transaction.asked(number + 1) or (transaction.asked(number) and run.only(POLLREP_TAKEN)):
             return True
         complete = complete and run.complete()
     return False if complete else None
@@ -2456,8 +2466,10 @@ def _response(path: str) -> Response | None:
     try:
         with open(path, "rb") as file:
             header, body, *rest = _sequence(file.read(MAX_DER))
+        # sender and recipient may have the tag 0xA4, too: they come before the transactionID, and the last one counts.
         fields = {field.tag: field.value for field in _elements(header.value)}
-        identifier, *nonces = (next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6))
+        # Not a generator: there StopIteration would become a RuntimeError.
+        identifier, *nonces = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
         mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
     except (CMPError, LookupError, ValueError, StopIteration, FileNotFoundError):
         return None
@@ -2720,7 +2732,7 @@ class PathFinder:
         key, best = b"", Path([], (False, False, -1))
         self.steps -= 1
         for issuer, mark in [] if ends or len(path) == MAX_CHAIN or self.steps < 0 else self.candidates(path):
-            # Where one key has signed, no other has.
+            # Where one key has signed, no other has: of the others only certificates of the same key are of use.
             if key in (b"", issuer.key) and self.links.verified(path[-1], issuer, mark, issuer.der in self.protected):
                 key, found = issuer.key, self.best([*path, issuer])
                 best = found if found.rank > best.rank else best
@@ -2822,6 +2834,16 @@ def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
     return any(e.tag == 0x01 and any(e.value) for e in flag) or bool(usage[1:2] and usage[1] & 0x04)
 
 
+def _same_key(one: bytes, other: bytes) -> bool:
+    """Whether two subjectPublicKeyInfos hold the same key. Raises CMPError or IndexError where one is malformed.
+
+    A CA may compress an EC point. Then its first octets say so, and the end of the longer form is missing.
+    """
+    keys = [_sequence(key)[1].value for key in (one, other)]
+    shorter = min(map(len, keys))
+    return keys[0][2:shorter] == keys[1][2:shorter]
+
+
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     """What the CA has made of a request that nobody has asked for, or an empty string.
 
@@ -2834,7 +2856,7 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
             for extensions in (csr.extensions, leaf.extensions)
         )
         authority = _signs_certificates(leaf.extensions)
-        theirs, ours = (_sequence(key)[1].value for key in (leaf.key, csr.key))
+        same_key = _same_key(leaf.key, csr.key)
     except (CMPError, IndexError, StopIteration) as err:
         return f"it cannot be compared with the CSR: {err}"
     asked_values, got_values = ({name.partition(":")[2] for name in names} for names in (asked, got))
@@ -2847,9 +2869,7 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
     added += sorted(f"CN={name}" for name in got_names - asked_values - said)
     found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("added", added)) if names]
-    # An EC point may be compressed. Its first octets say how, and the end of the longer form is missing.
-    shorter = min(len(theirs), len(ours))
-    if theirs[2:shorter] != ours[2:shorter]:
+    if not same_key:
         found.append("another key")
     if authority:
         found.append("a CA certificate")
@@ -2880,7 +2900,7 @@ class Binary(NamedTuple):
     def converts_csr(self) -> bool:
         """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
         number = OPENSSL.match(self.version)
-        return number is not None and self.since(3, 0) and not number.group(3)
+        return self.since(3, 1) or (number is not None and self.since(3, 0) and not number.group(3))
 
 
 NO_BINARY = Binary("", "", {}, {})
@@ -2899,16 +2919,18 @@ def _binary(name: str) -> Binary:
     key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
     if key not in _binaries:
         run = _run([path, "cmp", "-help"])
+        version = _run([path, "version"]) if run.code is not None else run
+        if version.code is None:  # perhaps the machine is busy: that is not remembered
+            raise CMPError(f"cmp_openssl_bin: {path}: {version.killed()}")
         found = OPTION.findall(run.output)
         spelled = {_option_name(option): option for option, _ in found}
         options = {_option_name(option): bool(value) for option, value in found}
-        version = _run([path, "version"]).output.partition("(")[0]
         fault = "" if options.keys() >= {"cmd", "server"} else _no_cmp(run)
         if ONLY_PRIVATE_KEYS.search(run.output):
             fault = (
                 "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
             )
-        asked = Binary(path, _one_line(version, 60), options, spelled, fault)
+        asked = Binary(path, _one_line(version.output.partition("(")[0], 60), options, spelled, fault)
         if not asked.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
             options.pop("rspin", None)
         _binaries[key] = asked
@@ -2964,7 +2986,7 @@ class Run(NamedTuple):
         """
         output = self.output
         for text in self.words:
-            if not NOT_ACCEPTED.search(text):
+            if not REFUSED_MESSAGE.search(text):
                 for before, after in AROUND_TEXTS:
                     output = output.replace(before + text + after, before + " ".join(text.split()) + after)
         run = self._replace(messages=_messages(output))
@@ -2994,7 +3016,7 @@ def _run(
     program has said something, and from time to time: where it says yes, the program is ended as well.
     """
     if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use a server that does not")
+        raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use another web server")
     try:
         child = _start(argv, secrets or {}, keep)
     except (OSError, ValueError) as err:
@@ -3063,8 +3085,8 @@ def _hint(searched: str) -> str:
 
 # --- openssl's words -----------------------------------------------------------------------------------------
 
-# All texts of openssl that this file looks for. Where a new version words one of them in another way, test_hints.py or
-# test_verdict.py fails with it, and this is the place to change.
+# All texts of openssl that this file looks for, but the lists that `_known_types` reads. Where a new version has other
+# words for one of them, test_hints.py or test_verdict.py fails with it, and this is the place to change.
 
 # cmpossl of 2019 has its levels in capitals.
 MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
@@ -3079,19 +3101,19 @@ ACCEPTED = re.compile(
     re.I,
 )
 # The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
-CERTIFICATE_NOT_ACCEPTED = re.compile("certificate not accepted")
-NOT_TAKEN = re.compile(
-    f"{CERTIFICATE_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled|different key types"
+LEAF_NOT_ACCEPTED = re.compile("certificate not accepted")
+LEAF_REFUSED = re.compile(
+    f"{LEAF_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled|different key types"
     "|key type mismatch|key values mismatch|certificate verification failed",
     re.I,
 )
-AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED.pattern}|{NOT_TAKEN.pattern}", re.I)
+AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED.pattern}|{LEAF_REFUSED.pattern}", re.I)
 # Lines that say no more than that the time is up while the CA lets us wait.
 TIME_IS_UP = re.compile("total timeout", re.I)
 # Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
-TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
+POLLREP_TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
 # Words of an answer that is not accepted, as somebody could put them into a text of his own.
-NOT_ACCEPTED = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
+REFUSED_MESSAGE = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
 # What stands around the texts of an answer.
 AROUND_TEXTS = (('"', '"'), ("errorDetails: ", "\n"))
 # A sender that is not cmp_expect_sender: for OpenSSL 3.0 no error.
@@ -3121,6 +3143,10 @@ NO_COMMAND = re.compile("invalid command", re.I)
 OPTION = re.compile(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", re.M)  # a value's type stands one blank behind the name
 OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
 PUBLIC_KEY = re.compile("-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", re.S)
+NO_EXTENSIONS = "No ext"
+KEY_USES = re.compile(r"X509v3 Key Usage:.*\n(.*)")
+EXTENDED_KEY_USES = re.compile(r"X509v3 Extended Key Usage:.*\n(.*)")
+FOR_SIGNATURES, FOR_CLIENTS = re.compile("Digital Signature"), re.compile("Client Auth|Any Ext")
 ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
 
 # What openssl says (a regular expression) -> what to do. The first one that fits counts, so special ones come first.
@@ -3259,7 +3285,7 @@ HINTS = (
         "the CA has such a request or certificate already: finish it there, or let the client make a new key",
     ),
     ("systemUnavail|systemFailure", "the CA cannot work now: ask its operator, and try again later"),
-    ("PKIStatus: waiting", "only an enrolment can wait for the CA, and for all of its answers since OpenSSL 3.3"),
+    ("PKIStatus: waiting", "only an enrolment can wait for the CA; since OpenSSL 3.3 it can wait with any answer"),
     ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
     ("cert and key do not match", "cmp_key does not belong to cmp_cert"),
     (
@@ -3555,9 +3581,8 @@ def _decode(argument: object, label: str) -> bytes:
         raise CMPError("it is empty")
     if len(text) > MAX_DER * 4 // 3 + MAX_DER // 32:  # in base64, with line breaks
         raise CMPError(f"it is larger than {MAX_DER} bytes")
-    if text.lstrip().startswith(
-        "-----BEGIN"
-    ):  # not anywhere: base64url may spell it, and acme2certifier would read it otherwise
+    # Not anywhere: base64url may spell it, and acme2certifier would read it otherwise.
+    if text.lstrip().startswith("-----BEGIN"):
         match = re.search(rf"-----BEGIN {label}-----([^-]*)-----END", text)
         if not match:
             raise CMPError("it is PEM of another kind")
@@ -3944,7 +3969,9 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     for key, value in handler.section.items():
         print(f"  {_one_line(key) + ':':<24} {_shown(key, value, settings)}")
     print()
-    findings = [Finding(WARNING, text) for text in (*settings.warnings, *_check_file(handler, settings, args.section))]
+    findings = [
+        Finding(WARNING, text) for text in (*settings.warnings, *_check_acme2certifier(handler, settings, args.section))
+    ]
     findings += [Finding(FAULT, text) for text in settings.errors]
     if known and not settings.errors:
         findings += [*_check_pair(settings, ""), *_check_pair(settings, "tls_")]
@@ -3984,7 +4011,7 @@ def _shown(key: str, value: str, settings: Settings) -> str:
     return _masked(_one_line(value, 200), settings)
 
 
-def _check_file(handler: CAhandler, settings: Settings, section: str) -> Iterator[str]:
+def _check_acme2certifier(handler: CAhandler, settings: Settings, section: str) -> Iterator[str]:
     """Warn of what acme2certifier itself is configured to do, beside our section."""
 
     def find(key: str, *sections: str) -> str:
@@ -4029,7 +4056,7 @@ def _check_pair(settings: Settings, kind: str) -> Iterator[Finding]:
         what = f"{certificate} holds no certificate, or cmp_{kind}keypass does not open it"
         yield Finding(FAULT, f"cmp_{kind}cert: {what}")
         return
-    lines = [_one_line(line) for line in about.output.splitlines() if "No ext" not in line]
+    lines = [_one_line(line) for line in about.output.splitlines() if NO_EXTENSIONS not in line]
     print(f"cmp_{kind}cert  {'; '.join(lines)}")
     yield from _check_usage(f"cmp_{kind}cert: {certificate}", about.output, "secret" in settings.options and not kind)
     if not key or not os.path.isfile(key):
@@ -4043,12 +4070,12 @@ def _check_pair(settings: Settings, kind: str) -> Iterator[Finding]:
 
 def _check_usage(name: str, about: str, idle: bool) -> Iterator[Finding]:
     """Judge what a certificate of ours may be used for; it is `idle` where a secret protects the messages."""
-    usage = re.search(r"X509v3 Key Usage:.*\n(.*)", about)
-    if usage and "Digital Signature" not in usage.group(1) and not idle:
+    usage = KEY_USES.search(about)
+    if usage and not FOR_SIGNATURES.search(usage.group(1)) and not idle:
         what = "lacks the key usage digitalSignature: the CA may refuse what is signed with its key"
         yield Finding(WARNING, f"{name} {what}")
-    extended = re.search(r"X509v3 Extended Key Usage:.*\n(.*)", about)
-    if extended and name.startswith("cmp_tls_") and not re.search("Client Auth|Any Ext", extended.group(1)):
+    extended = EXTENDED_KEY_USES.search(about)
+    if extended and name.startswith("cmp_tls_") and not FOR_CLIENTS.search(extended.group(1)):
         what = f"is for {extended.group(1).strip()}, not for clients: the TLS server may refuse it"
         yield Finding(WARNING, f"{name} {what}")
 
@@ -4070,7 +4097,7 @@ def _unreachable(settings: Settings) -> str:
     key, target = ("cmp_proxy", proxy) if proxy else ("cmp_server", server)
     try:
         address = urlsplit(target if "://" in target else "http://" + target)
-        tls = not proxy and (address.scheme == "https" or "tls_used" in options)
+        tls = not proxy and (address.scheme == "https" or settings.tls)
         where = (address.hostname or "", address.port or (443 if tls else 80))
         socket.create_connection(where, settings.seconds("msg_timeout") or MSG_TIMEOUT).close()
     except (OSError, ValueError) as err:
@@ -4106,7 +4133,7 @@ def _check_server(settings: Settings) -> list[Finding]:
     proven.update({"TLS": bool(answer) or tls, "path": bool(answer), "trust": authentic})
     # A CA may sign its no for anybody. Only those who have the secret can make a MAC with it.
     proven["credentials"] = authentic and (run.code == 0 or bool(answer and answer.mac))
-    if "tls_used" not in settings.options:
+    if not settings.tls:
         del proven["TLS"]
     print("          proven: " + ", ".join(f"{what}: {'yes' if yes else 'no'}" for what, yes in proven.items()))
     if run.code == 0:

@@ -21,7 +21,7 @@ from demo_ca import DemoCA, read_der
 from host import HANDLER
 from proxy import Proxy, TcpServer, spoilt
 from proxy import name as common_name
-from shared import Desk, run
+from shared import Desk, run, version
 
 EVERYTHING = "address: yes, path: yes, trust: yes, credentials: yes"
 MakeCA = Callable[..., DemoCA]
@@ -77,8 +77,12 @@ def test_all_is_well(authentication: str, openssl: str, ca: DemoCA, connect: Cal
 
 @binaries
 def test_all_is_well_with_tls(openssl: str, make_ca: MakeCA, connect: Callable[..., Checked]) -> None:
-    checked = connect(make_ca(tls=True).options(), openssl)
-    assert checked.proven == "address: yes, TLS: yes, path: yes, trust: yes, credentials: yes", checked.output
+    """OpenSSL 3.5 and later use it for https:// without cmp_tls_used, too."""
+    options = make_ca(tls=True).options()
+    by_itself = {key: value for key, value in options.items() if key != "cmp_tls_used"}
+    for section in (options, by_itself) if version(openssl) >= (3, 5) else (options,):
+        checked = connect({**section, "cmp_server": "https://" + section["cmp_server"]}, openssl)
+        assert checked.proven == "address: yes, TLS: yes, path: yes, trust: yes, credentials: yes", checked.output
 
 
 @pytest.fixture

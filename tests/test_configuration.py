@@ -244,6 +244,7 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "path is a URL": ({"path": "http://127.0.0.1/pkix"}, ["cmp_path", "path on the server"]),
     "empty trust": ({"trusted": "ca.pem"}, ["cmp_trusted", "ca.pem", "is empty"]),
     "request as trust": ({"trusted": "pki/request.pem"}, ["cmp_trusted", "pki/request.pem", "certificate request"]),
+    "public key in DER": ({"trusted": "pki/public.der"}, ["cmp_trusted", "holds no certificate, but something else"]),
     "request in DER": ({"trusted": "pki/request.der"}, ["cmp_trusted", "certificate request"]),
     "key as trust": ({"untrusted": "pki/cert.pem pki/key.pem"}, ["cmp_untrusted", "pki/key.pem", "a private key"]),
     "PKCS #7 as trust": ({"trusted": "pki/p7.pem"}, ["cmp_trusted", "PKCS #7", "-print_certs"]),
@@ -345,6 +346,8 @@ def make_files(directory: Path) -> None:
     request = x509.CertificateSigningRequestBuilder(name).sign(key, hashes.SHA256())
     (directory / "request.pem").write_bytes(request.public_bytes(pem))
     (directory / "request.der").write_bytes(request.public_bytes(der))
+    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    (directory / "public.der").write_bytes(key.public_key().public_bytes(der, spki))
     form = serialization.PrivateFormat.PKCS8
     (directory / "key.pem").write_bytes(key.private_bytes(pem, form, serialization.NoEncryption()))
     (directory / "encrypted.pem").write_bytes(
@@ -576,6 +579,18 @@ def test_a_link_into_a_directory_of_everybody(command: Commands, tmp_path: Path)
     assert os.listdir(tmp_path / "open" / "target") == []
 
 
+def test_a_link_that_goes_up_behind_a_link(command: Commands, tmp_path: Path) -> None:
+    """`..` in a link is the directory above the real one, not above the link that leads there."""
+    for name in ("real", "real/inner", "real/work"):
+        (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / "real" / "work").chmod(0o777)
+    (tmp_path / "real" / "inner" / "up").symlink_to("../work")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inner")
+    handler = command.handler(SECTION, tmp_dir=str(tmp_path / "link" / "up"))
+    for text in (handler.handler_check(), handler.enroll(CSR)[0]):
+        assert f"{tmp_path}/real/work can be written by every local user" in str(text)
+
+
 def test_a_link_of_our_own(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -796,3 +811,41 @@ def test_keys_without_underscores(ca: DemoCA, handlers: Handlers, tmp_path: Path
     assert fault == "cmp_refuse_changes: is a switch: set it to True or False"
     warned = cmp_ca_handler._settings({**SECTION, "cmp_tlsused": "False", "cmp_tlshost": "cmp.example"})
     assert "cmp_tls_host: not used, the connection is plain HTTP" in warned.warnings
+
+
+@pytest.mark.parametrize("secret", ["ab #c of them", "true", "off", "file:/etc/passwd", '"quoted"', "pass:word"])
+def test_a_variable_holds_the_secret_as_it_is(secret: str, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no text of a configuration file: nothing in it is a comment, a switch or a prefix. Nor with `env:`."""
+    monkeypatch.setenv("CMP_SECRET", secret)
+    for changes in ({"secret_variable": "CMP_SECRET"}, {"secret": "env:CMP_SECRET"}):
+        settings = cmp_ca_handler._settings(handlers(SECTION, **{"secret": None, **changes}).section)
+        assert settings.errors == ()
+        assert settings.options["secret"] == "env:CMP_SECRET"
+        assert settings.secrets == {"CMP_SECRET": secret}
+
+
+@pytest.mark.parametrize(
+    ("version", "converts"),
+    [
+        ("OpenSSL 3.0.0-alpha9-dev ", False),
+        ("OpenSSL 3.0.19 ", True),
+        ("OpenSSL 3.6.0-beta1 ", True),
+        ("OpenSSL 4.1.0-dev ", True),
+        ("OpenSSL 1.1.1w ", False),
+        ("LibreSSL 3.8.2", False),
+    ],
+)
+def test_pre_releases(version: str, converts: bool) -> None:
+    """Those of 3.0 could not yet convert a CSR, later ones can."""
+    assert cmp_ca_handler.Binary("", version, {}, {}).converts_csr() is converts
+
+
+def test_a_busy_machine_is_not_remembered(handlers: Handlers, ca: DemoCA, tmp_path: Path) -> None:
+    """An openssl that is asked for its options and does not answer in time is asked again."""
+    program = tmp_path / "openssl"
+    program.symlink_to(OPENSSL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cmp_ca_handler, "_run", lambda *_: cmp_ca_handler.Run(None, ""))
+        fault = handlers(ca.options(), openssl_bin=str(program)).handler_check()
+        assert fault and f"cmp_openssl_bin: {program}: openssl did not end in time" in fault
+    assert handlers(ca.options(), openssl_bin=str(program)).handler_check() is None

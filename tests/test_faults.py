@@ -26,7 +26,7 @@ import pytest
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
 from conftest import OPENSSL, Handlers, Mock, Pair, as_host, csr_pem, free_port, needs_root, wait_until
-from demo_ca import DemoCA
+from demo_ca import DemoCA, read_der, write_der
 from shared import script
 from soak import children
 
@@ -462,3 +462,21 @@ def test_helper_that_fails_without_a_configuration(handlers: Handlers, monkeypat
 def broken_helper(*_: object) -> str:
     """acme2certifier's, where there is nothing to read."""
     raise KeyError("CAhandler")
+
+
+def test_damaged_header_of_a_saved_message(tmp_path: Path) -> None:
+    """Nothing in it is no reason for an exception: it is no message."""
+    header = write_der(0x30, b"\x02\x01\x02" + write_der(0xA4, b"") * 3)
+    (tmp_path / "001.der").write_bytes(write_der(0x30, header + write_der(0xB7, b"")))
+    assert cmp_ca_handler._response(str(tmp_path / "001.der")) is None
+
+
+def test_key_of_three_parts(ca: DemoCA, handlers: Handlers) -> None:
+    request = read_der(base64.b64decode("".join(csr_pem(["a.example"]).splitlines()[1:-1])))
+    information, *rest = request.parts()
+    version, subject, key, *attributes = information.parts()
+    more = write_der(0x30, key.content + b"\x05\x00")
+    parts = version.whole + subject.whole + more + b"".join(attribute.whole for attribute in attributes)
+    der = write_der(0x30, write_der(0x30, parts) + b"".join(part.whole for part in rest))
+    error = handlers(ca.options()).enroll(base64.b64encode(der).decode())[0]
+    assert error == "not a usable CSR: it is not a PKCS #10 request"

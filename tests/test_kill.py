@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
+from cryptography import x509
 
 import cmp_ca_handler
 from conftest import Handlers, as_host, csr_pem, needs_root, wait_until
@@ -161,6 +162,21 @@ def test_sweep_of_an_enrolment_that_begins_to_wait(ca: DemoCA, handlers: Handler
     cmp_ca_handler._sweep_enrolment(settings, identifier, handler.logger)  # what comes after the first look
     ca.approve("all")
     check_issued(handler.poll("name", identifier, ""), csr)
+
+
+def test_sweep_names_what_is_allowed_here_alone(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CSR whose names cmp_san_types allows is a readable one for the sweep, too."""
+    uri = x509.SubjectAlternativeName([x509.UniformResourceIdentifier("spiffe://a.example/x")])
+    options = hold(ca).options()
+    identifier = begin(handlers(options, san_types="URI", **SHORT), csr_pem([], extensions=[uri]))
+    (handlers.work / identifier / "waiting").rename(handlers.work / identifier / "enrolling")
+    age(handlers.work / identifier, 4000)
+    monkeypatch.setattr(cmp_ca_handler, "_swept", {})
+    begin(handlers(options, san_types="URI", **SHORT), csr_pem(["later.example"]))
+    (line,) = [record.getMessage() for record in caplog.records if "was killed" in record.getMessage()]
+    assert "URI:spiffe://a.example/x, CMP transaction " in line
 
 
 def test_nothing_old_is_deleted_before_the_new_is_on_the_disk(

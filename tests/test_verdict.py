@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 
 import cmp_ca_handler
 import demo_ca
-from conftest import BINARIES, Handlers, as_host, binaries, bundle_certificates, csr_pem
+from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA, read_der, write_der
 from proxy import (
     FORGED,
@@ -303,6 +303,37 @@ def test_reqout_of_the_administrator(
     ca.approve("all")
     check_issued(handler.poll("name", identifier, ""), csr)
     assert requests(ca)["ir"] == 1
+
+
+def test_reqout_names_more_files_than_requests(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """A file for a request that was never made is not made either."""
+    paths = [tmp_path / name for name in ("ir", "certConf", "never")]
+    handler = handlers(ca.options(), reqout=",".join(map(str, paths)))
+    check_issued((*handler.enroll(csr := csr_pem(["a.example"])), False), csr)
+    assert [demo_ca.read_envelope(path.read_bytes()).name for path in paths[:2]] == ["ir", "certConf"]
+    assert not paths[2].exists()
+
+
+def test_an_openssl_that_saves_requests_and_no_answers(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
+) -> None:
+    """The gate before a request is opened by looking at the answers: without these there must be none."""
+    program = tmp_path / "openssl"
+    hiding = f'case "$*" in *-help*) {OPENSSL} "$@" 2>&1 | grep -v -e -rsp; exit;; esac'
+    program.write_text(f'#!/bin/sh\n{hiding}\nexec {OPENSSL} "$@"\n')
+    program.chmod(0o700)
+    ca.hold, ca.check_after = True, 1
+
+    def approve(request: str, forward: Forward) -> bytes:
+        if request == "pollReq":
+            ca.approve("all")
+        return forward()
+
+    proxy.spoil = approve
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=str(program))
+    assert "rspout" not in cmp_ca_handler._binary(str(program)).options
+    check_issued((*handler.enroll(csr := csr_pem(["a.example"])), False), csr)
+    assert requests(ca) == {"ir": 1, "pollReq": 1, "certConf": 1}
 
 
 @binaries
