@@ -2647,13 +2647,8 @@ def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate
 
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
     """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
-    named = below.authority_issuer
-    return (
-        _name_key(issuer.subject) == _name_key(below.issuer)
-        and (not below.authority_key or issuer.subject_key in (b"", below.authority_key))
-        and below.authority_serial in ("", issuer.serial)
-        and (named is None or _name_key(named) == _name_key(issuer.issuer))
-    )
+    same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
+    return same_key and _name_key(issuer.subject) == _name_key(below.issuer)
 
 
 # Links that openssl has verified in this process: (what was signed, the issuer's certificate).
@@ -3516,8 +3511,6 @@ class Certificate(NamedTuple):
     extensions: dict[str, bytes]
     subject_key: bytes  # identifier of its key
     authority_key: bytes  # of the key that has signed it
-    authority_serial: str  # of the certificate of that key, and its issuer: hardly anybody sets these two
-    authority_issuer: Name | None
 
     def valid(self) -> bool:
         """Whether it is valid now."""
@@ -3553,19 +3546,17 @@ def _certificate(der: bytes) -> Certificate:
             extensions = _extensions(fields[-1].value) if fields[-1].tag == 0xA3 else {}
             identifiers = _key_identifiers(extensions)
         except (CMPError, IndexError, ValueError, StopIteration):  # openssl has accepted it, so it is served
-            extensions, identifiers = {}, (b"", b"", "", None)
+            extensions, identifiers = {}, (b"", b"")
         return Certificate(der, *about, extensions, *identifiers)
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
 
 
-def _key_identifiers(extensions: Mapping[str, bytes]) -> tuple[bytes, bytes, str, Name | None]:
-    """subjectKeyIdentifier, and keyIdentifier, serial and issuer of authorityKeyIdentifier (RFC 5280, 4.2.1.1)."""
+def _key_identifiers(extensions: Mapping[str, bytes]) -> tuple[bytes, bytes]:
+    """subjectKeyIdentifier, and the keyIdentifier of authorityKeyIdentifier (RFC 5280, 4.2.1.1)."""
     subject_key = next(_elements(extensions.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
     fields = {field.tag: field.value for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
-    names = [_name(name.value) for name in _elements(fields.get(0xA1, b"")) if name.tag == 0xA4]
-    serial = _serial(fields[0x82]) if 0x82 in fields else ""
-    return subject_key, fields.get(0x80, b""), serial, names[0] if names else None
+    return subject_key, fields.get(0x80, b"")
 
 
 def _pem(der: bytes, label: str = "CERTIFICATE") -> str:
