@@ -1825,9 +1825,9 @@ class Transaction:
     of one run alone            NNN.req, scratch, cert.pem, extracerts.pem, capubs.pem; of the chain stored.pem,
                                 issuer.pem, below.pem; of a revocation old.pem
 
-    Where the CA answers "waiting", wait() keeps those of the request, the answers, `waiting` and `lock`. The next poll
-    locks it (`_resume`), returns at once if checkAfter has not passed (`_due`), or else replays the answers to openssl,
-    which asks the CA (`_exchange`). With a certificate, or a final no, close() deletes it all, but `issued`.
+    Where the CA answers "waiting", wait() renames `enrolling`, and close() lets go of the lock and deletes nothing. The
+    next poll locks it (`_resume`), returns at once if checkAfter has not passed (`_due`), or else replays the answers to
+    openssl, which asks the CA (`_exchange`). With a certificate, or a final no, close() deletes it all, but `issued`.
     """
 
     def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
