@@ -1788,7 +1788,7 @@ def _directory_fault(settings: Settings) -> str:
         return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
     if settings.own_directory and os.path.islink(configured):
         return f"cmp_tmp_dir {configured} is a symbolic link: set cmp_tmp_dir to a directory of your own"
-    path = os.path.realpath(configured)
+    real = path = os.path.realpath(configured)
     while not os.path.lexists(path):
         path = os.path.dirname(path)  # it will be made, if its parent lets us
     if not os.path.isdir(path):
@@ -1797,7 +1797,7 @@ def _directory_fault(settings: Settings) -> str:
         user = _user()
         return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    ways = dict.fromkeys([*_way(configured), *_way(os.path.realpath(configured))])
+    ways = [*_way(configured), *(_way(real) if real != configured else ())]
     places = (place for place in ways if os.path.lexists(place))
     return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _writable_by_others(p))), "")
 
@@ -1826,8 +1826,8 @@ class Transaction:
                                 issuer.pem, below.pem; of a revocation old.pem
 
     Where the CA answers "waiting", wait() renames `enrolling`, and close() lets go of the lock and deletes nothing. The
-    next poll locks it (`_resume`), returns at once if checkAfter has not passed (`_due`), or else replays the answers to
-    openssl, which asks the CA (`_exchange`). With a certificate, or a final no, close() deletes it all, but `issued`.
+    next poll locks it (`_resume`), returns at once if checkAfter has not passed (`_due`), or else replays the answers
+    to openssl, which asks the CA (`_exchange`). With a certificate, or a final no, close() deletes all but `issued`.
     """
 
     def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
@@ -1939,13 +1939,11 @@ def _delete(path: str, but: str = "") -> None:
 
 def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
     """A new transaction with a random identifier."""
-    for _ in range(2):  # and again when it is there: somebody may have been quicker than us
-        fault = _directory_fault(settings)
+    if not os.path.isdir(settings.directory):
+        _make_directory(settings.directory)
+        fault = _directory_fault(settings)  # again: somebody may have been quicker than us
         if fault:
             raise CMPError(fault)
-        if os.path.isdir(settings.directory):
-            break
-        _make_directory(settings.directory)
     _sweep(settings, logger)
     identifier = os.urandom(16).hex()
     path = os.path.join(settings.directory, identifier)
@@ -2062,9 +2060,11 @@ class Gate:
             while True:
                 os.write(self.writer, bytes(65536))
         os.set_blocking(self.writer, True)
+        self.opened = False
 
     def open(self, path: str) -> None:
         """Let it pass, and save the request."""
+        self.opened = True
         with contextlib.suppress(BlockingIOError), open(path, "ab") as file:
             while True:
                 chunk = os.read(self.reader, 65536)
@@ -2158,6 +2158,7 @@ class Watch(NamedTuple):
     gate: Gate | None
     gated: int  # the number of the request behind the gate
     deadline: float  # until when openssl sends another request
+    room: int  # that many answers can be saved
 
     def asleep(self) -> bool:
         """Whether the CA wants to be asked later than there is time for. Else the next request may pass the gate."""
@@ -2168,17 +2169,12 @@ class Watch(NamedTuple):
         if newest is None:
             return False
         left = self.deadline - time.monotonic()
-        in_time = 1 <= newest.check_after <= left and not self.waited and len(saved) < MAX_RESPONSES // 2
+        in_time = 1 <= newest.check_after <= left and not self.waited and len(saved) < self.room // 2
         if newest.body == POLLREP and not in_time:
             return True
-        if len(saved) >= self.gated - self.first:
-            self.open_gate()
-        return False
-
-    def open_gate(self) -> None:
-        """Save the request behind the gate, if it is there, and let openssl send it."""
-        if self.gate:
+        if self.gate and len(saved) >= self.gated - self.first:
             self.gate.open(self.transaction.file(f"{self.gated:03d}.req"))
+        return False
 
 
 def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Response], more_seconds: int = 0) -> Run:
@@ -2188,7 +2184,8 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
     gated = first + (1 if before else 2)  # the first request that may follow a pollRep
     overrides = _resumed_timeouts(settings, before[-1], more_seconds) if before else {}
     total = int(overrides.get("total_timeout") or settings.seconds("total_timeout") or NO_TIMEOUT)
-    numbers = range(first, first + MAX_RESPONSES)
+    room = min(MAX_RESPONSES, 2 * total + 10)  # a pollRep takes a second at least, or openssl is ended
+    numbers = range(first, first + room)
     files, gate = [], None
     if "rspin" in known:
         scratch = [transaction.file("scratch")] * len(replay)  # what it has seen already is saved once more
@@ -2202,9 +2199,10 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
                 requests[gated - first] = gate.file
             files += ["-reqout", ",".join([*(path[:-4] + ".req" for path in replay), *requests])]
         deadline = time.monotonic() + total - max(settings.seconds("msg_timeout"), settings.binary.margin())
-        watch = Watch(transaction, first, bool(before), gate, gated, deadline)
+        watch = Watch(transaction, first, bool(before), gate, gated, deadline, room)
         run = _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], watch.asleep)
-        watch.open_gate()  # what has passed it last may still be in the pipe
+        if gate and gate.opened:  # what has passed it last may still be in the pipe
+            gate.open(transaction.file(f"{gated:03d}.req"))
         return run
 
 
@@ -2465,16 +2463,26 @@ def _response(path: str) -> Response | None:
     """Read a saved message; None where it is not a whole one."""
     try:
         with open(path, "rb") as file:
-            header, body, *rest = _sequence(file.read(MAX_DER))
+            response = _parsed(file.read(MAX_DER))
+    except FileNotFoundError:
+        return None
+    return response and response._replace(path=path)
+
+
+@functools.lru_cache(maxsize=64)  # an exchange looks at its messages again and again
+def _parsed(data: bytes) -> Response | None:
+    """Parse a message, see `_response`."""
+    try:
+        header, body, *rest = _sequence(data)
         # sender and recipient may have the tag 0xA4, too: they come before the transactionID, and the last one counts.
         fields = {field.tag: field.value for field in _elements(header.value)}
         # Not a generator: there StopIteration would become a RuntimeError.
         identifier, *nonces = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
         mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
-    except (CMPError, LookupError, ValueError, StopIteration, FileNotFoundError):
+    except (CMPError, LookupError, ValueError, StopIteration):
         return None
     protected, name = any(field.tag == 0xA0 for field in rest), _one_line(identifier.hex(), 64)
-    response = Response(path, body.tag & 0x1F, name, (nonces[0], nonces[1]), protected, protected and mac)
+    response = Response("", body.tag & 0x1F, name, (nonces[0], nonces[1]), protected, protected and mac)
     try:
         return response._replace(**_body(response.body, body.value))
     except (CMPError, LookupError, ValueError, StopIteration):
