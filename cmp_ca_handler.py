@@ -355,7 +355,7 @@ class CAhandler:
         """
         what = "poll"
         try:
-            settings = _settings(self._configured())
+            settings = self._read(self._configured())  # its other errors do not count yet: there may be a result
             fault = _directory_fault(settings)
             if fault:
                 raise CMPError(fault)
@@ -363,7 +363,7 @@ class CAhandler:
             what = f"poll of {poll_identifier}"
             kept = _kept_result(settings, poll_identifier)
             if kept:
-                leaf = _certificate(_decode(kept, "CERTIFICATE"))
+                leaf = _certificate(_decode(kept[: kept.index("-----END") + 8], "CERTIFICATE"))
                 if csr and not _same_key(_csr(csr, settings.san_types).key, leaf.key):
                     raise CMPError("its certificate is for another CSR")
                 return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
@@ -440,7 +440,7 @@ class CAhandler:
     def handler_check(self) -> str | None:
         """None, or every fault of the configuration on one line. Does not contact the CA."""
         try:
-            faults = [self.config_error] if self.config_error else _settings(self.section).errors
+            faults = [self.config_error] if self.config_error else self._read(self.section).errors
             return _one_line("; ".join(faults), 4 * MAX_TEXT) or None
         except Exception as err:
             return self._failure("check", err)
@@ -541,10 +541,15 @@ class CAhandler:
         load = getattr(self._helper, function, None)
         return load(self.logger, self._config) if load else default
 
-    def _checked(self, section: Mapping[str, str]) -> Settings:
-        """The settings. Raises CMPError, before anything is sent, with every error there is."""
+    def _read(self, section: Mapping[str, str]) -> Settings:
+        """The settings, with all that is wrong with them."""
         settings = _settings(section)
         self._hidden = settings.hidden
+        return settings
+
+    def _checked(self, section: Mapping[str, str]) -> Settings:
+        """The settings. Raises CMPError, before anything is sent, with every error there is."""
+        settings = self._read(section)
         for warning in settings.warnings:
             if warning not in _warned:  # once per process is enough
                 _warned.add(warning)
@@ -787,8 +792,7 @@ def _part(separator: str, kind: str, found: re.Match[str]) -> Part:
             raise CMPError(
                 f"{kind}: its value contains {merged.group(1)}=: write a comma before it, or \\= if it is no attribute"
             )
-        blanks = re.search(r"\s*$", text)
-        end = blanks.start() if blanks else len(text)
+        end = len(text.rstrip())
         if re.search(r"(?<!\\)(?:\\\\)*\\$", text[:end]):
             end += 1  # an escaped blank
         text = text[:end]
@@ -1658,7 +1662,7 @@ def _check_alternative_names(value: bytes, kinds: Collection[str]) -> None:
 def _check_san_types(value: str) -> None:
     """Raise CMPError where cmp_san_types names a kind that there is not."""
     known = [kind for kind, _ in SAN_KINDS.values()]
-    for word in re.split(r"[,\s]+", value):
+    for word in re.split(r"[,\s]+", value.strip(", ")):
         if word.lower() not in map(str.lower, known):
             near = _did_you_mean(word, known, "")
             raise CMPError(f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}")
@@ -2015,7 +2019,7 @@ def _sweep(settings: Settings, logger: logging.Logger) -> None:
 
 
 def _sweep_enrolment(settings: Settings, name: str, logger: logging.Logger) -> None:
-    """Delete an enrolment that was killed, unless it waits.
+    """Delete an enrolment or a revocation that was killed, unless it waits.
 
     A looks for `waiting` and sees none. B's enrolment gets the CA's "waiting", renames `enrolling` to `waiting` and
     lets go of the lock. A gets the lock. So A has to look again: what waits under its lock goes on waiting.
@@ -2023,6 +2027,9 @@ def _sweep_enrolment(settings: Settings, name: str, logger: logging.Logger) -> N
     with closing(_resume(settings, name, logger)) as transaction:
         transaction.keep = os.path.exists(transaction.file("waiting"))
         if not transaction.keep:
+            if not os.path.exists(transaction.file("enrolling")):
+                logger.warning("deleted %s, left by a revocation that was killed: revoke again", transaction.path)
+                return
             answers = transaction.answers()
             text = f"CMP transaction {answers[-1].transaction}" if answers else "no answer of the CA"
             with contextlib.suppress(CMPError):  # killed before the CSR was written
@@ -2044,7 +2051,7 @@ class Outcome(NamedTuple):
 
 
 class Gate:
-    """Holds openssl back before one of its requests, so that it can be ended while nothing is in flight.
+    """Holds openssl back before it sends a second pollReq, so that it can be ended while nothing is in flight.
 
     A CA that says checkAfter 0 is asked again and again without a pause. openssl writes each request to a file before
     it sends it (-reqout): this one's "file" is a pipe that is full, so it waits there until somebody reads. If we are
@@ -2181,7 +2188,9 @@ def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Resp
     """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
     settings, known, replay = transaction.settings, transaction.settings.binary.options, _needed_again(before)
     first = _next_number(before)
-    gated = first + (1 if before else 2)  # the first request that may follow a pollRep
+    # The first request that may follow a pollRep: of ir, pollReq, pollReq the third; of a poll, which begins with a
+    # pollReq, the second.
+    gated = first + (1 if before else 2)
     overrides = _resumed_timeouts(settings, before[-1], more_seconds) if before else {}
     total = int(overrides.get("total_timeout") or settings.seconds("total_timeout") or NO_TIMEOUT)
     room = min(MAX_RESPONSES, 2 * total + 10)  # a pollRep takes a second at least, or openssl is ended
@@ -2236,18 +2245,20 @@ def _verdict(
     text = _failure_text(run, newest, settings)
     if run.code == 0:
         text = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
-    repeated = any(answer.grants() for answer in before)
+    granted_before = any(answer.grants() for answer in before)
     leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, run.errors()))
     refused = newest is not None and newest.refuses() and newest.protected
-    if run.only(AFTER_ACCEPTANCE) and (leaf_refused or (refused and not repeated)):
+    if run.only(AFTER_ACCEPTANCE) and (leaf_refused or (refused and not granted_before)):
         return Outcome(text=text, final=True)
     history = _keep_authentic(run, request, transaction, before, answers)
     progress = newest is not None and _number(newest) in map(_number, history)
-    if repeated and not progress and not leaf_refused and run.complete() and _confirmed(transaction, before):
-        issued = next(answer for answer in before if answer.grants())
-        if _same_key(_certificate(issued.certificate).key, key) and (newest or _note_unanswered(run, transaction)):
+    if granted_before and not progress and not leaf_refused and run.complete() and _confirmed(transaction, before):
+        issued = _certificate(next(answer for answer in before if answer.grants()).certificate)
+        # The CA answers something else to its confirmation, or does not answer it, for the second time.
+        in_vain = newest is not None or _note_unanswered(run, transaction)
+        if in_vain and _same_key(issued.key, key):
             transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
-            return Outcome(_certificate(issued.certificate))
+            return Outcome(issued)
     undecided = progress and (run.asleep or run.only(TIME_IS_UP))
     return Outcome(waiting=bool(history), text="" if undecided else text)
 
@@ -2502,11 +2513,13 @@ def _body(kind: int, value: bytes) -> dict[str, Any]:
         details = _free_text([field for field in more if field.tag == 0x30])
         return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
     if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
-        _, _, *info = _elements(_sequence(value)[0].value)
+        _, _, *more = _elements(_sequence(value)[0].value)
+        info = [field for field in more if field.tag == 0x30]  # hashAlg may follow, with or without it (RFC 9480, 2.10)
         return _status_info(info[0]) if info else {"status": 0}
     if kind in (IP, CP):  # CertRepMessage, 5.3.4: caPubs may come first
         responses = [field for field in _sequence(value) if field.tag == 0x30]
-        _, status, *pair = _elements(next(_elements(responses[0].value)).value)
+        _, status, *more = _elements(next(_elements(responses[0].value)).value)
+        pair = [field for field in more if field.tag == 0x30]  # rspInfo may follow, with or without it
         certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
         return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
     return {}
@@ -2962,7 +2975,7 @@ class Message(NamedTuple):
 
 
 class Run(NamedTuple):
-    """How a program ended. `code` is None where it was killed because its time was up, LOST where nobody knows."""
+    """How a program ended. `code` is None where it was killed or left asleep, LOST where nobody knows."""
 
     code: int | None
     output: str
@@ -3044,7 +3057,8 @@ def _run(
             code = _exit_code(child.process)
             _kill(child)
     text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
-    return Run(code, text, cut=cut, asleep=ended and code is None)
+    # Where it has ended by itself meanwhile, its last words are not read any more: that is no complete run either.
+    return Run(None if ended else code, text, cut=cut, asleep=ended)
 
 
 def _messages(output: str, secrets: Collection[str] = (), words: Collection[str] = ()) -> list[Message]:
@@ -3168,7 +3182,8 @@ HINTS = (
     ("wrong pbm value", "the shared secret does not fit: check cmp_ref and cmp_secret"),
     (
         "missing protection",
-        "not protected, as many CAs refuse credentials: check cmp_ref and cmp_secret, or cmp_cert and cmp_key",
+        "the answer is not protected; many CAs answer so if they do not accept the credentials: check cmp_ref and"
+        " cmp_secret, or cmp_cert and cmp_key",
     ),
     (
         "unable to get local issuer certificate",
@@ -3288,7 +3303,10 @@ HINTS = (
         "the CA has such a request or certificate already: finish it there, or let the client make a new key",
     ),
     ("systemUnavail|systemFailure", "the CA cannot work now: ask its operator, and try again later"),
-    ("PKIStatus: waiting", "only an enrolment can wait for the CA; since OpenSSL 3.3 it can wait with any answer"),
+    (
+        "PKIStatus: waiting",
+        "the CA says that it waits, which OpenSSL understands for an enrolment only, before 3.3 not in each answer",
+    ),
     ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
     ("cert and key do not match", "cmp_key does not belong to cmp_cert"),
     (
@@ -3843,8 +3861,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
     except Exception as err:
-        what = "" if isinstance(err, (CMPError, OSError)) else f"internal error: {type(err).__name__} "
-        print(f"error: {what}{_one_line(str(err), 4 * MAX_TEXT)}", file=sys.stderr)
+        known = isinstance(err, (CMPError, OSError))  # the text of another one might hold a secret
+        text = str(err) if known else f"internal error: {type(err).__name__}"
+        print(f"error: {_one_line(text, 4 * MAX_TEXT)}", file=sys.stderr)
     return 1
 
 
@@ -4209,16 +4228,17 @@ def _convert(words: list[str]) -> int:
     found, ours, errors = {}, [], []
     while rest:
         option, equals, value = rest.pop(0).lstrip("-").partition("=")
-        if not equals and (options.get(_option_name(option, options), bool(rest) and rest[0][:1] != "-")):
-            value = rest.pop(0) if rest else ""
         option = _option_name(option, options)
+        takes_value = bool(equals) or options.get(option, bool(rest) and rest[0][:1] != "-")
+        if takes_value and not equals:
+            value = rest.pop(0) if rest else ""
         if options and option not in options:
             errors.append(f"openssl has no option -{option}{_did_you_mean(option, options, '-')}")
         elif option in FORBIDDEN_KEYS:
             errors.append(f"-{option} is not for enrolling at a CA")
         elif option in RUNTIME_KEYS or option == "subject" or (option, value) in OUR_VALUES:
             ours.append(f"-{option}")
-        else:
+        elif value or not takes_value:  # an empty value is none
             found[option] = _comma_dn(value) if option in DN_KEYS else value or "True"
     print("[CAhandler]\n# handler_module: cmp_ca_handler")
     if ours:

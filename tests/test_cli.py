@@ -68,6 +68,13 @@ def test_convert_without_a_configuration_file() -> None:
     assert "# set by the handler itself: -config" in result.stdout
 
 
+def test_convert_of_an_empty_value() -> None:
+    """To openssl it is a value: none, and not True."""
+    result = run("convert", "--", "openssl", "cmp", "-path", "", "-server=127.0.0.1:80", "-ignore_keyusage")
+    expected = {"cmp_openssl_bin": "openssl", "cmp_server": "127.0.0.1:80", "cmp_ignore_keyusage": "True"}
+    assert (result.returncode, section_of(result.stdout)) == (0, expected)
+
+
 @pytest.mark.parametrize(
     "pasted",
     [

@@ -179,6 +179,19 @@ def test_sweep_names_what_is_allowed_here_alone(
     assert "URI:spiffe://a.example/x, CMP transaction " in line
 
 
+def test_sweep_of_a_revocation(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing was issued in it, so nobody has to look for a certificate at the CA."""
+    handler = handlers(ca.options())
+    settings = cmp_ca_handler._settings(handler.section)
+    transaction = cmp_ca_handler._begin(settings, handler.logger)
+    transaction.write("old.pem", "")
+    cmp_ca_handler._unlock(transaction.lock)
+    cmp_ca_handler._sweep_enrolment(settings, transaction.identifier, handler.logger)
+    (line,) = [record.getMessage() for record in caplog.records if "was killed" in record.getMessage()]
+    assert line == f"deleted {transaction.path}, left by a revocation that was killed: revoke again"
+    assert handlers.left() == []
+
+
 def test_nothing_old_is_deleted_before_the_new_is_on_the_disk(
     ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Callable
@@ -22,6 +23,7 @@ from proxy import (
     Proxy,
     body,
     error_body,
+    integer,
     name,
     nested,
     protected,
@@ -181,6 +183,17 @@ def test_run_that_proves_nothing() -> None:
         assert not run._replace(**change).only(cmp_ca_handler.AFTER_ACCEPTANCE), change
 
 
+def test_openssl_that_ends_when_it_should_be_ended() -> None:
+    """Between a look at its answers and its end it may say more, which nobody reads: no line is missing for sure."""
+
+    def asleep() -> bool:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        return True
+
+    run = cmp_ca_handler._run(["/bin/sh", "-c", "echo one; exit 1"], asleep=asleep)
+    assert run.asleep and run.code is None and not run.complete()
+
+
 def test_more_output_than_is_kept() -> None:
     """A certificate's details can be longer than what is kept, and openssl's own lines come last."""
     size = cmp_ca_handler.MAX_OUTPUT
@@ -334,6 +347,32 @@ def test_an_openssl_that_saves_requests_and_no_answers(
     assert "rspout" not in cmp_ca_handler._binary(str(program)).options
     check_issued((*handler.enroll(csr := csr_pem(["a.example"])), False), csr)
     assert requests(ca) == {"ir": 1, "pollReq": 1, "certConf": 1}
+
+
+@binaries
+def test_waiting_with_more_than_the_status(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """CertResponse may end with rspInfo, an OCTET STRING where the certificate would be (RFC 4210, 5.3.4)."""
+    handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+
+    def with_info(forward: Forward) -> bytes:
+        told = write_der(0x30, integer(0) + status_info(3, [], b"") + write_der(0x04, b"utf8text?waiting%"))
+        return saying(forward(), body(1, write_der(0x30, told)))
+
+    proxy.spoil_next("ir", with_info)
+    csr = csr_pem(["a.example"])
+    identifier = begin(handler, csr)
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+
+
+def test_confirmation_with_a_hash_algorithm() -> None:
+    """RFC 9480 adds hashAlg to the certConf, for certificates whose signature names no hash, such as Ed25519's."""
+    parts = write_der(0x04, bytes(32)) + integer(0)
+    algorithm = write_der(0xA0, bytes.fromhex("300b0609608648016503040203"))
+    for info, status in ((b"", 0), (status_info(0, [], b""), 0), (status_info(2, [b"no"], b""), 2)):
+        for more in (b"", algorithm):
+            content = write_der(0x30, write_der(0x30, parts + info + more))
+            assert cmp_ca_handler._body(cmp_ca_handler.CERTCONF, content)["status"] == status
 
 
 @binaries
