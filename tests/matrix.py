@@ -109,7 +109,7 @@ def environment(version: str) -> Path:
     WORK.mkdir(parents=True, exist_ok=True)
     run([interpreter_of(version), "-m", "venv", "--clear", "--without-pip", str(directory)])
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    packages = re.findall(r'"((?:cryptography|pytest|pytest-xdist)>=[^"]+)"', text)
+    packages = re.findall(r'"((?:cryptography|hypothesis|pytest|pytest-xdist)>=[^"]+)"', text)
     # pip of the tests' own environment, for Debian's interpreters come without.
     run([str(PIP), "-m", "pip", "--python", str(python), "install", "--quiet", "--no-input", *packages])
     (directory / "complete").touch()
