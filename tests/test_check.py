@@ -307,6 +307,18 @@ def test_yaml(ca: DemoCA, tmp_path: Path) -> None:
         assert checked.errors == ["error: cmp_ref: YAML reads another value there: write it in quotes"] * other
 
 
+def test_numbers_of_yaml(tmp_path: Path) -> None:
+    """acme2certifier reads YAML, and YAML reads numbers: the real fault, and no other."""
+    (tmp_path / "acme_srv.yaml").write_text(
+        "CAhandler:\n  cmp_server: 127.0.0.1:1\n  cmp_ref: 0123\n  cmp_secret: 12:34\n  cmp_days: 90\n"
+    )
+    command = [sys.executable, str(HANDLER), "--config", str(tmp_path / "acme_srv.yaml"), "check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: cmp_ref, cmp_secret: YAML reads another value there: write it in quotes"]
+    assert "12:34" not in result.stdout + result.stderr and "754" not in result.stdout + result.stderr
+
+
 @pytest.mark.parametrize(
     "line, expected",
     [

@@ -8,7 +8,6 @@ import os
 import re
 import stat
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -786,18 +785,6 @@ def test_formats_of_credentials(
     handler = handlers(section, openssl_bin=openssl)
     assert handler.handler_check() is None
     assert handler.enroll(CSR)[0] is None
-
-
-def test_numbers_of_yaml(tmp_path: Path) -> None:
-    """acme2certifier reads YAML, and YAML reads numbers: the real fault, and no other."""
-    (tmp_path / "acme_srv.yaml").write_text(
-        "CAhandler:\n  cmp_server: 127.0.0.1:1\n  cmp_ref: 0123\n  cmp_secret: 12:34\n  cmp_days: 90\n"
-    )
-    command = [sys.executable, cmp_ca_handler.__file__, "--config", str(tmp_path / "acme_srv.yaml"), "check"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: cmp_ref, cmp_secret: YAML reads another value there: write it in quotes"]
-    assert "12:34" not in result.stdout + result.stderr and "754" not in result.stdout + result.stderr
 
 
 def test_keys_without_underscores(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
