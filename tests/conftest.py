@@ -157,6 +157,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextlib.contextmanager
+def nobody_at(port: int = 0) -> Iterator[int]:
+    """A port at which nobody listens meanwhile, not even another test that runs beside this one."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", port))
+        yield int(holder.getsockname()[1])
+
+
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
     """Wait for a condition, and fail if it does not come true."""
     deadline = time.monotonic() + seconds

@@ -16,7 +16,7 @@ from typing import Any, Callable
 import pytest
 
 import demo_ca
-from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, free_port
+from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, nobody_at
 from demo_ca import DemoCA, read_der
 from host import HANDLER
 from proxy import Proxy, TcpServer, spoilt
@@ -136,7 +136,8 @@ def test_what_is_wrong(
 @pytest.mark.parametrize("who", ["server", "proxy"])
 def test_nobody_is_there(who: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
     """Said at once: openssl would try again until its time is up, and not say why."""
-    checked = connect(ca.options(), **{who: f"127.0.0.1:{free_port()}"})
+    with nobody_at() as port:
+        checked = connect(ca.options(), **{who: f"127.0.0.1:{port}"})
     assert len(checked.errors) == 1 and f"cmp_{who}: 127.0.0.1:" in checked.errors[0]
     assert "does not answer: Connection refused" in checked.errors[0]
 

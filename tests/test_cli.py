@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
+from conftest import OPENSSL, bundle_certificates, csr_pem, nobody_at, wait_until
 from demo_ca import DemoCA
 from host import HANDLER
 from shared import Desk, run
@@ -228,7 +228,8 @@ def test_check_names_every_fault(ca: DemoCA, desk: Desk) -> None:
 def test_check_connect_says_that_nobody_answers(ca: DemoCA, desk: Desk) -> None:
     desk.configure(ca.options())
     ca.stop()
-    result = desk("check", "--connect")
+    with nobody_at(ca.port):
+        result = desk("check", "--connect")
     assert result.returncode == 1 and "does not answer" in result.stdout
 
 

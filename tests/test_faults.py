@@ -25,7 +25,7 @@ import pytest
 
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
-from conftest import OPENSSL, Handlers, Mock, Pair, as_host, csr_pem, free_port, needs_root, wait_until
+from conftest import OPENSSL, Handlers, Mock, Pair, as_host, csr_pem, needs_root, nobody_at, wait_until
 from demo_ca import DemoCA, read_der, write_der
 from shared import script
 from soak import children
@@ -221,9 +221,10 @@ def test_half_a_message(ca: DemoCA, tcp_server: Callable[[Serve], int], handlers
 
 
 def test_server_that_refuses(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    handler = handlers({**ca.options(), "cmp_server": address}, msg_timeout="1", total_timeout="2")
-    fault(handler, CSR, address, "nothing answers there", "cmp_server")
+    with nobody_at() as port:
+        address = f"127.0.0.1:{port}"
+        handler = handlers({**ca.options(), "cmp_server": address}, msg_timeout="1", total_timeout="2")
+        fault(handler, CSR, address, "nothing answers there", "cmp_server")
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["TLS to a plain server", "plain to a TLS server"])

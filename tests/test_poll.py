@@ -28,7 +28,7 @@ from conftest import (
     as_host,
     binaries,
     csr_pem,
-    free_port,
+    nobody_at,
 )
 from demo_ca import DemoCA
 from proxy import Proxy, TcpServer, spoilt
@@ -242,9 +242,10 @@ def test_ca_away(
 ) -> None:
     csr = csr_pem(["a.example"])
     identifier = begin(handlers(hold(ca).options(), **SHORT), csr)
-    port = tcp_server(serve) if serve else free_port()
-    handler = handlers({**ca.options(), "cmp_server": f"127.0.0.1:{port}"}, **SHORT)
-    error, *rest = handler.poll("name", identifier, "")
+    with nobody_at() as closed:
+        port = tcp_server(serve) if serve else closed
+        handler = handlers({**ca.options(), "cmp_server": f"127.0.0.1:{port}"}, **SHORT)
+        error, *rest = handler.poll("name", identifier, "")
     assert f"127.0.0.1:{port}" in str(error)
     assert rest == [None, None, identifier, False]
     assert handlers.left() == [identifier]
@@ -325,11 +326,12 @@ def test_ca_away_before_the_confirmation(
     options = {**ca.options(), "cmp_server": proxy.server}
     proxy.spoil_next("certConf", lambda _: None)
     identifier = begin(handlers(options, **SHORT), csr)
-    away = handlers(options, **SHORT, server=f"127.0.0.1:{free_port()}")
-    for _ in range(3):
-        error, *rest = away.poll("name", identifier, "")
-        assert error
-        assert rest == [None, None, identifier, False]
+    with nobody_at() as port:
+        away = handlers(options, **SHORT, server=f"127.0.0.1:{port}")
+        for _ in range(3):
+            error, *rest = away.poll("name", identifier, "")
+            assert error
+            assert rest == [None, None, identifier, False]
     check_issued(handlers(options, **SHORT).poll("name", identifier, ""), csr)
     assert "not proven" not in caplog.text
     assert (requests(ca)["ir"], requests(ca)["certConf"]) == (1, 1)

@@ -13,7 +13,7 @@ from typing import Callable
 import pytest
 
 import programs
-from conftest import BINARIES, Handlers, as_host, binaries, csr_pem, free_port, listens, needs, wait_until
+from conftest import BINARIES, Handlers, as_host, binaries, csr_pem, free_port, listens, needs, nobody_at, wait_until
 from demo_ca import DemoCA
 from proxy import TcpServer
 from shared import Desk
@@ -154,9 +154,10 @@ def test_nginx_wants_a_certificate(ca: DemoCA, start: Start, enrol: Enrol, check
 def test_nginx_without_a_ca_behind_it(ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
     section = nginx(start, ca)
     ca.stop()
-    error, _ = enrol(section)
-    assert error and "code=502" in error and "a proxy on the way cannot reach the CMP server" in error
-    assert "a proxy on the way cannot reach the CMP server" in check(section)
+    with nobody_at(ca.port):
+        error, _ = enrol(section)
+        assert error and "code=502" in error and "a proxy on the way cannot reach the CMP server" in error
+        assert "a proxy on the way cannot reach the CMP server" in check(section)
 
 
 # --- HTTP proxies -----------------------------------------------------------------------------------------------------
@@ -195,7 +196,9 @@ def test_squid(
     output = check(section)
     assert f"via {squid}" in output and "trust: yes, credentials: yes" in output, output
     ca.stop()
-    for text in (enrol(section)[0], check(section)):
+    with nobody_at(ca.port):
+        texts = (enrol(section)[0], check(section))
+    for text in texts:
         assert text and "a proxy on the way cannot reach the CMP server" in text
 
 

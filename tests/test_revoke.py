@@ -11,7 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from conftest import OPENSSL, Handlers, Mock, Pair, as_host, binaries, csr_pem
+from conftest import OPENSSL, Handlers, Mock, Pair, as_host, binaries, csr_pem, nobody_at
 from demo_ca import DemoCA
 
 ACME = "urn:ietf:params:acme:error:"
@@ -183,7 +183,8 @@ def test_ca_away(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixtur
     handler = handlers(ca.options(), msg_timeout="2", total_timeout="3")
     certificate = enrolled(handler)
     ca.stop()
-    code, message, detail = handler.revoke(certificate, "superseded", None)
+    with nobody_at(ca.port):
+        code, message, detail = handler.revoke(certificate, "superseded", None)
     assert (code, message) == (500, ACME + "serverInternal")
     assert ca.server in str(detail)
     assert str(detail) in caplog.text
