@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import programs
@@ -58,14 +58,14 @@ def main() -> int:
     if os.geteuid() != 0 or lacking:
         print(f"fresh_machine.py: needs root, and {', '.join(lacking) or 'nothing else'}", file=sys.stderr)
         return 2
-    more = set(programs.packages().values()) if "all" in args.more else set(args.more)
-    packages = [name for name in (*BARE, *sorted(more)) if name not in args.without]
+    more = sorted(set(programs.packages().values()) if "all" in args.more else set(args.more))
+    bare = [name for name in BARE if name not in args.without]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the directory is deleted
     LOGS.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     try:
         for suite in args.suites:
-            lines += try_suite(suite, packages, [args.user] if args.user else ["root", "user"])
+            lines += try_suite(suite, bare, more, [args.user] if args.user else ["root", "user"])
     except Missing as missing:
         print(f"fresh_machine.py: {missing}", file=sys.stderr)
         return 2
@@ -73,14 +73,16 @@ def main() -> int:
     return int(any(": exit code 0" not in line for line in lines))
 
 
-def try_suite(suite: str, packages: Iterable[str], users: Iterable[str]) -> list[str]:
+def try_suite(suite: str, bare: Iterable[str], more: Sequence[str], users: Iterable[str]) -> list[str]:
     """Make the machine, run both commands as each of the users, and delete it: a line for each command."""
     directory = tempfile.mkdtemp(prefix=f"fresh-{suite}-", dir="/var/tmp")
     root = Path(directory, "root")  # with the usual mode
     root.mkdir()
     try:
         note(f"{suite}: debootstrap")
-        make_machine(suite, root, packages)
+        make_machine(suite, root, bare)
+        if more:
+            install(suite, root, more)
         return [line for user in users for command in COMMANDS for line in [try_command(suite, root, user, command)]]
     finally:
         subprocess.run(["rm", "-rf", "--one-file-system", directory], check=False)
@@ -106,22 +108,38 @@ def make_machine(suite: str, root: Path, packages: Iterable[str]) -> None:
         subprocess.run(["chroot", root, "chown", "-R", f"{user}:", f"/{home}/cmp_ca_handler"], check=True)
 
 
+def install(suite: str, root: Path, packages: Sequence[str]) -> None:
+    """More packages, by apt: debootstrap cannot install all that these need. No service is started."""
+    policy = root / "usr/sbin/policy-rc.d"
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    command = f"apt-get -q update && apt-get -q install --yes --no-install-recommends {' '.join(packages)}"
+    log = LOGS / f"{suite}-apt-get.log"
+    note(f"{suite}: apt-get install {' '.join(packages)}")
+    if run_inside(root, "root", command, log, {"DEBIAN_FRONTEND": "noninteractive"}):
+        raise Missing(f"apt-get failed, see {log}")
+
+
+def run_inside(root: Path, user: str, command: str, log: Path, more: Mapping[str, str]) -> int:
+    """Run a shell's command in the chroot as a user; the exit code."""
+    inside = [*NAMESPACES, "bash", "-c", INSIDE, "bash", str(root), f"{user}:", command]
+    inside.append(shutil.which("chroot") or "chroot")
+    environment = {"PATH": search_path(user), **network(os.environ), **more}
+    with log.open("wb") as output:
+        return subprocess.run(
+            inside, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        ).returncode
+
+
 def try_command(suite: str, root: Path, user: str, command: str) -> str:
     """Run one command in the clone of `user`: how it ended, in a line."""
     home = "/root" if user == "root" else f"/home/{user}"
     path = LOGS / f"{suite}-{user}-{command.split()[1].replace('/', '-')}.log"
-    inside = f"cd {home}/cmp_ca_handler && exec {command}"
     started = time.monotonic()
-    with path.open("wb") as log:
-        run = subprocess.run(
-            [*NAMESPACES, "bash", "-c", INSIDE, "bash", root, f"{user}:", inside, shutil.which("chroot") or "chroot"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={"HOME": home, "USER": user, "LOGNAME": user, "PATH": search_path(user), **network(os.environ)},
-        )
+    inside = f"cd {home}/cmp_ca_handler && exec {command}"
+    code = run_inside(root, user, inside, path, {"HOME": home, "USER": user, "LOGNAME": user})
     said = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace")).strip().splitlines()
-    line = f"{suite}, {user}, {command}: exit code {run.returncode}, {time.monotonic() - started:.0f} s: "
+    line = f"{suite}, {user}, {command}: exit code {code}, {time.monotonic() - started:.0f} s: "
     line += said[-1].strip("= ") if said else "(nothing printed)"
     note(line)
     return line
