@@ -1351,8 +1351,9 @@ def _check_section(section: Mapping[str, str], settings: Settings) -> Iterator[F
         yield from _check_tls(section, settings)
         yield from _check_credentials(options, "")
         yield from _check_credentials(options, "tls_")
-    for option in WEAK_KEYS.keys() & options.keys():
-        yield Finding(WARNING, f"cmp_{option} weakens security: {WEAK_KEYS[option]}")
+    for option, why in WEAK_KEYS.items():
+        if option in options:
+            yield Finding(WARNING, f"cmp_{option} weakens security: {why}")
     if options.get("popo") == "-1" and options.get("cmd") != "p10cr" and "newkeyout" in binary.options:
         yield Finding(FAULT, f"cmp_popo: {binary.version} sends no request without a proof: delete it")
     yield from _check_timeouts(options)
