@@ -4,16 +4,28 @@
     ACME client --ACME--> acme2certifier --enroll(csr)--> this file --runs--> openssl cmp --CMP--> CA
                                          <-(error, bundle, cert, poll id)-            <- certificate, chain
 
-acme2certifier loads `CAhandler` from this file. Every key `cmp_X: value` of its `[CAhandler]`
-section becomes `-X value` of an `openssl cmp` command line. OpenSSL does all of the CMP (RFC 4210, 9480,
-9483, 9810) and all of the cryptography; this file decides what to send, keeps secrets out of sight, and makes
-errors readable. It needs nothing but the standard library. Run it for the command line:
-`python3 cmp_ca_handler.py --help`.
+acme2certifier loads `CAhandler` from this file. Every entry `cmp_X: value` of its `[CAhandler]` section becomes
+`-X value` of an `openssl cmp` command line. OpenSSL does all of the CMP (RFC 4210, 9480, 9483, 9810) and all of the
+cryptography; this file decides what to send, keeps secrets out of sight, and makes errors readable. It needs nothing
+but the standard library. For the command line: `python3 cmp_ca_handler.py --help`.
 
-It is to be read before it is trusted with the credentials of a CA, from top to bottom: which keys there are, then
-`CAhandler`, the story, and after it what the story calls, in the order in which it calls it. Each section begins
-with a line `# --- `: acme2certifier, the configuration, the request, the transaction on the disk, the exchange with
-the CA and its verdict, the chain, openssl as a process, DER, what differs between systems, the command line.
+It is to be read before it is trusted with the credentials of a CA, from top to bottom. Ten parts, each with its entry
+first; what a function calls stands below it, but for the command line, which is last and which nothing above calls.
+
+    question                                                 where to look
+    What becomes of an order?                                CAhandler.enroll, CAhandler.poll
+    What may a profile of an account set?                    CAhandler._profiled_section, OPTIONS
+    Which CSRs are refused? Who proves possession?           _read_csr, _prove_possession
+    What is sent?                                            _request, _command
+    Which file is whose? What if a poller is killed?         Transaction
+    What does the CA's answer mean, and who says so?         Exchange
+    Which chain is served?                                   ChainFinder
+    What is compared with the CSR?                           _changes
+    Which options are there, and what is special of each?    OPTIONS
+    Who says that the configuration is right?                _findings, _dry_run
+    Where could a secret come out?                           the comment above _secret
+    How does openssl run, and when is it ended?              _run, Exchange.asleep
+    What are openssl's words, and the hints?                 the comment "openssl's words", HINTS
 
 SPDX-License-Identifier: MIT
 """
@@ -32,6 +44,7 @@ import errno
 import functools
 import importlib
 import io
+import json
 import logging
 import os
 import re
@@ -53,186 +66,19 @@ else:
     import fcntl
 
 __all__ = ["CAhandler"]
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
-# --- Which keys are whose -----------------------------------------------------------------------------------
-
-
-def _keys(words: str) -> frozenset[str]:
-    return frozenset(words.split())
+# What kind of failure it is, for the log and for the exit code of the command line.
+CONFIGURATION, REQUEST, REFUSED = "configuration", "request", "refused"
+UNAUTHENTIC, UNREACHABLE, DISK, BUSY, INTERNAL = "unauthentic", "unreachable", "disk", "busy", "internal"
 
 
-# Keys that are no openssl options. Of a new one, `_is_option` checks the value, and Settings and `_settings` hold it;
-# profiles cannot set it, and docs/configuration.md describes it.
-OUR_KEYS = _keys("openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes")
-# Set by the handler for each transaction: ignored in the configuration, with a warning.
-RUNTIME_KEYS = _keys(
-    "newkey newkeypass csr sans san_nodefault extracertsout cacertsout certout chainout rspin rspout oldcert"
-    " revreason batch certform"
-)
-# These turn openssl into a server, a help text or something else that is no enrolment.
-FORBIDDEN_KEYS = _keys(
-    "help port max_msgs srv_ref srv_secret srv_cert srv_key srv_keypass srv_trusted srv_untrusted ref_cert rsp_cert"
-    " rsp_key rsp_keypass rsp_extracerts rsp_capubs rsp_crl rsp_newwithnew rsp_newwithold rsp_oldwithnew poll_count"
-    " check_after grant_implicitconf pkistatus failure failurebits statusstring send_error send_unprotected"
-    " send_unprot_err accept_unprotected accept_unprot_err accept_raverified use_mock_srv repeat reqin reqin_new_tid"
-    " reqout_only centralkeygen newkeyout infotype template serial keyspec oldwithold newwithnew newwithold oldwithnew"
-    " crlcert oldcrl crlout crlform"
-)
-UNUSABLE_KEYS = RUNTIME_KEYS | FORBIDDEN_KEYS
-# Passed to openssl in its environment, for any local user can read an argument list.
-SECRET_KEYS = _keys("secret keypass tls_keypass otherpass")
-DN_KEYS = _keys("recipient issuer expect_sender subject")
-FILE_KEYS = _keys("cert key srvcert tls_cert tls_key config")
-FILE_LIST_KEYS = _keys("trusted untrusted out_trusted own_trusted extracerts tls_extra tls_trusted")
-TLS_KEYS = _keys("tls_cert tls_key tls_keypass tls_extra tls_trusted tls_host")
-ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
-NUMBER_KEYS = _keys("days keep_alive verbosity verify_depth auth_level attime")
-# The names that `openssl cmp` takes: OBJ_ln2nid() knows no other spelling.
-CHOICES = {
-    "cmd": _keys("ir cr p10cr"),
-    "popo": _keys("-1 0"),
-    "mac": _keys("hmac-sha1 hmac-md5 hmacWithSHA1 hmacWithSHA224 hmacWithSHA256 hmacWithSHA384 hmacWithSHA512"),
-    "digest": _keys(
-        "sha1 sha224 sha256 sha384 sha512 sha512-224 sha512-256 sha3-224 sha3-256 sha3-384 sha3-512 md5 sm3 shake128"
-        " shake256 blake2b512 blake2s256 ripemd160"
-    ),
-    "keyform": _keys("PEM P12 pem p12"),
-}
-CHOICE_HINTS = {
-    "cmd": "only ir, cr and p10cr enrol a certificate",
-    "popo": "only 0 (raVerified) and -1 (none) are possible: the private key stays with the ACME client",
-    "keyform": "openssl applies it to the public key of the request, too, and fails: delete it; for an engine write"
-    " cmp_key: org.openssl.engine:pkcs11:pkcs11:...",
-}
-WEAK_KEYS = {
-    "unprotected_errors": "anybody on the way to the CA can refuse in its name",
-    "unprotected_requests": "the requests are not protected, so only TLS can tell the CA who sends them",
-    "ta_in_ip_extracerts": "whoever is on the way can answer as the CA, in spite of cmp_trusted",
-    "no_check_time": "expired certificates are believed",
-    "ignore_critical": "what a certificate forbids may be overlooked",
-    "allow_proxy_certs": "whoever has a certificate can make more of them",
-}
-# What only an enrolment knows: not part of a revocation request.
-ENROLMENT_KEYS = _keys(
-    "popo subject issuer days reqexts policies policy_oids policy_oids_critical out_trusted implicit_confirm"
-    " disable_confirm profile"
-)
-# A profile that belongs to an ACME client's account may set what the configuration uses, but none of these: the
-# program and what it loads, the files it writes, the credentials, and how long it may keep a worker busy.
-PROTECTED_KEYS = OUR_KEYS | RUNTIME_KEYS | FORBIDDEN_KEYS | SECRET_KEYS
-PROTECTED_KEYS |= _keys(
-    "ref cert key keyform cmd popo config section engine provider provider-path provparam propquery tls_cert tls_key"
-    " rand writerand reqout srvcertout msg_timeout total_timeout unprotected_requests unprotected_errors"
-    " verbosity tls_used"
-)
-PROTECTED_KEYS |= frozenset(WEAK_KEYS)
-MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
-# cmpossl before 2020 spells many options without the underscore: inside this file each has OpenSSL 3's name.
-OPTION_NAMES = PROTECTED_KEYS | ENROLMENT_KEYS | DN_KEYS | FILE_KEYS | FILE_LIST_KEYS
-OPTION_NAMES |= _keys("tls_used tls_host no_proxy keep_alive ignore_keyusage")
-WITHOUT_UNDERSCORES = {name.replace("_", ""): name for name in OPTION_NAMES}
+class CMPError(Exception):
+    """What went wrong, on one line, in words for the administrator."""
 
-
-def _option_name(option: str, known: Iterable[str] = ()) -> str:
-    """`option` under the name that this file, or else the openssl that has the options `known`, has for it."""
-    plain = option.replace("_", "")
-    return WITHOUT_UNDERSCORES.get(plain) or next((name for name in known if name.replace("_", "") == plain), option)
-
-
-def _key(key: str) -> str:
-    """A key of the section under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`."""
-    return "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key
-
-
-# RFC 5280, 5.3.1, in the order of their numbers; 7 is not used.
-REASONS = dict(
-    zip(
-        "unspecified keyCompromise cACompromise affiliationChanged superseded cessationOfOperation certificateHold"
-        " removeFromCRL privilegeWithdrawn aACompromise".split(),
-        (0, 1, 2, 3, 4, 5, 6, 8, 9, 10),
-    )
-)
-
-# Attribute type -> (openssl's short name, the string tag that openssl encodes it with, longest value). A subject
-# made of these alone survives the way through `-subject` byte for byte; any other is left to `-csr`.
-PRINTABLE, IA5, UTF8 = 0x13, 0x16, 0x0C
-ATTRIBUTES = {
-    "2.5.4.3": ("CN", UTF8, 64),
-    "2.5.4.4": ("SN", UTF8, 32768),
-    "2.5.4.5": ("serialNumber", PRINTABLE, 64),
-    "2.5.4.6": ("C", PRINTABLE, 2),
-    "2.5.4.7": ("L", UTF8, 128),
-    "2.5.4.8": ("ST", UTF8, 128),
-    "2.5.4.9": ("street", UTF8, 128),
-    "2.5.4.10": ("O", UTF8, 64),
-    "2.5.4.11": ("OU", UTF8, 64),
-    "2.5.4.12": ("title", UTF8, 64),
-    "2.5.4.42": ("GN", UTF8, 32768),
-    "1.2.840.113549.1.9.1": ("emailAddress", IA5, 128),
-    "0.9.2342.19200300.100.1.1": ("UID", UTF8, 256),
-    "0.9.2342.19200300.100.1.25": ("DC", IA5, 255),
-}
-# What openssl takes in the value of an attribute type: characters, and how many. All others are any text (UTF8String).
-PRINTABLE_TEXT, ASCII_TEXT, DIGITS = r"[A-Za-z0-9 '()+,./:=?-]*", r"[\0-\x7f]*", r"[0-9 ]*"
-ANY_TEXT = (UTF8, "(?s:.*)", 1, 1 << 17)
-DN_VALUES = {
-    **dict.fromkeys(("C", "jurisdictionC"), (PRINTABLE, PRINTABLE_TEXT, 2, 2)),
-    "c3": (PRINTABLE, PRINTABLE_TEXT, 3, 3),
-    "serialNumber": (PRINTABLE, PRINTABLE_TEXT, 1, 64),
-    "dnQualifier": (PRINTABLE, PRINTABLE_TEXT, 1, 1 << 17),
-    **dict.fromkeys(("CN", "O", "OU"), (UTF8, "(?s:.*)", 1, 64)),
-    **dict.fromkeys(("L", "ST"), (UTF8, "(?s:.*)", 1, 128)),
-    **dict.fromkeys(("GN", "SN", "initials", "name"), (UTF8, "(?s:.*)", 1, 32768)),
-    "emailAddress": (IA5, ASCII_TEXT, 1, 128),
-    "mail": (IA5, ASCII_TEXT, 1, 256),
-    "DC": (IA5, ASCII_TEXT, 1, 1 << 17),
-    **{name: (0x12, DIGITS, size, size) for name, size in (("n3", 3), ("INN", 12), ("OGRN", 13), ("SNILS", 11))},
-    **dict.fromkeys(("friendlyName", "CSPName"), (0x1E, r"[\0-\uffff]*", 1, 1 << 17)),
-}
-# What others call the types that openssl calls so; case does not count.
-DN_ALIASES = dict(
-    pair.split("=")
-    for pair in (
-        "E=emailAddress EMAIL=emailAddress MAIL=mail S=ST SP=ST T=title G=GN I=initials DNQ=dnQualifier"
-        " GENERATION=generationQualifier PHONE=telephoneNumber POBOX=postOfficeBox JURISDICTIONCOUNTRY=jurisdictionC"
-        " JURISDICTIONSTATE=jurisdictionST JURISDICTIONLOCALITY=jurisdictionL"
-    ).split()
-)
-STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
-STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
-
-SUBJECT_KEY_ID, SUBJECT_ALT_NAME, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.17", "2.5.29.35"
-KEY_USAGE, BASIC_CONSTRAINTS = "2.5.29.15", "2.5.29.19"
-
-# PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers, and of the request that confirms a certificate.
-IP, CP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 12, 19, 23, 24, 26
-# PKIStatus, 5.2.3. With GOOD comes a certificate, in spite of the two warnings; GRANTED says a certConf that takes it.
-GRANTED, WAITING, GOOD = (0, 1), 3, (0, 1, 4, 5)
-# PKIFailureInfo, 5.2.3, in the order of the bits.
-FAILURES = (
-    "badAlg badMessageCheck badRequest badTime badCertId badDataFormat wrongAuthority incorrectData missingTimeStamp"
-    " badPOP certRevoked certConfirmed wrongIntegrity badRecipientNonce timeNotAvailable unacceptedPolicy"
-    " unacceptedExtension addInfoNotAvailable badSenderNonce badCertTemplate signerNotTrusted transactionIdInUse"
-    " unsupportedVersion notAuthorized systemUnavail systemFailure duplicateCertReq"
-).split()
-
-MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
-MAX_OUTPUT = 1 << 18  # of openssl's messages
-MAX_MESSAGES = 400  # of one run of openssl in the log
-MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
-MAX_RESPONSES = 200  # that one run of openssl can save
-NO_TIMEOUT = 30  # seconds for openssl where it is told of no time-out
-EXPIRES_SOON = 30 * 86400  # seconds
-GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
-TICK = 0.2  # seconds between two looks at what openssl has saved, where it prints nothing
-SHORT_CHECK_AFTER = 5  # seconds of checkAfter that a poll sleeps, rather than have too little time for the answer
-KEPT = 24 * 3600  # seconds for which the result of a poll is kept
-MAX_CHAIN = 10
-MAX_LINKS = 24  # processes for the links of one chain
-MAX_STEPS = 100  # on the ways up from a leaf, those that openssl has verified before included
-FALSE_LINK = 4  # that many of them it costs when a certificate from extraCerts, which anybody may put there, is false
-ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
+    def __init__(self, text: str, kind: str = CONFIGURATION) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 # --- The handler --------------------------------------------------------------------------------------------
@@ -241,28 +87,26 @@ Enrolled = tuple[Optional[str], Optional[str], Optional[str], Optional[str]]
 Polled = tuple[Optional[str], Optional[str], Optional[str], Optional[str], bool]
 Revoked = tuple[int, Optional[str], Optional[str]]
 ACME_ERROR = "urn:ietf:params:acme:error:"
+# RFC 5280, 5.3.1, in the order of their numbers; 7 is not used.
+REASONS = dict(
+    zip(
+        "unspecified keyCompromise cACompromise affiliationChanged superseded cessationOfOperation certificateHold"
+        " removeFromCRL privilegeWithdrawn aACompromise".split(),
+        (0, 1, 2, 3, 4, 5, 6, 8, 9, 10),
+    )
+)
 _warned: set[str] = set()
 
 
-class CMPError(Exception):
-    """What went wrong, on one line, in words for the administrator."""
+class Outcome(NamedTuple):
+    """How an exchange ended: with the `leaf`, or waiting, or it failed; `final` is a no that the CA won't take back."""
 
-
-class Log(logging.Logger):
-    """acme2certifier's logger. A log handler that raises does not cost the order that the line is about."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        super().__init__(logger.name)
-        self.parent = self.inner = logger
-
-    def isEnabledFor(self, level: int) -> bool:
-        """As the logger behind it."""
-        return self.inner.isEnabledFor(level)
-
-    def handle(self, record: logging.LogRecord) -> None:
-        """Hand the record on."""
-        with contextlib.suppress(Exception):
-            self.inner.handle(record)
+    leaf: Certificate | None = None
+    waiting: bool = False
+    text: str = ""
+    final: bool = False
+    kind: str = REFUSED
+    bundle: str = ""
 
 
 class CAhandler:
@@ -274,14 +118,14 @@ class CAhandler:
     profile_mapping_field = "cmp_profile"
 
     def __init__(self, debug: bool | None = None, logger: logging.Logger | None = None) -> None:
-        self.logger: logging.Logger = Log(logger or logging.getLogger("cmp_ca_handler"))
+        self.logger = logger or logging.getLogger("cmp_ca_handler")
         self.cahandler_registry_name: str | None = None  # set by acme2certifier where it has several CAs
-        self._helper: types.ModuleType | None = None
-        self._config: Any = {}
         self.section: dict[str, str] = {}
         self.config_error = ""
-        self._hidden: Collection[str] = ()
+        self.failure = ""  # the kind of the last one: for the command line
         self.ask_always = False  # poll() asks the CA even before its checkAfter has passed: for the command line
+        self._helper: types.ModuleType | None = None
+        self._config: Any = {}
 
     def __enter__(self) -> CAhandler:
         """Read the configuration. Starts no process, leaves nothing on disk: each GET of the directory does this."""
@@ -290,18 +134,10 @@ class CAhandler:
             self._config = _load_config(self._helper, self.logger)
             if "CAhandler" not in self._config:
                 raise CMPError("the configuration has no [CAhandler] section")
-            self.section = _our_keys(self._config["CAhandler"])
-            _check_yaml(os.environ.get("ACME_SRV_CONFIGFILE") or "", self.section)
+            self.section = _our_entries(self._config["CAhandler"])
         except Exception as err:
             self.config_error = self._failure("configuration", err)
         return self
-
-    def use_section(self, name: str) -> None:
-        """Overlay `[CAhandler:<name>]`, for the command line: in acme2certifier its `load_config` does that."""
-        if name != "CAhandler":
-            if name not in self._config:
-                raise CMPError(f"the configuration has no section [{_one_line(name)}]")
-            self.section.update(_our_keys(self._config[name]))
 
     def __exit__(self, *args: object) -> None:
         """Nothing is open between calls."""
@@ -312,40 +148,34 @@ class CAhandler:
         Returns (error, bundle in PEM with the leaf first, leaf's DER in base64, poll identifier). A CA that has
         not decided yet gives (None, None, None, identifier).
         """
-        what = "enrolment"
+        about: dict[str, object] = {}
         try:
             section = self._profiled_section(csr)
             settings = self._checked(section)
-            wanted = _csr(csr, settings.san_types)
-            what = f"enrolment of {_wanted(wanted)}"
+            wanted = _read_csr(csr, settings.san_types)
+            about.update(subject=_wanted(wanted), server=settings.server)
             self._check_seen(wanted)
-            with closing(_begin(settings, self.logger)) as transaction:
-                transaction.write("enrolling", "")
-                changed = {key: value for key, value in section.items() if self.section.get(key) != value}
-                if changed:
-                    import json  # only for an order with a profile
-
-                    transaction.write("profile", json.dumps(changed))
+            with closing(_begin(settings, "enrolling", self.logger)) as transaction:
+                transaction.save_profile({k: v for k, v in section.items() if self.section.get(k) != v})
                 try:
-                    outcome, bundle, certificate = self._obtain(wanted, transaction)
+                    outcome = self._obtain(wanted, transaction)
                 except BaseException as err:
                     # A fault of ours does not cost what the CA has answered: it may have issued the certificate.
                     transaction.keep = transaction.answered()
                     if not transaction.keep or not isinstance(err, Exception):
                         raise
-                    outcome, bundle, certificate = Outcome(waiting=True, text=self._failure(what, err)), None, None
-                if bundle:
-                    return (None, bundle, certificate, None)
-                about = f"{_wanted(wanted)}, CMP transaction {transaction.cmp_id or 'unknown'}"
+                    outcome = Outcome(waiting=True, text=self._failure("enrolment", err, about))
+                about["transaction"] = transaction.cmp_id or "unknown"
+                if outcome.leaf:
+                    return (None, outcome.bundle, base64.b64encode(outcome.leaf.der).decode(), None)
                 if not outcome.waiting:
-                    what = f"enrolment of {about}"
-                    raise CMPError(outcome.text)
+                    raise CMPError(outcome.text, outcome.kind)
                 transaction.wait()
-                text = outcome.text or "undecided"
-                self.logger.info("CMP enrolment %s waits for the CA: %s (%s)", transaction.identifier, text, about)
+                about["reason"] = outcome.text or "the CA has not decided"
+                self.logger.info("CMP enrolment waits: %s", _pairs({"id": transaction.identifier, **about}))
                 return (None, None, None, transaction.identifier)
         except Exception as err:
-            return (self._failure(what, err), None, None, None)
+            return (self._failure("enrolment", err, about), None, None, None)
 
     def poll(self, cert_name: str, poll_identifier: str, csr: str) -> Polled:
         """Go on with an enrolment that the CA had not decided.
@@ -353,41 +183,53 @@ class CAhandler:
         Returns (error, bundle, certificate, identifier, rejected). `rejected` is the CA's final no; a CA that
         cannot be reached is an error, and the next poll tries again.
         """
-        what = "poll"
+        about: dict[str, object] = {}
         try:
-            settings = self._read(self._configured())  # its other errors do not count yet: there may be a result
-            fault = _directory_fault(settings)
-            if fault:
-                raise CMPError(fault)
             _check_identifier(poll_identifier)
-            what = f"poll of {poll_identifier}"
+            about["id"] = poll_identifier
+            # Whatever else is wrong with the configuration: the result of an earlier poll is handed out.
+            settings = _settings(self._configured())
+            if settings.directory_fault:
+                raise CMPError(settings.directory_fault)
             kept = _kept_result(settings, poll_identifier)
             if kept:
                 leaf = _certificate(_decode(kept[: kept.index("-----END") + 8], "CERTIFICATE"))
-                if csr and not _same_key(_csr(csr, settings.san_types).key, leaf.key):
-                    raise CMPError("its certificate is for another CSR")
+                if csr and not _same_key(_read_csr(csr, settings.san_types).key, leaf.key):
+                    raise CMPError("its certificate is for another CSR", REQUEST)
                 return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
             with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
-                transaction.keep = True
-                wanted = _csr(transaction.read("csr.pem"), settings.san_types)
-                what += f" ({_wanted(wanted)})"
-                if csr and _decode(csr, CSR_LABEL) != wanted.der:
-                    raise CMPError("the transaction is for another CSR")
-                answers = _usable(transaction.answers())
-                if not answers:  # without them, openssl would begin a second transaction
-                    raise CMPError(f"the saved answers in {transaction.path} are damaged: order the certificate again")
-                if not self.ask_always and not _due(answers):
-                    return (None, None, None, poll_identifier, False)
-                saved = _saved_profile(transaction, self._profile_keys())
-                transaction.settings = self._checked({**self.section, **saved})
-                outcome, bundle, certificate = self._obtain(wanted, transaction)
-                if outcome.text:
-                    about = f"{_wanted(wanted)}, CMP transaction {transaction.cmp_id}"
-                    self.logger.error("CMP poll of %s (%s): %s", poll_identifier, about, outcome.text)
-                transaction.keep = not bundle and not outcome.final
-                return (outcome.text or None, bundle, certificate, poll_identifier, outcome.final)
+                outcome = self._poll(csr, transaction, about)
+                transaction.keep = not outcome.bundle and not outcome.final
+                certificate = base64.b64encode(outcome.leaf.der).decode() if outcome.leaf else None
+                return (outcome.text or None, outcome.bundle or None, certificate, poll_identifier, outcome.final)
+        except BlockingIOError:
+            self.failure = BUSY
+            self.logger.info("CMP poll is in progress elsewhere: %s", _pairs(about))
+            return (None, None, None, poll_identifier, False)
         except Exception as err:
-            return (self._failure(what, err), None, None, poll_identifier, False)
+            return (self._failure("poll", err, about), None, None, poll_identifier, False)
+
+    def _poll(self, csr: str, transaction: Transaction, about: dict[str, object]) -> Outcome:
+        """Ask the CA about a transaction that waits, if it is time. Raises CMPError where that is impossible."""
+        transaction.keep = True
+        wanted = _read_csr(transaction.read("csr.pem"), transaction.settings.san_types)
+        about.update(subject=_wanted(wanted), server=transaction.settings.server)
+        if csr and _decode(csr, CSR_LABEL) != wanted.der:
+            raise CMPError("the transaction is for another CSR", REQUEST)
+        answers = _usable(transaction.answers())
+        if not answers:  # without them, openssl would begin a second transaction
+            raise CMPError(f"the saved answers in {transaction.path} are damaged: order the certificate again", DISK)
+        about["transaction"] = answers[-1].transaction
+        due = _due(answers)
+        if due and not self.ask_always:
+            self.logger.debug("CMP poll is not due: %s", _pairs({**about, "next": _iso(due)}))
+            return Outcome(waiting=True)
+        saved = transaction.saved_profile(self._profile_entries())
+        transaction.settings = self._checked({**self.section, **saved})
+        outcome = self._obtain(wanted, transaction)
+        if outcome.text:
+            self._failure("poll", CMPError(outcome.text, outcome.kind), about)
+        return outcome
 
     def revoke(self, cert: str, rev_reason: str | None = None, rev_date: str | None = None) -> Revoked:
         """Revoke a certificate (base64url DER, or PEM) for a reason of RFC 5280, 5.3.1, by name or number.
@@ -396,37 +238,38 @@ class CAhandler:
         """
         try:
             code = str(rev_reason).strip() if rev_reason is not None else "unspecified"
-            number = {**REASONS, **{str(number): number for number in REASONS.values()}}.get(code)
-            if number is None:
-                detail = self._failure("revocation", CMPError(f"unknown revocation reason {_one_line(code, 40)}"))
-                return (400, ACME_ERROR + "badRevocationReason", detail)
+            name = next((name for name, number in REASONS.items() if code in (name, str(number))), None)
+            if name is None:
+                err = CMPError(f"unknown revocation reason {_one_line(code, 40)}", REQUEST)
+                return (400, ACME_ERROR + "badRevocationReason", self._failure("revocation", err))
             try:
-                parsed = _certificate(_decode(cert, "CERTIFICATE"))
+                certificate = _certificate(_decode(cert, "CERTIFICATE"))
             except CMPError as err:
-                detail = self._failure("revocation", CMPError(f"not a certificate: {err}"))
+                detail = self._failure("revocation", CMPError(f"not a certificate: {err}", REQUEST))
                 return (400, ACME_ERROR + "malformed", detail)
-            return self._revoke(parsed, number, self._checked(self._profiled_section(cert, revocation=True)))
+            return self._revoke(certificate, name, self._checked(self._profiled_section(cert, revocation=True)))
         except Exception as err:
             return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
 
-    def _revoke(self, certificate: Certificate, number: int, settings: Settings) -> Revoked:
+    def _revoke(self, certificate: Certificate, reason: str, settings: Settings) -> Revoked:
         """Ask the CA to revoke, with the server and the credentials of `settings`."""
         settings = settings.without_enrolment("rr")
-        with closing(_begin(settings, self.logger)) as transaction:
+        about = {"serial": certificate.serial, "issuer": _name_text(certificate.issuer), "server": settings.server}
+        with closing(_begin(settings, "revoking", self.logger)) as transaction:
             transaction.write("old.pem", _pem(certificate.der))
-            arguments = ["-oldcert", transaction.file("old.pem"), "-revreason", str(number)]
+            arguments = ["-revreason", str(REASONS[reason])]
             if "rspout" in settings.binary.options:
                 arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
-            run = _openssl_cmp(transaction, arguments)
+            run = _openssl_cmp(transaction, ["-oldcert", transaction.file("old.pem"), *arguments])
+            if not transaction.answers() and any(map(INVALID_CERTIFICATE.search, run.errors())):  # nothing was sent
+                run = _openssl_cmp(transaction, [*_by_serial(certificate, settings), *arguments])
             newest = next(reversed(transaction.answers()), None)
-        _log_messages(self.logger, run.messages)
-        what = f"serial={certificate.serial} issuer={_name_text(certificate.issuer)}"
+        _log_messages(self.logger, run, settings)
         if run.code == 0 and not run.errors():
-            code = next(name for name, known in REASONS.items() if known == number)
-            self.logger.info("revoked at CMP server %s: %s reason=%s", settings.server, what, code)
+            self.logger.info("certificate revoked: %s", _pairs({**about, "reason": reason}))
             return (200, None, None)
-        detail = _failure_text(run, newest, settings)
-        self.logger.error("CMP revocation failed: %s: %s", what, detail)
+        detail, kind = _failure_text(run, newest, settings)
+        self._failure("revocation", CMPError(detail, kind), about)
         # Not from an error message: there it may mean the certificate that has signed the request.
         revoked = newest is not None and newest.body == RP and newest.protected and "certRevoked" in newest.failures
         if revoked and run.only(AFTER_ACCEPTANCE):
@@ -440,36 +283,38 @@ class CAhandler:
     def handler_check(self) -> str | None:
         """None, or every fault of the configuration on one line. Does not contact the CA."""
         try:
-            faults = [self.config_error] if self.config_error else self._read(self.section).errors
+            faults = [self.config_error] if self.config_error else _dry_run(_settings(self.section)).errors
             return _one_line("; ".join(faults), 4 * MAX_TEXT) or None
         except Exception as err:
             return self._failure("check", err)
 
-    def _obtain(self, csr: CSR, transaction: Transaction) -> tuple[Outcome, str | None, str | None]:
-        """Begin or resume the exchange; where that gets a certificate: bundle and leaf, and the log line about them."""
+    def _obtain(self, csr: CSR, transaction: Transaction) -> Outcome:
+        """Begin or resume the exchange; where that gets a certificate: the bundle, and the log line about it."""
         _prove_possession(csr, transaction)
-        outcome = _exchange(_request(csr, transaction), csr.key, transaction)
+        outcome = Exchange(_request(csr, transaction), csr.key, transaction).outcome()
         if outcome.leaf is None:
-            return outcome, None, None
-        leaf = outcome.leaf
-        names = f"subject={_name_text(leaf.subject)} serial={leaf.serial} issuer={_name_text(leaf.issuer)}"
+            return outcome
+        leaf, settings = outcome.leaf, transaction.settings
+        about: dict[str, object] = {"subject": _name_text(leaf.subject), "serial": leaf.serial}
         changes = _changes(csr, leaf, transaction.read("subject"))
         if changes:
-            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", names, changes)
-            if transaction.settings.refuse_changes:
-                return Outcome(text=self._refuse(leaf, changes, transaction), final=True), None, None
+            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
+            if settings.refuse_changes:
+                return Outcome(text=self._refuse(leaf, changes, settings), final=True)
         chain = _chain(leaf, transaction)
-        bundle = "".join(_pem(cert.der) for cert in chain)
-        if os.path.exists(transaction.file("waiting")):
+        bundle = "".join(_pem(certificate.der) for certificate in chain)
+        if transaction.state == "waiting":
             transaction.finish(bundle)
-        names += f" notAfter={leaf.not_after} chain={len(chain)} transaction={transaction.cmp_id or 'unknown'}"
-        self.logger.info("certificate issued: %s seconds=%.2f", names, time.monotonic() - transaction.started)
-        return outcome, bundle, base64.b64encode(leaf.der).decode()
+        seconds = f"{time.monotonic() - transaction.started:.2f}"
+        about.update(issuer=_name_text(leaf.issuer), notAfter=leaf.not_after, chain=len(chain))
+        about.update(transaction=transaction.cmp_id or "unknown", server=settings.server, seconds=seconds)
+        self.logger.info("certificate issued: %s", _pairs(about))
+        return outcome._replace(bundle=bundle)
 
-    def _refuse(self, leaf: Certificate, changes: str, transaction: Transaction) -> str:
+    def _refuse(self, leaf: Certificate, changes: str, settings: Settings) -> str:
         """Revoke a certificate that nobody has asked for; the text for the error."""
         try:
-            detail = self._revoke(leaf, REASONS["cessationOfOperation"], transaction.settings)[2]
+            detail = self._revoke(leaf, "cessationOfOperation", settings)[2]
         except (CMPError, OSError) as err:
             detail = self._failure("revocation", err)
         end = f"and could not be revoked ({detail}): revoke serial {leaf.serial} at the CA" if detail else "and revoked"
@@ -478,18 +323,21 @@ class CAhandler:
     def _check_seen(self, csr: CSR) -> None:
         """Ask acme2certifier how many names it reads in the CSR: it has checked no others. Raises CMPError."""
         read = getattr(self._helper, "csr_san_get", None)
-        if read is not None:
+        if read is None:
+            return
+        try:
             seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("=")))
-            names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr.extensions))
-            if seen != names:
-                raise CMPError(
-                    f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
-                )
+        except Exception as err:
+            raise CMPError(f"acme2certifier cannot read this CSR: {_one_line(str(err))}", REQUEST) from err
+        names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr.extensions))
+        if seen != names:
+            what = f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
+            raise CMPError(what, REQUEST)
 
-    def _profile_keys(self) -> list[str]:
-        """The keys that a profile may set: those that the configuration uses, without the protected ones."""
-        keys = dict.fromkeys([*self.section, "cmp_profile"])
-        return [key for key in keys if _option_name(key[4:]) not in PROTECTED_KEYS]
+    def _profile_entries(self) -> list[str]:
+        """The entries that a profile may set: those that the configuration uses, without the fixed ones."""
+        entries = dict.fromkeys([*self.section, "cmp_profile"])
+        return [entry for entry in entries if not _option(_option_name(entry[4:])).fixed]
 
     def _configured(self) -> dict[str, str]:
         """The section. Raises CMPError where there is none that can be read."""
@@ -502,54 +350,32 @@ class CAhandler:
         check = getattr(self._helper, "eab_profile_header_info_check", None)
         if check is None or self.config_error:
             return self._configured()
+
+        def load(function: str, default: Any) -> Any:
+            reader = getattr(self._helper, function, None)  # old releases have not got them all
+            return reader(self.logger, self._config) if reader else default
+
         # acme2certifier sets attributes by `hasattr` and `setattr`: let it find only what a profile may set.
-        chosen = types.SimpleNamespace(**{key: self.section.get(key) for key in self._profile_keys()})
+        chosen = types.SimpleNamespace(**{entry: self.section.get(entry) for entry in self._profile_entries()})
         chosen.cahandler_registry_name = self.cahandler_registry_name
-        chosen.eab_profiling, chosen.eab_handler = self._read_by_helper("config_eab_profile_load", (False, None))
+        chosen.eab_profiling, chosen.eab_handler = load("config_eab_profile_load", (False, None))
+        # For a list in a profile it looks at these, at a revocation, too.
+        chosen.header_info_field = load("config_headerinfo_load", None)
+        chosen.profiles = load("config_profile_load", {})
         if revocation:
             check_revocation = getattr(self._helper, "eab_profile_revocation_check", None)
             if check_revocation and chosen.eab_profiling and chosen.eab_handler:
                 check_revocation(self.logger, chosen, argument)
         else:
-            chosen.header_info_field = self._read_by_helper("config_headerinfo_load", None)
-            chosen.profiles = self._read_by_helper("config_profile_load", {})
             error = check(self.logger, chosen, argument, self.profile_mapping_field)
             if error:
-                raise CMPError(_one_line(str(error)))
-            if chosen.header_info_field and not chosen.eab_profiling and not chosen.profiles:
-                self._check_header_value(chosen)
-        values = {key: getattr(chosen, key, None) for key in self._profile_keys()}
-        return {**self.section, **{key: value for key, value in values.items() if isinstance(value, str)}}
-
-    def _check_header_value(self, chosen: types.SimpleNamespace) -> None:
-        """Undo what an HTTP header has set, unless [Order] allowed_header_values has it: before 0.46 nobody looks."""
-        import json  # only where [Order] has a header_info_list
-
-        field = self.profile_mapping_field
-        try:
-            allowed = json.loads(self._config["Order"]["allowed_header_values"])
-        except (KeyError, ValueError, TypeError, RecursionError):
-            allowed = []
-        value, configured = getattr(chosen, field), self.section.get(field)
-        if value != configured and not (isinstance(allowed, list) and value in allowed):
-            setattr(chosen, field, configured)
-            what = f"{field}={_one_line(str(value), 100)} in an HTTP header ignored"
-            self.logger.warning("%s: it is not in allowed_header_values of [Order]", what)
-
-    def _read_by_helper(self, function: str, default: Any) -> Any:
-        """What one of acme2certifier's functions reads from the configuration; old releases have not got them all."""
-        load = getattr(self._helper, function, None)
-        return load(self.logger, self._config) if load else default
-
-    def _read(self, section: Mapping[str, str]) -> Settings:
-        """The settings, with all that is wrong with them."""
-        settings = _settings(section)
-        self._hidden = settings.hidden
-        return settings
+                raise CMPError(_one_line(str(error)), REQUEST)
+        values = {entry: getattr(chosen, entry, None) for entry in self._profile_entries()}
+        return {**self.section, **{entry: value for entry, value in values.items() if isinstance(value, str)}}
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error there is."""
-        settings = self._read(section)
+        settings = _settings(section)
         for warning in settings.warnings:
             if warning not in _warned:  # once per process is enough
                 _warned.add(warning)
@@ -558,37 +384,47 @@ class CAhandler:
             raise CMPError("configuration error: " + "; ".join(settings.errors))
         return settings
 
-    def _failure(self, what: str, err: Exception) -> str:
+    def _failure(self, what: str, err: Exception, about: Mapping[str, object] = types.MappingProxyType({})) -> str:
         """Log a failure and give its text."""
-        if isinstance(err, CMPError):
-            text = str(err)
-        elif isinstance(err, OSError):
-            text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
-            hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
-            text += f" ({hint})" if hint else ""
-        else:
-            import traceback  # hopefully never
-
-            lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
-            kind = f"{type(err).__name__} {_foreign(str(err), self._hidden)}"
-            text = f"internal error: {kind} (lines {', '.join(lines)})"
-        text = _one_line(text, 4 * MAX_TEXT)
-        self.logger.error("CMP %s failed: %s", what, text)
+        self.failure, text = _explained(err)
+        self.logger.error("CMP %s failed: %s", what, _pairs({"class": self.failure, **about, "error": text}))
         return text
 
 
-def _saved_profile(transaction: Transaction, allowed: Sequence[str]) -> dict[str, str]:
-    """What the order's profile had set when the enrolment began."""
-    import json
+def _explained(err: Exception) -> tuple[str, str]:
+    """Of which kind a failure is, and what to say about it."""
+    if isinstance(err, CMPError):
+        return err.kind, _one_line(str(err), 4 * MAX_TEXT)
+    if isinstance(err, OSError):
+        hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
+        text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
+        return DISK, _one_line(text, 4 * MAX_TEXT) + (f" ({hint})" if hint else "")
+    import traceback  # hopefully never
 
-    try:
-        profile = json.loads(transaction.read("profile") or "{}")
-        return {key: str(value) for key, value in profile.items() if key in allowed}
-    except (ValueError, AttributeError, RecursionError) as err:
-        raise CMPError(f"the file {transaction.file('profile')} is damaged: order the certificate again") from err
+    lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
+    # Its text is not shown: nobody knows what is in it, and it may be a secret.
+    return INTERNAL, f"internal error: {type(err).__name__} (lines {', '.join(lines)})"
 
 
-# --- acme2certifier, old or new, or none ---------------------------------------------------------------------
+def _pairs(values: Mapping[str, object]) -> str:
+    """`key=value` for the log; a value that is more than one word stands in quotes, with a backslash before a quote."""
+    words = {key: str(value) for key, value in values.items()}
+    for key, word in words.items():
+        if not re.fullmatch(r"[\w.:/@*+-]+", word):
+            words[key] = '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+    return " ".join(f"{key}={word}" for key, word in words.items())
+
+
+def _by_serial(certificate: Certificate, settings: Settings) -> list[str]:
+    """The options that name a certificate to revoke which openssl itself calls invalid. Raises CMPError."""
+    issuer = _slash_form(certificate.issuer, exact=True)
+    if "serial" not in settings.binary.options or issuer is None:
+        what = f"OpenSSL calls the certificate invalid, and {settings.binary.version} cannot revoke it"
+        raise CMPError(f"{what} by issuer and serial: revoke serial {certificate.serial} at the CA", REQUEST)
+    return ["-issuer", issuer, "-serial", f"0x{certificate.serial}"]
+
+
+# acme2certifier, old or new, or none
 
 HELPERS = ("acme2certifier.acme_srv.helper", "acme_srv.helper")  # since 0.45; up to 0.44
 
@@ -622,19 +458,6 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
         raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
 
 
-def _check_yaml(path: str, section: Mapping[str, str]) -> None:
-    """Raise CMPError where YAML has made another value of one: 0123 is 83 there, and 12:34 is 754."""
-    if not os.path.isfile(path) or _is_ini(path):
-        return
-    with open(path, encoding="utf-8-sig") as file:
-        written = re.findall(r"^\s+(cmp_\w+)\s*:[ \t]+([-+.\d][^\s#]*)[ \t]*(?:#.*)?$", file.read(), re.M)
-    values = {key: {value for name, value in written if name == key} for key, _ in written}
-    changed = [key for key in values.keys() & section.keys() if section[key] not in values[key]]
-    changed = sorted(key for key in changed if re.fullmatch(r"[-+.\de]+|[-+]?inf|nan", section[key]))
-    if changed:
-        raise CMPError(f"{', '.join(changed)}: YAML reads another value there: write it in quotes")
-
-
 def _is_ini(path: str) -> bool:
     """Whether the first line that says something begins a section, as acme2certifier tells INI and YAML apart."""
     with open(path, encoding="latin-1") as file:
@@ -643,7 +466,7 @@ def _is_ini(path: str) -> bool:
 
 
 def _read_ini(path: str) -> Any:
-    """The INI file as a configparser object. Raises CMPError with what is wrong with it."""
+    """The INI file as a configparser object. Raises CMPError with what is wrong with it, never with a line of it."""
     import configparser  # only without acme2certifier
 
     config = configparser.ConfigParser(interpolation=None)
@@ -662,7 +485,1178 @@ def _read_ini(path: str) -> Any:
     return config
 
 
-# --- From the section to openssl's options ------------------------------------------------------------------
+def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
+    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
+    return {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
+
+
+# --- The request --------------------------------------------------------------------------------------------
+
+# acme2certifier has checked the names that it read in the CSR. openssl reads the CSR again, and the CA what openssl
+# sends: every extension, byte for byte. So there must be one list of extensions, each once and in DER, and in it the
+# very names that acme2certifier sees (`CAhandler._check_seen`). What nobody checks is refused.
+
+COMMON_NAME, SUBJECT_ALT_NAME, KEY_USAGE, BASIC_CONSTRAINTS = "2.5.4.3", "2.5.29.17", "2.5.29.15", "2.5.29.19"
+EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
+RSASSA_PSS = "1.2.840.113549.1.1.10"
+RSA_KEYS = ("1.2.840.113549.1.1.1", "2.5.8.1.1", RSASSA_PSS)
+# The extensions that everybody reads; those of other arcs are the CA's alone to understand.
+STANDARD_ARCS = ("2.5.29.", "1.3.6.1.5.5.7.")
+# Extensions that tell of the CA, or name somebody.
+OF_THE_CA = {
+    "2.5.29.16": "privateKeyUsagePeriod",
+    "2.5.29.18": "issuerAltName",
+    "2.5.29.30": "nameConstraints",
+    "2.5.29.36": "policyConstraints",
+    "2.5.29.46": "freshestCRL",
+    "2.5.29.54": "inhibitAnyPolicy",
+    "1.3.6.1.5.5.7.1.11": "subjectInfoAccess",
+    "1.3.6.1.4.1.311.25.2": "Active Directory SID",
+    "1.3.6.1.4.1.11129.2.4.2": "certificate timestamps",
+    "1.3.6.1.4.1.11129.2.4.3": "precertificate poison",
+    "1.3.36.8.3.3": "admissions",
+}
+# GeneralName (RFC 5280, 4.2.1.6): tag -> kind.
+SAN_KINDS = {0x81: "email", 0x82: "DNS", 0x86: "URI", 0x87: "IP", 0x88: "RID", 0xA0: "otherName", 0xA4: "dirName"}
+TEXT_KINDS = frozenset(("DNS", "URI", "email"))
+CHECKED_KINDS = frozenset(("DNS", "IP", "email"))  # those that acme2certifier compares with the order
+CRITICAL_NAMES = b"\x06\x03\x55\x1d\x11\x01\x01\xff"  # the beginning of a critical subjectAltName
+CSR_LABEL = "(?:NEW )?CERTIFICATE REQUEST"
+
+
+class CSR(NamedTuple):
+    """What a PKCS #10 request (RFC 2986) asks for."""
+
+    der: bytes
+    subject: Name
+    key: bytes  # the subjectPublicKeyInfo
+    extensions: dict[str, bytes]
+
+
+def _read_csr(argument: object, kinds: Collection[str]) -> CSR:
+    """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
+    try:
+        der = _decode(argument, CSR_LABEL)
+        _check_der(der)
+        information, _, _ = _sequence(der)
+        version, subject, key, *attributes = _sequence(information.raw)
+        if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
+            raise CMPError("it is not a PKCS #10 request")
+        _check_key(key)
+        csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
+        _check_extensions(csr.extensions, kinds)
+        _check_common_name(csr)
+    except CMPError as err:
+        raise CMPError(f"not a usable CSR: {err}", REQUEST) from err
+    except (IndexError, ValueError) as err:
+        raise CMPError("not a usable CSR: it is not a PKCS #10 request", REQUEST) from err
+    return csr
+
+
+def _check_key(key: Element) -> None:
+    """Refuse a key with which anybody can sign: then the CSR's signature proves no possession of the private key."""
+    algorithm, bits = _sequence(key.raw)
+    kind, *parameters = _sequence(algorithm.raw)
+    oid, tags = _oid(kind.value), [parameter.tag for parameter in parameters]
+    if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
+        # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
+        raise CMPError("its key has parameters of its own, so its signature proves nothing: use RSA or a named curve")
+    if oid in RSA_KEYS:
+        exponent = int.from_bytes(_sequence(bits.value[1:])[1].value, "big", signed=True)
+        if exponent < 3 or exponent % 2 == 0:  # with 1 the signature is the message
+            raise CMPError("its RSA key has an exponent below 3, or an even one, so its signature proves nothing")
+
+
+def _requested(attributes: bytes) -> dict[str, bytes]:
+    """The extensions of the one extension request (RFC 2985, 5.4.2): of two, everybody would read another one."""
+    parsed = [_sequence(attribute.raw) for attribute in _elements(attributes)]
+    requests = [values for kind, values in parsed if _oid(kind.value) in EXTENSION_REQUESTS]
+    if len(requests) > 1:
+        raise CMPError(f"it has {len(requests)} extension requests, which others read differently: one is possible")
+    extensions: dict[str, bytes] = {}
+    for values in requests:
+        content = list(_elements(values.value))
+        if values.tag != 0x31 or [element.tag for element in content] not in ([], [0x30]):
+            raise CMPError("its extension request is not exactly one list of extensions")
+        for extension in _elements(content[0].value if content else b""):
+            identifier, *critical, value = _sequence(extension.raw)
+            oid = _oid(identifier.value)
+            # FALSE is the default of `critical`, which DER does not write down.
+            if (identifier.tag, value.tag) != (0x06, 0x04) or [c.raw for c in critical] not in ([], [b"\x01\x01\xff"]):
+                raise CMPError(f"its extension {oid} is not DER: an identifier, TRUE (FF) if critical, and a value")
+            if oid in extensions:
+                raise CMPError(f"it has the extension {oid} twice")
+            extensions[oid] = value.value
+    return extensions
+
+
+def _check_extensions(extensions: Mapping[str, bytes], kinds: Collection[str]) -> None:
+    """Refuse what others may misread, and what is not for a client to ask for; names only of these `kinds`."""
+    for oid, value in extensions.items():
+        if oid in OF_THE_CA:
+            raise CMPError(f"it asks for the extension {OF_THE_CA[oid]}, which is for the CA to decide")
+        if oid.startswith(STANDARD_ARCS):
+            try:
+                _check_der(value)
+            except CMPError as err:
+                raise CMPError(f"its extension {oid} is malformed: {err}") from err
+    if _signs_certificates(extensions):
+        raise CMPError("it asks for a CA certificate (basicConstraints or keyUsage), which no ACME client needs")
+    if SUBJECT_ALT_NAME in extensions and not _sequence(extensions[SUBJECT_ALT_NAME]):
+        raise CMPError("its subjectAltName is malformed: it has no names")
+    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
+        kind, text = SAN_KINDS.get(name.tag, f"[{name.tag & 0x1F}]"), _one_line(ascii(name.value)[2:-1], 80)
+        if kind not in kinds:
+            allowed = ", ".join(kinds)
+            raise CMPError(f"its subjectAltName {kind} '{text}' is not a type that cmp_san_types allows: {allowed}")
+        visible = re.fullmatch(rb"[!-~]+", name.value) if kind in TEXT_KINDS else name.value
+        if not visible or (kind == "IP" and len(name.value) not in (4, 16)) or (kind == "RID" and not _oid(name.value)):
+            raise CMPError(f"its subjectAltName {kind} '{text}' is malformed")
+
+
+def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
+    """Whether it is a CA's: cA in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3).
+
+    Raises CMPError where others may read something else: in two values, or in one in pieces.
+    """
+    usage, *second = _elements(extensions.get(KEY_USAGE, b"\x03\x01\x00"))
+    flag, *others = [*_sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\x00")), None]
+    if second or usage.tag != 0x03 or not 1 <= len(usage.value) <= 3 or any(e and e.tag == 0x01 for e in others):
+        raise CMPError("its keyUsage or basicConstraints is malformed")
+    authority = flag is not None and flag.tag == 0x01 and any(flag.value)
+    return authority or bool(usage.value[1:2] and usage.value[1] & 0x04)
+
+
+def _check_common_name(csr: CSR) -> None:
+    """acme2certifier compares the first CN with the order, old ones only where there is no subjectAltName.
+
+    So it must be the only one, be read alike by everybody, and be among the subjectAltNames if it looks like a host.
+    """
+    names = [attribute for rdn in csr.subject for attribute in rdn if attribute.type == COMMON_NAME]
+    if len(names) > 1:
+        raise CMPError(f"its subject has {len(names)} common names (CN): one is possible")
+    for name in names:  # TeletexString is Latin-1 for some, UTF-8 for others
+        if name.text is None or "\0" in name.text or (name.tag == 0x14 and not name.raw.isascii()):
+            raise CMPError("its common name (CN) is no string that everybody reads alike")
+    checked = {name.lower() for kind, name in _alternative_names(csr.extensions) if kind in CHECKED_KINDS}
+    for host in sorted(_common_names(csr.subject) - checked) if checked else ():
+        what = f"its common name (CN) {_one_line(host, 80)} is none of its subjectAltNames"
+        raise CMPError(f"{what}: nobody has checked it")
+
+
+def _common_names(subject: Name) -> set[str]:
+    """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
+    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
+    texts = {re.sub("[\u3002\uff0e\uff61]", ".", text).rstrip(".") for text in texts}  # dots, too (RFC 3490, 3.1)
+    return {text for text in texts if re.fullmatch(r"[^\s.@]+(\.[^\s.@]+)+|[0-9a-f]*:[0-9a-f:.]+", text)}
+
+
+def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """The subjectAltNames (RFC 5280, 4.2.1.6) as (kind, text); what is no text is in hexadecimal."""
+    names = []
+    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
+        kind, text = SAN_KINDS.get(name.tag, f"[{name.tag & 0x1F}]"), name.value.hex()
+        if kind in TEXT_KINDS:
+            text = name.value.decode("ascii", "backslashreplace")
+        elif kind == "IP" and len(name.value) in (4, 16):
+            import ipaddress  # not every certificate has one
+
+            text = str(ipaddress.ip_address(name.value))
+        names.append((kind, text))
+    return names
+
+
+def _wanted(csr: CSR) -> str:
+    """What a CSR asks for, for the log: its subject, or else its names."""
+    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr.extensions))
+    return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
+
+
+def _prove_possession(csr: CSR, transaction: Transaction) -> None:
+    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit.
+
+    `_check_key`, before this, has refused the keys with which anybody can sign.
+    """
+    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
+    binary, name = transaction.settings.binary, transaction.key_file
+    if os.path.exists(transaction.file(name)):
+        return  # a poll: it was verified before the CA was asked
+    transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
+    # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
+    run = _run([binary.path, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout"])
+    # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
+    if SIGNATURE_WRONG.search(run.output):
+        raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused", REQUEST)
+    if run.code != 0 or not SIGNATURE_FITS.search(run.output):
+        said = run.killed() or _one_line("; ".join(line.text for line in run.lines[:2]))
+        hint = "" if run.killed() else _hint("cannot use the CSR")
+        raise CMPError(f"openssl cannot use the CSR: {said}{hint}", REQUEST)
+    transaction.write(name, csr.key if name.endswith(".der") else _pem(csr.key, "PUBLIC KEY"))
+
+
+def _request(csr: CSR, transaction: Transaction) -> list[str]:
+    """The options that describe one enrolment."""
+    settings, file = transaction.settings, transaction.file
+    known, whole = settings.binary.options, settings.binary.converts_csr()
+    arguments = ["-certout", file("cert.pem"), "-extracertsout", file("extracerts.pem")]
+    if "cacertsout" in known:
+        arguments += ["-cacertsout", file("capubs.pem")]
+    if settings.options.get("cmd") == "p10cr":  # the request is the CSR
+        if not csr.extensions.get(SUBJECT_ALT_NAME) and _common_names(csr.subject):
+            transaction.logger.warning("the CSR has no subjectAltName: many clients refuse such a certificate")
+        return [*arguments, "-csr", file("csr.pem")]
+    arguments += ["-newkey", file(transaction.key_file)]
+    subject = _subject(csr, settings)
+    if subject is not None:
+        arguments += ["-subject", subject]
+        if transaction.state == "enrolling":
+            transaction.write("subject", subject)
+    if whole and (csr.extensions or subject is None):  # later ones than 3.0 refuse an extension request that is empty
+        arguments += ["-csr", file("csr.pem")]
+    names = _names_to_add(csr, transaction)
+    if names:
+        arguments += ["-sans", _utf8(",".join(names))]
+    elif "san_nodefault" in known:  # without it the names of the RA's own certificate go into the request
+        arguments += [f"-{settings.binary.spelled['san_nodefault']}"]
+    critical = subject in (None, "/")  # exactly where there is no subject (RFC 5280, 4.2.1.6): Java and others insist
+    if whole and not csr.subject and SUBJECT_ALT_NAME in csr.extensions and critical != (CRITICAL_NAMES in csr.der):
+        arguments += _marked_names(csr, transaction, critical)
+    return arguments
+
+
+def _subject(csr: CSR, settings: Settings) -> str | None:
+    """What to pass as `-subject`; None leaves the subject to `-csr`."""
+    if csr.subject:
+        whole = settings.binary.converts_csr()
+        text = _slash_form(csr.subject, exact=whole)
+        if text is None and not whole:
+            version, subject = settings.binary.version, _name_text(csr.subject)
+            raise CMPError(f"{version} cannot carry the subject {subject}, OpenSSL 3.0 can", REQUEST)
+        return text
+    if "subject" in settings.options:
+        return settings.options["subject"]
+    # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
+    names = _alternative_names(csr.extensions)
+    fitting = [name for wanted in ("DNS", "IP") for kind, name in names if kind == wanted and 0 < len(name) <= 64]
+    return _slash_form([[Attribute(COMMON_NAME, UTF8, fitting[0], b"")]], exact=True) if fitting else None
+
+
+def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
+    """The subjectAltNames that `-csr` does not bring; never both, for then the request has two such extensions."""
+    settings = transaction.settings
+    if settings.binary.converts_csr():
+        # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
+        lonely = SUBJECT_ALT_NAME not in csr.extensions and "reqexts" not in settings.options
+        return [name for name in _common_names(csr.subject) if re.fullmatch(r"[\w.:*-]+", name, re.A)] if lonely else []
+    names = _alternative_names(csr.extensions)
+    carried = [(k, name) for k, name in names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
+    lost = [kind for kind, name in names if (kind, name) not in carried]
+    lost += [oid for oid in csr.extensions if oid != SUBJECT_ALT_NAME]
+    if lost:
+        transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
+    return [name for _, name in carried]
+
+
+def _marked_names(csr: CSR, transaction: Transaction, critical: bool) -> list[str]:
+    """Options that send the CSR's subjectAltName, byte for byte, critical or not.
+
+    An OpenSSL configuration file of the administrator's has precedence.
+    """
+    if transaction.settings.options.keys() & {"section", "reqexts"} or transaction.settings.options.get("config"):
+        return []
+    value = ("critical,DER:" if critical else "DER:") + csr.extensions[SUBJECT_ALT_NAME].hex()
+    transaction.write("request.cnf", f"[names]\nsubjectAltName = {value}\n")
+    return ["-config", transaction.file("request.cnf"), "-reqexts", "names"]
+
+
+# --- A transaction is a directory ---------------------------------------------------------------------------
+
+KEPT = 24 * 3600  # seconds for which the result of a poll is kept
+ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
+
+
+class Transaction:
+    """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs.
+
+    enrolling, waiting, revoking  one of them: its state, and the lock
+    csr.pem, pubkey.der           the request: what the client has signed, and its key
+    subject, profile              what was sent as -subject; what the order's profile has set
+    NNN.der                       the CA's answers; the newest holds the nonce that it expects next
+    NNN.new                       an answer as openssl saved it: the last of them may be anybody's
+    repeated                      a repeated certConf got no answer
+    issued                        the result of a poll, kept for a day, when all else is gone
+    of one run alone              NNN.req, scratch, cert.pem, extracerts.pem, capubs.pem, request.cnf; of the chain
+                                  issuer.pem, below.pem; of a revocation old.pem
+
+    Who sees which file, and why nothing is lost:
+
+    - enroll() makes the directory, holds the lock, and asks. The CA says "waiting". wait() renames `enrolling` to
+      `waiting` and syncs all: only now acme2certifier gets the identifier. Killed before that, nobody knows of the
+      order, and the sweep deletes the directory an hour later.
+    - A poller takes the lock and has openssl ask. It is killed with -9: the system lets go of the lock, and openssl,
+      which holds it too, goes on until its time is up, so no second poller asks in between. What it gets is there
+      as NNN.new. The next poll replays it: openssl goes on from it, or refuses it, and then it is thrown away.
+    - The CA says yes. finish() writes the bundle as `issued`, whole and synced, before the poller says so. Killed then,
+      the next poll hands out the same bundle. Killed after it, too; and a day later the sweep deletes it.
+    - Two pollers: the second finds the lock taken. It opens the lock file, the first one finishes and lets go, the
+      second gets the lock of a file that is gone: `_resume` looks whether it is still there.
+    - The sweep sees `enrolling`. The enrolment gets "waiting", renames it and lets go. The sweep gets the lock of a
+      file that is now called `waiting`: its old name is gone, so it leaves the directory alone.
+    """
+
+    def __init__(self, settings: Settings, identifier: str, state: str, lock: int, logger: logging.Logger) -> None:
+        self.settings, self.identifier, self.state, self.logger = settings, identifier, state, logger
+        self.lock = lock  # a file descriptor
+        self.path = f"{settings.directory}/{identifier}"
+        self.keep = False
+        self.started = time.monotonic()
+        self.cmp_id = ""  # CMP's transactionID, once the CA has answered
+
+    @property
+    def key_file(self) -> str:
+        """Where the CSR's public key is: OpenSSL 3 reads DER faster; older ones, or with -keyform, only PEM."""
+        faster = self.settings.binary.since(3, 0) and "keyform" not in self.settings.options
+        return "pubkey.der" if faster else "pubkey.pem"
+
+    def file(self, name: str) -> str:
+        """The path of one of its files."""
+        return f"{self.path}/{name}"
+
+    def write(self, name: str, data: str | bytes) -> None:
+        """Make one of its files."""
+        with open(self.file(name), "wb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+
+    def read(self, name: str) -> str:
+        """The text of one of its files, empty if there is none."""
+        if not os.path.exists(self.file(name)):
+            return ""
+        with open(self.file(name), encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def remove(self, *names: str) -> None:
+        """Delete some of its files, those that are there."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.file(name))
+
+    def save_profile(self, entries: Mapping[str, str]) -> None:
+        """Save what the order's profile has set."""
+        if entries:
+            import json  # only for an order with a profile
+
+            self.write("profile", json.dumps(entries))
+
+    def saved_profile(self, allowed: Sequence[str]) -> dict[str, str]:
+        """What the order's profile had set when the enrolment began."""
+        import json
+
+        try:
+            profile = json.loads(self.read("profile") or "{}")
+            return {key: str(value) for key, value in profile.items() if key in allowed}
+        except (ValueError, AttributeError, RecursionError) as err:
+            raise CMPError(f"the file {self.file('profile')} is damaged: order the certificate again", DISK) from err
+
+    def saved(self) -> list[str]:
+        """The names of the saved answers, in order, whole or not."""
+        names = (name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
+        return sorted(names, key=lambda name: (len(name), name))  # 1000 comes after 999
+
+    def answers(self) -> list[Message]:
+        """The saved answers that are whole, in order."""
+        found = [message for name in self.saved() if (message := _saved_message(self.file(name)))]
+        self.cmp_id = found[-1].transaction if found else self.cmp_id
+        return found
+
+    def answered(self) -> bool:
+        """Whether there is an answer to go on from; where none can be read now (no descriptors), any answer."""
+        try:
+            return bool(_usable(self.answers()))
+        except OSError:
+            return any(os.path.exists(self.file(name)) for name in ("001.new", "001.der"))
+
+    def wait(self) -> None:
+        """Let it wait for the CA. That is a promise, so it is on the disk before it is said."""
+        self.keep = True
+        try:
+            os.rename(self.file(self.state), self.file("waiting"))  # possible on a full disk, too
+            for path in (*map(self.file, os.listdir(self.path)), self.path, os.path.dirname(self.path)):
+                _sync(path)
+        except OSError as err:
+            what = f"waits, but {self.path} may not survive a power failure"
+            self.logger.error("CMP enrolment %s %s: %s", self.identifier, what, err.strerror)
+
+    def finish(self, bundle: str) -> None:
+        """Keep the result: acme2certifier may be killed before it has stored what poll() returned."""
+        try:
+            self.write("issued.part", bundle)
+            _sync(self.file("issued.part"))
+            os.replace(self.file("issued.part"), self.file("issued"))
+            _sync(self.path)
+        except OSError as err:
+            self.logger.warning("cannot keep the result of %s for a second poll: %s", self.identifier, err.strerror)
+
+    def close(self) -> None:
+        """Let go of the directory, and delete it unless it is to keep.
+
+        First the lock's file: without it nobody can take the transaction up again, so nobody finds half of it.
+        """
+        try:
+            try:
+                if not self.keep:
+                    os.remove(self.file(self.state))
+            finally:
+                _unlock(self.lock)  # also where somebody has deleted the directory: or else a descriptor is lost
+            if not self.keep:
+                _delete(self.path, but="issued")
+        except OSError as err:
+            what = "unlock %s, whose order stays" if self.keep else "delete %s"
+            self.logger.error(f"cannot {what}: %s", self.path, err.strerror)
+
+
+def _begin(settings: Settings, state: str, logger: logging.Logger) -> Transaction:
+    """A new transaction with a random identifier. Raises CMPError or OSError."""
+    _make_directory(settings)
+    _sweep(settings, logger)
+    identifier = os.urandom(16).hex()
+    path = f"{settings.directory}/{identifier}"
+    os.mkdir(path, 0o700)
+    try:
+        return Transaction(settings, identifier, state, _locked(f"{path}/{state}", new=True), logger)
+    except OSError:
+        _delete(path)
+        raise
+
+
+_swept: dict[str, float] = {}
+
+
+def _sweep(settings: Settings, logger: logging.Logger) -> None:
+    """Delete what killed processes left (an hour old, not waiting, and nobody holds the lock), and old results."""
+    base, now = settings.directory, time.time()
+    if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
+        return
+    _swept[base] = now
+    for name in os.listdir(base):
+        path = f"{base}/{name}"
+        try:
+            age = now - os.lstat(path).st_mtime
+            if not re.fullmatch("[0-9a-f]{32}", name) or age <= ABANDONED or os.path.exists(f"{path}/waiting"):
+                continue
+            states = [state for state in ("enrolling", "revoking") if os.path.exists(f"{path}/{state}")]
+            if os.path.exists(f"{path}/issued"):
+                if age > KEPT:
+                    _delete(path)
+            elif states:
+                _sweep_killed(settings, name, states[0], logger)
+            else:  # killed while it was made or deleted
+                _delete(path)
+        except (CMPError, OSError) as err:
+            logger.debug("not swept: %s", _one_line(str(err)))
+
+
+def _sweep_killed(settings: Settings, name: str, state: str, logger: logging.Logger) -> None:
+    """Delete what an enrolment or a revocation left that was killed, and say what may have become of it."""
+    with closing(_resume(settings, name, logger, state)) as transaction:
+        answers = transaction.answers()
+        about = {"directory": transaction.path, "transaction": answers[-1].transaction if answers else "none"}
+        what = "the CA may have revoked or not: revoke again"
+        if state == "enrolling":
+            what = "the CA may have issued a certificate that nobody has: revoke it there"
+            with contextlib.suppress(CMPError):  # killed before the CSR was written
+                about["subject"] = _wanted(_read_csr(transaction.read("csr.pem"), SAN_KINDS.values()))
+        logger.warning("deleted what a killed process left: %s; %s", _pairs(about), what)
+
+
+def _check_identifier(identifier: object) -> None:
+    """Raise CMPError where it is none: it becomes a part of paths."""
+    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
+        raise CMPError("not a transaction identifier", REQUEST)
+
+
+def _kept_result(settings: Settings, identifier: str) -> str:
+    """The bundle that an earlier poll has returned, empty if there is none."""
+    path = f"{settings.directory}/{identifier}/issued"
+    if os.path.islink(path) or not os.path.isfile(path):
+        return ""
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+def _resume(settings: Settings, identifier: str, logger: logging.Logger, state: str = "waiting") -> Transaction:
+    """The transaction of this identifier, locked.
+
+    Raises CMPError where it is unknown, BlockingIOError where somebody works on it.
+    """
+    base, path = settings.directory, f"{settings.directory}/{identifier}"
+    text = f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost"
+    # Of an enrolment that was killed nobody knows the identifier, but who finds it may go on with it.
+    killed = state == "waiting" and not os.path.exists(f"{path}/waiting")
+    try:
+        lock = _locked(f"{path}/{'enrolling' if killed else state}")
+        if killed:
+            os.rename(f"{path}/enrolling", f"{path}/waiting")
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise CMPError(text, REQUEST) from err
+    if not os.path.exists(f"{path}/{state}"):  # finished, or renamed, between our open and our lock
+        _unlock(lock)
+        raise CMPError(text, REQUEST)
+    return Transaction(settings, identifier, state, lock, logger)
+
+
+def _delete(path: str, but: str = "") -> None:
+    """Delete a transaction's directory, or all in it `but` one file. Takes one descriptor: no more may be left."""
+    names = os.listdir(path)
+    try:
+        for name in names:
+            if name != but:
+                os.remove(f"{path}/{name}")
+        if but not in names:
+            os.rmdir(path)
+    except IsADirectoryError:
+        shutil.rmtree(path)
+
+
+# --- The exchange with the CA, and its verdict ----------------------------------------------------------------
+
+POLL_REQUESTS, MAX_REQUESTS = 4, 15  # that a poll, and any run of openssl, may send
+NO_MORE_REQUESTS = "no-directory/no-more"  # a file that cannot be written
+SHORT_CHECK_AFTER = 5  # seconds of checkAfter that a poll sleeps, rather than have too little time for the answer
+ACCEPTED, NOT_ACCEPTED, UNKNOWN = "accepted", "not accepted", "unknown"  # by openssl
+
+
+class Exchange:
+    """One run of `openssl cmp` for an enrolment, from the start or on from saved answers, and what has come of it.
+
+    Three sources tell that, in this order of trust: the file that openssl writes as its last act; the CA's messages,
+    read as DER; openssl's text. Into that text whoever is on the way can write, so it may say "openssl did not accept
+    this answer", and nothing else.
+    """
+
+    def __init__(self, request: Sequence[str], key: bytes, transaction: Transaction) -> None:
+        self.request, self.key = request, key  # openssl's arguments; the subjectPublicKeyInfo
+        self.transaction, self.settings = transaction, transaction.settings
+        self.before = _usable(transaction.answers())
+        self.first = max(map(_number, self.before), default=0) + 1  # of the answers of this run
+        self.after: list[Message] = []
+        self.run, self.deadline = Run(None, ""), 0.0
+
+    def outcome(self) -> Outcome:
+        """Ask the CA, keep what it has said, and tell what has become of the enrolment."""
+        _check_room(self.transaction.path)  # or else the answers could not be saved
+        self._clear(self.before)
+        self._ask()
+        if self.before and self.run.only(TIME_IS_UP) and not self._made(self.first):
+            # openssl counts whole seconds: one may have been over before it was asleep. Nothing was sent.
+            self._ask(more_seconds=2)
+        self.after = [answer for answer in self.transaction.answers() if _number(answer) >= self.first]
+        outcome = self._issued() or self._refused()
+        if outcome is None:
+            history = self._keep()
+            news = bool(self.after) and _number(self.after[-1]) in map(_number, history)
+            outcome = (None if news else self._issued_before()) or self._undecided(news, bool(history))
+            self._clear(history)
+        usual = [END_OF_REPLAY] if self.before else []
+        usual += [END_OF_WAIT] if outcome.waiting and not outcome.text else []
+        _log_messages(self.transaction.logger, self.run, self.settings, "|".join(usual))
+        return outcome
+
+    def _clear(self, answers: Sequence[Message]) -> None:
+        """Delete what a run has left: its requests, its certificate, all answers but these."""
+        useful = {os.path.basename(answer.path) for answer in answers}
+        requests = [name for name in os.listdir(self.transaction.path) if name.endswith(".req")]
+        self.transaction.remove("cert.pem", "scratch", *requests, *(set(self.transaction.saved()) - useful))
+
+    def _ask(self, more_seconds: int = 0) -> None:
+        """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
+        known, file, replay = self.settings.binary.options, self.transaction.file, _needed_again(self.before)
+        overrides = _resumed_timeouts(self.settings, self.before[-1], more_seconds) if self.before else {}
+        total = int(overrides.get("total_timeout") or self.settings.seconds("total_timeout") or NO_TIMEOUT)
+        # A CA that says checkAfter 0 is asked again and again without a pause. openssl ends where it cannot write a
+        # request, and then nothing is on its way.
+        count = POLL_REQUESTS if self.before else min(POLL_REQUESTS + 1 + total, MAX_REQUESTS)
+        old, new = [path[:-4] for path in replay], [file(f"{self.first + i:03d}") for i in range(count)]
+        files = ["-rspin", ",".join(replay)] if replay else []
+        if "rspin" in known:  # what it has seen already is saved once more
+            files += ["-rspout", ",".join([*[file("scratch")] * len(old), *(f"{path}.new" for path in new)])]
+            files += ["-reqout", ",".join([*(f"{path}.req" for path in old + new), file(NO_MORE_REQUESTS)])]
+        answer = max(self.settings.seconds("msg_timeout"), self.settings.binary.margin())
+        # A poll asks once. Otherwise there must be time for an answer, and openssl counts whole seconds.
+        self.deadline = time.monotonic() + (0 if self.before else total - answer - 1)
+        self.run = _openssl_cmp(self.transaction, self.request, files, overrides, self.asleep)
+
+    def asleep(self) -> bool:
+        """Whether openssl sleeps, because the CA wants to be asked later than there is time for.
+
+        It writes each request before it sends it. So as long as the one that follows this answer is not there, nothing
+        is on its way, and openssl can be ended.
+        """
+        if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
+            return False  # the usual case, and this is asked often
+        newest = _saved_message(self.transaction.file(self.transaction.saved()[-1]))
+        if newest is None or newest.body != POLLREP or newest.check_after < 1:
+            return False  # with checkAfter 0 it does not sleep
+        # Its age, for what was found in time when it came is not found too late a second before the next question.
+        age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
+        too_late = newest.check_after - age > self.deadline - time.monotonic()
+        return too_late and not os.path.exists(self.transaction.file(f"{_number(newest) + 1:03d}.req"))
+
+    def _made(self, number: int) -> bool:
+        """Whether openssl has made the request for this answer, that is, has accepted the one before."""
+        message = _saved_message(self.transaction.file(f"{number:03d}.req"))
+        return message is not None and message.body != ERROR
+
+    def _issued(self) -> Outcome | None:
+        """openssl has written the certificate, when all was done."""
+        found = _certificates(self.transaction.file("cert.pem"))
+        return Outcome(found[0]) if found else None
+
+    def _refused(self) -> Outcome | None:
+        """The CA has said no, and openssl has accepted that; or openssl does not take the certificate."""
+        refused = any(answer.refuses() and answer.protected for answer in self.after[-1:])
+        final = self._leaf_refused() or (refused and not any(answer.grants() for answer in self.before))
+        return Outcome(text=self._text()[0], final=True) if final and self.run.only(AFTER_ACCEPTANCE) else None
+
+    def _leaf_refused(self) -> bool:
+        """Whether openssl does not take the certificate that the CA has issued."""
+        return any(map(LEAF_NOT_ACCEPTED.match, self.run.errors()))
+
+    def _text(self) -> tuple[str, str]:
+        """Why there is no certificate, and of which kind that is."""
+        if self.run.code == 0:
+            where = f"cmp_tmp_dir {self.settings.directory}"
+            return f"openssl saved no whole certificate: is the disk of {where} full?", DISK
+        newest = self.after[-1] if self.after else None
+        if newest and self._made(_number(newest) + 1):
+            newest = None  # openssl has accepted it, and what failed came later
+        return _failure_text(self.run, newest, self.settings)
+
+    def _keep(self) -> list[Message]:
+        """Let the transaction hold its authentic answers, on the disk, and no others; these are returned.
+
+        openssl saves an answer before it checks it. It goes on only from one that it has accepted, so all are authentic
+        but perhaps the newest. That one is thrown away only if openssl has certainly not accepted it: a live answer
+        thrown away takes with it the nonce that the CA expects next.
+        """
+        history = _usable([*self.before, *self.after])
+        judgement = self._judgement(history) if history else ACCEPTED
+        if judgement == NOT_ACCEPTED:
+            history = history[:-1]
+        kept = []
+        for answer in history:
+            if answer.path.endswith(".new") and (judgement != UNKNOWN or answer is not history[-1]):
+                _sync(answer.path)
+                os.replace(answer.path, answer.path[:-4] + ".der")
+                answer = answer._replace(path=answer.path[:-4] + ".der")
+            kept.append(answer)
+        if kept:
+            _sync(self.transaction.path)  # nothing old is deleted before the new is on the disk
+        # If the newest turns out not to be authentic, the one before it, superseded or not, is the newest again.
+        needed = {*_needed_again(kept)} if judgement != UNKNOWN else {answer.path for answer in kept}
+        return [answer for answer in kept if answer.path in needed]
+
+    def _judgement(self, history: Sequence[Message]) -> str:
+        """What openssl has made of the newest of these answers. UNKNOWN: nobody can tell now."""
+        newest = history[-1]
+        if not newest.path.endswith(".new") or self._made(_number(newest) + 1):
+            return ACCEPTED  # before this run; or it has made the request that follows
+        if newest not in self.after:  # a poll that was killed has left it, and now it was replayed
+            ended = self.run.complete() or self.run.hung()
+            return NOT_ACCEPTED if ended and self._made(_number(newest)) else UNKNOWN
+        if self.run.only(TIME_IS_UP):
+            return ACCEPTED
+        # There are signers at which openssl loops for ever, in each replay too.
+        if self.run.hung() or not _fits(history, _saved_message(newest.path[:-4] + ".req")):
+            return NOT_ACCEPTED
+        return self._replayed(history)
+
+    def _replayed(self, history: Sequence[Message]) -> str:
+        """What openssl makes of the newest of these answers: it gets them all again, and no server."""
+        file, replay, number, complete = self.transaction.file, _needed_again(history), _number(history[-1]), True
+        requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
+        files = ["-rspin", ",".join(replay), "-reqout", ",".join(map(file, requests))]
+        null = os.devnull  # the disk may be full, which says nothing about the answer
+        files += ["-certout", null, "-extracertsout", null, "-cacertsout", null]
+        nowhere = {"server": "127.0.0.1:9", "no_proxy": "127.0.0.1", "msg_timeout": "1"}
+        # With so little time openssl gives up on a pollRep at once, and says so. Where it says more, it has to go on.
+        for total in [1, 1 + self.settings.binary.margin()] if history[-1].body == POLLREP else [1]:
+            self.transaction.remove(*requests)
+            overrides = {**nowhere, "total_timeout": str(total)}
+            run = _openssl_cmp(self.transaction, self.request, files, overrides, lambda: self._made(number + 1))
+            if run.code == 0 or self._made(number + 1) or (self._made(number) and run.only(POLLREP_TAKEN)):
+                return ACCEPTED
+            complete = complete and run.complete()
+        return NOT_ACCEPTED if complete else UNKNOWN
+
+    def _issued_before(self) -> Outcome | None:
+        """An earlier run has got the certificate, and its confirmation does not come to an end, for the second time."""
+        granted = next((answer for answer in self.before if answer.grants()), None)
+        if granted is None or self._leaf_refused() or not self.run.complete() or not self._takes(granted):
+            return None
+        issued = _certificate(granted.certificate)
+        # The CA answers something else to its confirmation, or does not answer it.
+        if not (self.after or self._unanswered_again()) or not _same_key(issued.key, self.key):
+            return None
+        text = self._text()[0]
+        self.transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
+        return Outcome(issued)
+
+    def _takes(self, granted: Message) -> bool:
+        """Whether openssl takes the certificate in this answer: its certConf says so (RFC 4210, 5.3.18)."""
+        replay = [*_needed_again(self.before), self.transaction.file(f"{self.first:03d}.new")]
+        certconf = _saved_message(replay[replay.index(granted.path) + 1][:-4] + ".req")
+        return certconf is not None and certconf.body == CERTCONF and certconf.status in GRANTED
+
+    def _unanswered_again(self) -> bool:
+        """Note that a repeated certConf got no answer; whether that was so before. A CA that is away does not count."""
+        if any(map(CONNECT_TIMEOUT.match, self.run.errors())):
+            return False
+        before = os.path.exists(self.transaction.file("repeated"))
+        self.transaction.write("repeated", "")
+        return before
+
+    def _undecided(self, news: bool, answered: bool) -> Outcome:
+        """The order waits if the CA has answered; where the newest answer is no news, the text says why."""
+        if news and (self.run.asleep or self.run.only(TIME_IS_UP)):
+            return Outcome(waiting=True)
+        text, kind = self._text()
+        return Outcome(waiting=answered, text=text, kind=kind)
+
+
+def _usable(answers: Iterable[Message]) -> list[Message]:
+    """The answers as far as openssl can go on from them, if they are replayed to it (-rspin).
+
+    That is: waiting, pollRep.., certificate, and, where the CA takes its time with the confirmation, waiting,
+    pollRep.., pkiConf. A CA says "waiting" once. So a second one is a recording that somebody sends, to end the order:
+    OpenSSL 3.5 would take it, and ask no more.
+    """
+    usable: list[Message] = []
+    granted = waiting = False
+    for answer in answers:
+        if answer.grants() and not granted:
+            granted, waiting = True, False
+        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
+            waiting = True
+        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
+            break
+        usable.append(answer)
+    return usable
+
+
+def _needed_again(answers: Sequence[Message]) -> list[str]:
+    """The files that are replayed. An older pollRep says nothing more, and openssl would sleep for it."""
+    return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
+
+
+def _number(answer: Message) -> int:
+    """The number in the name of its file."""
+    return int(os.path.basename(answer.path)[:-4])
+
+
+def _fits(history: Sequence[Message], asked: Message | None) -> bool:
+    """Whether the newest answer is to its request: by transaction, and nonce of that or (RFC 9483, 4.4) of the first.
+
+    Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
+    that, for openssl then takes transaction and nonces from the answers themselves.
+    """
+    newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
+    return asked is None or (newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]])
+
+
+def _due(answers: Sequence[Message]) -> float:
+    """When the CA may be asked again (checkAfter, RFC 4210, 5.3.22), 0: now. A clock that was set back is no reason."""
+    newest, pause = answers[-1], answers[-1].check_after
+    if newest.body != POLLREP or not newest.path.endswith(".der") or not 0 <= pause < 1 << 32:
+        return 0  # of later times a calendar knows nothing
+    saved, pause = os.stat(newest.path).st_mtime, max(pause, 1)
+    return saved + pause if 0 <= time.time() - saved < pause else 0
+
+
+def _resumed_timeouts(settings: Settings, newest: Message, more_seconds: int) -> dict[str, str]:
+    """The time-outs of a run that goes on from `newest`: room for its sleep and two answers, where the sleep is short.
+
+    On a pollRep openssl sleeps min(checkAfter, -total_timeout less its margin) first. So where checkAfter is long, the
+    answers can have the margin and no more, for a poll is not to take longer than some seconds.
+    """
+    margin, answer = settings.binary.margin(), settings.seconds("msg_timeout") or MSG_TIMEOUT
+    pause = max(newest.check_after, 0) if newest.body == POLLREP else 0
+    total = margin + more_seconds + (pause + 2 * answer if pause <= SHORT_CHECK_AFTER else 1)
+    return {"msg_timeout": str(min(answer, total)), "total_timeout": str(total)}
+
+
+Overrides = Mapping[str, Optional[str]]  # options for one run, in place of the configured ones
+
+
+def _openssl_cmp(
+    transaction: Transaction,
+    request: Sequence[str],
+    files: Sequence[str] = (),
+    overrides: Overrides = types.MappingProxyType({}),
+    asleep: Callable[[], bool] = lambda: False,
+) -> Run:
+    """One run of `openssl cmp`, logged without the many names of `files` for answers."""
+    settings, command = transaction.settings, _command(transaction.settings, request, overrides)
+    # It holds no secret: those are in the environment.
+    transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
+    total = int(overrides.get("total_timeout") or settings.seconds("total_timeout"))
+    limit = total + GRACE if total else NO_TIMEOUT  # 0 is none
+    return _run([*command, *files], limit, settings.secrets, [transaction.lock], asleep)
+
+
+def _command(
+    settings: Settings, arguments: Sequence[str], overrides: Overrides = types.MappingProxyType({})
+) -> list[str]:
+    """The openssl command line: the configured options in their order, then what belongs to this request."""
+    argv = [settings.binary.path, "cmp"]
+    p10cr = settings.options.get("cmd") == "p10cr"  # at which openssl would warn of some at each request
+    for option, value in {**settings.options, **overrides}.items():
+        if option == "subject" or (p10cr and (option == "popo" or "ir" in _option(option).marks)):
+            continue  # the subject is decided for each request
+        name = settings.binary.spelled.get(option, option)
+        argv += [f"-{name}"] if value is None else [f"-{name}", value]
+    argv += ["-batch"] if "batch" in settings.binary.options else []  # it asks nobody anything
+    return [*argv, *arguments]
+
+
+def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple[str, str]:
+    """Why it failed, with a hint, and of which kind that is: in the CA's own words, where openssl accepted these."""
+    if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
+        return _refusal_text(newest, settings), REFUSED
+    unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
+    if run.killed() and not run.asleep:
+        return f"{run.killed()} (CMP server {settings.server}){unverified}", UNREACHABLE
+    # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
+    errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
+    kind, searched = (UNAUTHENTIC if newest else UNREACHABLE), " ".join(HTTP_WORDS.sub("", error) for error in errors)
+    if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
+        faults = _openssl_faults(settings)
+        if faults:
+            return f"configuration error: {'; '.join(faults)}", CONFIGURATION
+        errors = [line.text for line in run.lines if CAUSE.match(line.text)]
+        kind = CONFIGURATION if faults is None else REQUEST  # with another request, all is well
+        searched = " ".join(line.text for line in run.lines)  # no server has written anything
+    elif not errors:
+        errors = [line.text for line in run.lines if OTHER_SENDER.search(line.text)]  # for 3.0 that is no error
+        searched = " ".join(errors)
+    elif newest is None and settings.tls and CERTIFICATE_REFUSED.match(errors[0]):
+        searched = TLS_REFUSED  # the TLS server's names may have line breaks, and what openssl says stands behind them
+    elif newest and not run.only(AFTER_ACCEPTANCE):
+        # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
+        searched = HTTP_WORDS.sub("", errors[0])
+    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
+        usable = newest is not None and 0 <= newest.check_after < 1 << 63
+        errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
+        searched = errors[0]
+    said = _foreign("; ".join(errors[:4]), settings.hidden) or "openssl gave no reason"
+    return f"CMP with {settings.server} failed: {said}{unverified}" + _hint(searched), kind
+
+
+def _refusal_text(answer: Message, settings: Settings) -> str:
+    """What the CA has answered in place of a yes."""
+    verb, status = ("answered", "waiting") if answer.status == WAITING else ("rejected the request:", "rejection")
+    failures = " ".join(answer.failures) or f"PKIStatus: {status}"
+    # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
+    more = {*answer.details} - {*answer.texts} or answer.error_code is not None
+    # The failInfo chooses the hint, and of the CA's text one word: it may speak of certificates and secrets, too.
+    words = re.findall("approval", " ".join([*answer.texts, *answer.details]), re.I)
+    hint = "" if failures == "signerNotTrusted" and more else _hint(" ".join([*words, failures]))
+    return f"CMP server {settings.server} {verb} {answer.words(settings.hidden)}{hint}"
+
+
+# --- The certificate: its chain, and what it was asked for ------------------------------------------------------
+
+MAX_CHAIN = 10
+MAX_WAYS = 24  # from the leaf upwards: anybody can put more into extraCerts
+MAX_LINKS = 24  # processes for the links of one chain
+
+
+def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
+    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
+
+    Whatever goes wrong here does not cost the certificate: what is verified is served, and the log says what is not.
+    """
+    warn = transaction.logger.warning
+    try:
+        finder = ChainFinder(transaction)
+        chain, anchored, ends = finder.best(leaf)
+    except (CMPError, OSError) as err:
+        warn("cannot look for the chain now: %s", _one_line(str(err)))
+        return [leaf]
+    top, missing, why = _name_text(chain[-1].subject), _name_text(chain[-1].issuer), finder.passed_over(chain[-1])
+    roots = any(_names_as_issuer(c, c) for c in finder.named)
+    if finder.invalid:
+        what = "a broken or repeated extension, an empty keyUsage: nobody can verify it, so ask the CA's operator"
+        warn("OpenSSL calls the issued certificate itself invalid (%s), and it is served without its issuer", what)
+    elif len(chain) == 1 and not ends:
+        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted%s", why)
+    elif len(chain) == MAX_CHAIN and not ends:
+        warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
+    elif not ends and not anchored and (roots or why):  # else the root is left out on purpose
+        warn("the bundle ends with %s, below its root: name its issuer, %s, in cmp_untrusted%s", top, missing, why)
+    for authority in chain[1:]:
+        if not authority.valid():
+            name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"
+            warn("the bundle holds %s, valid only from %s: name its renewed certificate in cmp_untrusted", name, limits)
+    return chain
+
+
+# Links that openssl has verified in this process: a hash of what was signed and of the issuer's certificate, for
+# strangers can send large ones.
+_links: set[bytes] = set()
+
+
+class ChainFinder:
+    """Finds the ways from a certificate upwards, and has openssl verify each link.
+
+    Nothing is trusted because of where it stands: a certificate from extraCerts, which nothing protects (RFC 4210,
+    5.1), is served if openssl says that it has signed the one below, and a way that ends in the configuration is
+    preferred to it.
+    """
+
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction, self.logger, self.left = transaction, transaction.logger, MAX_LINKS
+        self.invalid = False  # openssl calls the leaf itself invalid
+        self.false: list[str] = []  # candidates that have not signed, though they say so
+        found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
+        for option, certificates in found.items():
+            for path in _file_list(option, transaction.settings.options.get(option) or ""):
+                certificates += (there := _certificates(path))
+                if not there:
+                    self.logger.warning("%s holds no certificate that can be read: make it PEM", _one_line(path, 100))
+        anchors = found["trusted"] + found["out_trusted"]
+        # What the configuration names, and caPubs, which are protected.
+        self.named = [*found["untrusted"], *anchors, *_certificates(transaction.file("capubs.pem"))]
+        self.sent = _certificates(transaction.file("extracerts.pem"))
+        if not self.sent or transaction.state == "waiting":  # openssl writes those of the last message alone
+            for element in (e for answer in transaction.answers() for e in _elements(answer.sent)):
+                with contextlib.suppress(CMPError):  # anybody can put one there that openssl reads, and we do not
+                    self.sent.append(_certificate(element.raw))
+        # A renewed certificate of an anchor has its name and key.
+        self.anchors, self.protected = set(map(_who, anchors)), set(map(_who, self.named))
+        self.configured = {c.der for c in self.named}
+
+    def best(self, leaf: Certificate) -> tuple[list[Certificate], bool, bool]:
+        """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
+        found: list[tuple[tuple[bool, bool, bool], list[Certificate], bool]] = []
+        for number, (way, ends) in enumerate(self.ways([leaf])):
+            anchored, protected = _who(way[-1]) in self.anchors, _who(way[-1]) in self.protected
+            # In this order, for else the cross-certificate of a stranger would do better than an expired issuer.
+            rank = (protected and (ends or anchored), all(c.valid() for c in way[1:]), anchored)
+            found.append((rank, way, ends))
+            if all(rank) or number == MAX_WAYS:
+                break
+        rank, way, ends = max(found, key=lambda one: one[0])
+        return way, rank[2], ends
+
+    def ways(self, way: list[Certificate]) -> Iterator[tuple[list[Certificate], bool]]:
+        """Every way on from the end of `way`, the best one first, and whether it ends at a self-signed one."""
+        ends = self.self_signed(way[-1])
+        for issuer in () if ends or len(way) == MAX_CHAIN else self.issuers(way):
+            yield from self.ways([*way, issuer])
+        yield way, ends
+
+    def self_signed(self, certificate: Certificate) -> bool:
+        """Whether it has signed itself: a CA below one of its own name has not, whatever it is called."""
+        if not _names_as_issuer(certificate, certificate):
+            return False
+        if certificate.authority_key and certificate.subject_key:
+            return True
+        return self.signed_by(certificate, certificate, certificate.der)
+
+    def issuers(self, way: list[Certificate]) -> Iterator[Certificate]:
+        """Who has signed the last one of `way`, valid ones first, what came in extraCerts last."""
+        last, trodden = way[-1], set(map(_who, way))
+        found = list({c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}.values())
+        found = [c for c in found if _who(c) not in trodden]
+        # Stable: the configuration stays before caPubs, and these before extraCerts.
+        found.sort(key=lambda c: (not c.valid(), c.der not in self.configured))
+        # Authorities are the same again and again, a leaf hardly ever is. So its link is remembered by what it says of
+        # its issuer's key, but only as long as no other key claims to be that one, and for this very issuer: a leaf of
+        # the same authority then needs no process.
+        sure = len(way) == 1 and last.authority_key and len({c.key for c in found}) == 1
+        mark = last.algorithm + last.authority_key if sure else last.der
+        for issuer in found:
+            if self.signed_by(issuer, last, mark if issuer.subject_key else last.der):
+                yield issuer
+
+    def signed_by(self, issuer: Certificate, below: Certificate, mark: bytes) -> bool:
+        """Whether openssl says that `issuer` has signed `below`; a yes is remembered as one for `mark`."""
+        import hashlib  # acme2certifier has it already
+
+        link = hashlib.sha256(b"%d " % len(mark) + mark + issuer.der).digest()
+        if link in _links or self.left <= 0:
+            return link in _links
+        self.left -= 1
+        file, program = self.transaction.file, self.transaction.settings.binary.path
+        self.transaction.write("issuer.pem", _pem(issuer.der))
+        self.transaction.write("below.pem", _pem(below.der))
+        argv = [program, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
+        argv += ["-check_ss_sig"] if below is issuer else []  # or else it just finds it among the trusted ones
+        purposes = [program, "x509", "-in", file("below.pem"), "-noout", "-purpose"]
+        run = _run([*argv, "-trusted", file("issuer.pem"), file("below.pem")])
+        if run.killed():
+            raise CMPError(run.killed())
+        if run.code == 0:
+            if len(_links) > 1000:
+                _links.clear()
+            _links.add(link)
+        elif INVALID_CERTIFICATE.search(run.output) and INVALID_FOR_ALL_PURPOSES in _run(purposes).output:
+            self.invalid, self.left = True, 0
+        elif below is not issuer:
+            why = _one_line((FALSE_SIGNER.findall(run.output) or [run.output])[0], 100)
+            self.false.append(f"{_name_text(issuer.subject)} ({why})")
+            if issuer.der not in self.configured:
+                self.left -= 3  # anybody may put such a certificate there, and each costs a process
+                self.logger.warning("passed over a false certificate in extraCerts: %s", self.false[-1])
+        return run.code == 0
+
+    def passed_over(self, below: Certificate) -> str:
+        """The end of a warning: what is there of its issuer's name, and why it is not the issuer."""
+        named = [c for c in [*self.named, *self.sent] if _name_key(c.subject) == _name_key(below.issuer) and c != below]
+        other = [c for c in named if not _names_as_issuer(below, c)]
+        if self.false:
+            return f" (the {self.false[-1]} that is there has not signed it)"
+        if other and len(other) == len(named):
+            keys = f"key identifier is {other[0].subject_key.hex()}, not {below.authority_key.hex()}"
+            return f" (the {_name_text(other[0].subject)} that is there has another key: its {_one_line(keys, 120)})"
+        return ""
+
+
+def _who(certificate: Certificate) -> tuple[object, bytes]:
+    """Its name and key, which it keeps when it is renewed."""
+    return _name_key(certificate.subject), certificate.key
+
+
+def _certificates(path: str) -> list[Certificate]:
+    """The certificates in a PEM or DER file, if there is one; what is none is passed over."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, "rb") as file:
+        data = file.read()
+    pem = rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
+    found = []
+    for block in re.findall(pem, data) or [data]:
+        with contextlib.suppress(CMPError, binascii.Error, StopIteration):
+            der = block if block is data else binascii.a2b_base64(block)
+            found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
+    return found
+
+
+def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
+    """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
+    same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
+    return same_key and _name_key(issuer.subject) == _name_key(below.issuer)
+
+
+def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
+    """What the CA has made of a request that nobody has asked for, or an empty string.
+
+    A CA may repeat a name of the subject as a subjectAltName, and the other way round. `subject` is what was sent as
+    `-subject`, where the CSR has none.
+    """
+    try:
+        names = (_alternative_names(csr.extensions), _alternative_names(leaf.extensions))
+        asked, got = ({f"{kind}:{text.lower()}" for kind, text in found} for found in names)
+        others = [] if _same_key(leaf.key, csr.key) else ["another key"]
+        others += ["a CA certificate"] if _signs_certificates(leaf.extensions) else []
+    except (CMPError, IndexError, ValueError) as err:
+        return f"it cannot be compared with the CSR: {err}"
+    asked_values, got_values = ({text.lower() for _, text in found} for found in names)
+    asked_names, got_names = _common_names(csr.subject), _common_names(leaf.subject)
+    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn} | {""}
+    said |= set(re.findall(r"=([^/=+]*)", subject.lower()))
+    missing = sorted(asked - got if asked else asked_names - got_values - got_names)
+    added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
+    added += sorted(f"CN={name}" for name in got_names - asked_values - said)
+    found = [f"{what} {', '.join(those)}" for what, those in (("missing", missing), ("added", added)) if those]
+    return _one_line("; ".join(found + others), 2 * MAX_TEXT)
+
+
+def _same_key(one: bytes, other: bytes) -> bool:
+    """Whether two subjectPublicKeyInfos hold the same key. Raises CMPError or IndexError where one is malformed."""
+    short, long = sorted((_sequence(key)[1].value[1:] for key in (one, other)), key=len)
+    # A CA may compress an EC point (SEC 1, 2.3.3): its first octet then says whether y is odd.
+    compressed = long[:1] == b"\x04" and short == bytes([2 + (long[-1] & 1)]) + long[1 : len(short)]
+    return short == long or (compressed and len(long) == 2 * len(short) - 1)
+
+
+# --- The configuration --------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """What is special of an option of `openssl cmp`, or of an entry of our own."""
+
+    kind: str = "-"
+    marks: Sequence[str] = ()
+    weak: str = ""  # why it weakens security
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a profile, which belongs to an ACME client's account, may not set it."""
+        return "fixed" in self.marks or self.kind in ("ours", "run", "other", "secret") or bool(self.weak)
+
+
+# Before the colon options, behind it what is special of them:
+# kind    ours: no option of openssl; run: set by the handler for each run, ignored with a warning; other: no enrolment;
+#         secret: reaches openssl in its environment, for any local user can read an argument list;
+#         name: a distinguished name; file, files, key: a path, a list of paths, a private key; number; -: any text
+# marks   fixed: no profile sets it: the program and what it loads, credentials, and how long it keeps a worker busy;
+#         enrolment: no part of a revocation; ir: nor of a p10cr; tls: nothing without TLS
+# weak    behind a comma: why the option weakens security; no profile sets it
+# An option without a row has nothing special. To add one of our own: its row here, its check in `_settings`, its
+# field in Settings, its line in docs/configuration.md.
+OPTIONS_TABLE = """
+openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes: ours
+server path proxy no_proxy ignore_keyusage: -
+recipient expect_sender: name
+issuer: name enrolment ir
+subject: name enrolment
+ref cmd section keyform engine provider provider-path provparam propquery rand writerand tls_used: - fixed
+popo: - fixed enrolment
+config cert: file fixed
+key: key fixed
+secret keypass otherpass: secret
+srvcert: file
+trusted untrusted own_trusted extracerts: files
+out_trusted: files enrolment
+tls_cert: file fixed tls
+tls_key: key fixed tls
+tls_keypass: secret tls
+tls_extra tls_trusted: files tls
+tls_host: - tls
+implicit_confirm disable_confirm profile verify_hostname verify_email verify_ip: - enrolment
+days: number enrolment ir
+reqexts policies policy_oids policy_oids_critical: - enrolment ir
+msg_timeout total_timeout verbosity: number fixed
+keep_alive verify_depth auth_level attime: number
+unprotected_errors: -, anyone on the way to the CA can refuse in its name
+unprotected_requests: -, requests are not protected, so only TLS can tell the CA who sends them
+ta_in_ip_extracerts: -, anyone on the way can answer as the CA, in spite of cmp_trusted
+nonmatched_error_nonces: -, anyone who has recorded an error message can refuse an order with it
+no_check_time: -, expired certificates are believed
+ignore_critical: -, what a certificate forbids may be overlooked
+allow_proxy_certs: -, anyone who has a certificate can make more of them
+newkey newkeypass csr sans san_nodefault certout chainout extracertsout cacertsout srvcertout certform: run
+rspin rspout reqout oldcert revreason batch: run
+help repeat reqin reqin_new_tid reqout_only use_mock_srv centralkeygen newkeyout infotype template serial keyspec: other
+oldwithold newwithnew newwithold oldwithnew crlcert oldcrl crlout crlform srv_cert mock_srv: other
+"""
+OPTIONS = {
+    name: Option(words.split()[0], words.split()[1:], weak)
+    for names, special in (line.split(": ", 1) for line in OPTIONS_TABLE.strip().splitlines())
+    for words, _, weak in [special.partition(", ")]
+    for name in names.split()
+}
+OURS = frozenset(name for name, option in OPTIONS.items() if option.kind == "ours")
+ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
+MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
+NO_TIMEOUT = 30  # seconds for openssl where it is told of no time-out
+EXPIRES_SOON = 30 * 86400  # seconds
+
+
+def _option(name: str) -> Option:
+    """What is special of an option."""
+    return OPTIONS.get(name, Option())
 
 
 class Settings(NamedTuple):
@@ -670,14 +1664,20 @@ class Settings(NamedTuple):
 
     binary: Binary
     directory: str
+    directory_fault: str
     own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
-    options: Mapping[str, str | None]  # openssl's option -> value; None for a bare flag
+    options: Mapping[str, str | None]  # openssl's option -> value; None for a switch
     secrets: Mapping[str, str]  # environment variables for openssl
-    hidden: Collection[str]  # must appear nowhere: those secrets, and others that stand where they should not
-    errors: Sequence[str]
-    warnings: Sequence[str]
     refuse_changes: bool  # revoke a certificate that is not what was asked for
     san_types: Sequence[str]  # the kinds of subjectAltNames that a CSR may have
+    errors: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+    @property
+    def hidden(self) -> Collection[str]:
+        """What must appear nowhere. openssl prints the passwords of proxies, whatever characters they have."""
+        users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
+        return {*self.secrets.values(), *(user.partition(":")[2] for user in users)} - {""}
 
     @property
     def server(self) -> str:
@@ -694,697 +1694,306 @@ class Settings(NamedTuple):
         """One of the two time-outs."""
         return int(self.options[name] or 0)
 
-    def limit(self) -> int:
-        """Seconds after which a run of openssl is ended. Its own time-out of 0 is none."""
-        return self.seconds("total_timeout") + GRACE if self.seconds("total_timeout") else NO_TIMEOUT
-
     def without_enrolment(self, command: str) -> Settings:
         """For another command than an enrolment: the same server and credentials."""
-        options = {option: value for option, value in self.options.items() if option not in ENROLMENT_KEYS}
+        options = {o: value for o, value in self.options.items() if "enrolment" not in _option(o).marks}
         return self._replace(options={**options, "cmd": command})
 
 
-FAULT, WARNING = "error", "warning"
-
-
-class Finding(NamedTuple):
-    """What is wrong with the configuration."""
-
-    level: str  # a FAULT stops everything; a WARNING is logged once
-    text: str
-
-
-DN_SYNTAX = "is not a distinguished name such as C=DE, CN=Issuing CA"
-DN_TYPE = re.compile(r"\s*([A-Za-z][\w.-]*|\d+(?:\.\d+)*)\s*=[ \t]*")
-# RFC 4514, section 2.4: text in quotes (of its predecessors), the hexadecimal form, or text with escapes.
-DN_VALUE = re.compile(r'"((?:[^"\\]|\\.)*)"|(#(?:[0-9A-Fa-f]{2})+)(?=\s*(?:[,+;]|$))|((?:[^,+;"\\]|\\.)*)', re.S)
-
-
-class Part(NamedTuple):
-    """An attribute of a configured name: what stands before it (`+` in a multi-valued RDN), type, value as written."""
-
-    separator: str
-    type: str
-    value: str
-    tag: int | None = None  # of the value's string, where it is written as `#hex`
-
-
-def _split_slash(value: str) -> Iterator[Part]:
-    """The attributes in openssl's notation `/C=DE/CN=x`: a backslash makes the next character a part of the value."""
-    for separator, part in re.findall(r"([/+])((?:[^/+\\]|\\.)*)", value, re.S):
-        kind, equals, text = part.partition("=")
-        if part or separator == "+":
-            if not equals:
-                raise CMPError(f"'{_one_line(part, 60)}' is no attribute such as CN=x: {_escape_hint(separator)}")
-            if re.search(r"(?<!\\)(?:\\\\)*\\\w", text):  # `\C3` and `\xC3` are of other notations: openssl reads C3
-                raise CMPError(
-                    f"{_one_line(kind, 60)}: write the character itself for its code, or \\\\ for a backslash"
-                )
-            yield Part(separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S))
-    if re.search(r"(?<!\\)(?:\\\\)*\\$", value):
-        raise CMPError("ends in a backslash: write two for one")
-
-
-def _escape_hint(separator: str) -> str:
-    names = {"/": "slash", "+": "plus sign", ",": "comma"}
-    return f"write \\{separator} for a {names[separator]} in a value"
-
-
-def _split_rfc4514(value: str) -> Iterator[Part]:
-    """The attributes in RFC 4514's notation `C=DE, CN=x`, from left to right as they are written."""
-    position, separator = 0, "/"
-    while True:
-        kind = DN_TYPE.match(value, position)
-        if not kind:
-            rest = value[position:].strip().partition(",")[0]
-            why = _escape_hint("," if separator == "/" else separator) if position else ""
-            raise CMPError(f"'{_one_line(rest, 60)}' {DN_SYNTAX}{'; ' + why if why else ''}")
-        found = DN_VALUE.match(value, kind.end())
-        assert found is not None  # noqa: S101 - the last alternative matches anything
-        rest = value[found.end() :].lstrip()
-        if rest and rest[0] not in ",+":
-            why = (
-                f"write \\{rest[0]} for {rest[0]} in its value"
-                if rest[0] in ';"\\'
-                else "its value goes on after the quotes"
-            )
-            raise CMPError(f"{kind.group(1)}: {why}")
-        yield _part(separator, kind.group(1), found)
-        if not rest:
-            return
-        position, separator = len(value) - len(rest) + 1, "+" if rest[0] == "+" else "/"
-
-
-def _part(separator: str, kind: str, found: re.Match[str]) -> Part:
-    """One attribute out of RFC 4514's notation."""
-    quoted, encoded, text = found.groups()
-    if encoded:
+def _settings(section: Mapping[str, str]) -> Settings:
+    """Read the section. Starts no process but to ask a new openssl what it can do."""
+    section = {_entry(key): str(value).strip() for key, value in section.items()}
+    errors, binary, san_types = [], NO_BINARY, sorted(CHECKED_KINDS)
+    try:
+        binary = _binary(section.get("cmp_openssl_bin") or "openssl")
+    except (CMPError, OSError) as err:
+        errors.append(str(err))
+    options: dict[str, str | None] = {"cmd": "ir", "popo": "0"}
+    secrets: dict[str, str] = {}
+    for key, value in section.items():
+        option = _option_name(key[4:], binary.options)
+        if option in ("ref_variable", "secret_variable") and not section.get(f"cmp_{option.partition('_')[0]}"):
+            option, value = option.partition("_")[0], f"\0{value}"  # a configured value takes precedence
+        elif not value and f"{key}_variable" in section:
+            continue  # left to the variable
         try:
-            (element,) = _elements(bytes.fromhex(encoded[1:]))
-            return Part(separator, kind, element.value.decode(STRINGS[element.tag]), element.tag)
-        except (CMPError, ValueError, KeyError) as err:
-            raise CMPError(f"{kind}: {encoded} is not the DER of a string") from err
-    if text is not None:
-        if text[:1] == "#":
-            raise CMPError(f"{kind}: write \\# for a number sign at the start of its value")
-        merged = re.search(r"[\s/]([A-Za-z]+) ?=", text)
+            _check_entry(key, option, binary)
+            if option in OURS:
+                _check_value(option, value)
+                san_types = _san_types(value) if option == "san_types" else san_types
+            elif _option(option).kind != "run":
+                options.pop(option, None)  # the configured ones in their order, after the defaults
+                if value.lower() not in OFF or option == "profile":
+                    options[option] = ""  # there, if not usable: so nothing says that it is missing
+                    options[option], named = _read_value(option, value, binary)
+                    secrets.update(named)
+        except CMPError as err:
+            errors.append(f"{_one_line(key, 60)}: {err}")
+    own, refuse = not section.get("cmp_tmp_dir"), section.get("cmp_refuse_changes", "").lower() in ON
+    # The process may change its own directory.
+    directory = _openssl_path(_utf8(os.path.abspath(_default_directory() if own else section["cmp_tmp_dir"])))
+    fault, options = _directory_fault(directory, own), _with_defaults(options, binary)
+    settings = Settings(binary, directory, fault, own, options, secrets, refuse, san_types)
+    findings = [(text, fatal) for wrong, text, fatal in _findings(section, settings) if wrong]
+    errors += [text for text, fatal in findings if fatal]
+    return settings._replace(errors=errors, warnings=[text for text, fatal in findings if not fatal])
+
+
+def _entry(key: str) -> str:
+    """A key of the section under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`."""
+    return "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key
+
+
+def _check_entry(key: str, option: str, binary: Binary) -> None:
+    """Raise CMPError where a key of the section means nothing that an enrolment has."""
+    kind, known, shown = _option(option).kind, binary.options, _one_line(option, 60)
+    if not key.startswith("cmp_"):
+        meant = "cmp_" + re.sub(r"^cmp[^a-z]?", "", key.lower()).replace("-", "_")
+        raise CMPError(f"is no entry of ours and would be ignored; did you mean {_one_line(meant, 60)}?")
+    if kind == "other" or option in binary.mock_server:
+        near = "; did you mean cmp_srvcert?" if option == "srv_cert" else ""
+        raise CMPError(f"-{shown} is not for enrolling at a CA: delete it{near}")
+    if known and option not in known and kind not in ("ours", "run"):
+        _check_none((option == "profile", f"needs OpenSSL 3.3 or later, this is {binary.version}"))
+        usable = {name for name in known if _option(name).kind not in ("run", "other")} - binary.mock_server
+        raise CMPError(f"this openssl has no option -{shown}{_did_you_mean(option, usable | OURS, 'cmp_')}")
+
+
+def _check_none(*faults: tuple[object, str]) -> None:
+    """Raise CMPError with the text of the first fault that there is."""
+    for wrong, text in faults:
+        if wrong:
+            raise CMPError(text)
+
+
+def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, dict[str, str]]:
+    """The value for openssl, None for a switch, and the environment variables that it names. Raises CMPError."""
+    kind, switch = _option(option).kind, value.lower() in ON and option != "profile"
+    if value[:1] == "\0":  # the name of a variable
+        if option == "ref":
+            return _variable_value(value[1:]), {}
+        value = f"env:{value[1:]}"
+    elif binary.options and binary.options[option] == switch:
+        raise CMPError("needs a value, not True" if switch else "is a switch: set it to True or False")
+    if switch:
+        return None, {}
+    _check_none((not value or "\0" in value, "has no value: give it one, or delete the line"))
+    _check_value(option, value)
+    if kind == "secret":
+        name, secret = _secret(option, _utf8(value))
+        return f"env:{name}", {name: secret}
+    return _utf8(_slash_dn(value, binary) if kind == "name" else ",".join(_file_list(option, value))), {}
+
+
+# Of which kinds or options (!: of all others), regular expression -> what is wrong with a value that it fits.
+VALUE_FAULTS = r"""
+! [\r\n]\s*(cmp_\w+)\s*[:=] -> the line \1 below it begins with a blank, and so is a part of it: remove the blank
+!files [\r\n] -> has more than one line: what is indented belongs to the line above it
+files ^\[.*\]$ -> is a list: write the files into one line, with commas between them
+secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the secret, write pass: before that
+!secret ^(['"]).*\1$ -> write the value without the quotes
+secret ^(?!pass:).*\s[#;] -> a comment needs a line of its own; if it belongs to the secret, write pass: before that
+name \s[#;](\s|$) -> a comment needs a line of its own; if it belongs to the name, write a backslash before it
+!name/secret \s[#;] -> a comment needs a line of its own
+!secret (?i)pin-value= -> every local user can see a pin-value in the list of processes:
+    write pin-source=file:PATH in its place, or cmp_keypass: env:NAME
+provparam (?i)(pin|pass|secret)[^=]*=(?!file:) -> every local user can see a PIN there:
+    write file:PATH for it, or use cmp_keypass: env:NAME
+server/proxy @ -> a user and password there are visible to every local user, and openssl ignores them: remove
+server/proxy ^(https?://)?[^/[]*:[^/[]*: -> an address of IPv6 needs brackets, such as [2001:db8::1]:8080
+server/proxy ^(?!(?:https?://)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)(?::[^/]*)?(?:/|/[^/\s]\S*)?$)(.*) ->
+    '\1' is no address such as 192.168.14.137:8080 or cmp.acme.test:8080
+server/proxy ^(?:https?://)?(?:\[[^]]*\]|[^:/[]*):(?!//|0*(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-5]\d{3})(?:/|$))([^/]*) ->
+    '\1' is no port: 1 to 65535 are possible
+profile ^- -> begins with a hyphen, and openssl would read it as an option
+path \s|^\w+:// -> is the path on the server alone, such as pkix/, without a blank
+refuse_changes (?i)^(?!(true|yes|on|false|no|off|)$) -> is a switch: set it to True or False
+msg_timeout/total_timeout ^(?!\d{1,6}$) -> must be a number of seconds
+number ^(?!\d{1,12}$) -> must be a number
+cmd ^(?!(ir|cr|p10cr)$) -> only ir, cr and p10cr enrol a certificate
+popo ^(?!(-1|0)$) -> only 0 (raVerified) and -1 (none) are possible: the private key stays with the client
+keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public key, too, and fails;
+    for an engine: org.openssl.engine:pkcs11:... as cmp_key
+"""
+
+
+def _check_value(option: str, value: str) -> None:
+    """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
+    kind = _option(option).kind
+    for words, text in (line.split(" -> ") for line in VALUE_FAULTS.replace("\n    ", " ").strip().splitlines()):
+        names, regex = words.split(" ", 1)
+        if bool({kind, option} & {*names.strip("!").split("/")}) != names.startswith("!"):
+            found = re.search(regex, value, re.S | re.A)
+            _check_none((found, _one_line(found.expand(text)) if found else ""))
+    if kind in ("file", "files", "key"):
+        for name in _file_list(option, _utf8(value)):
+            _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
+
+
+PKCS7 = "PKCS #7 (convert it: openssl pkcs7 -print_certs)"
+PEM_KINDS = {"PKCS7": PKCS7, "CMS": PKCS7, "X509 CRL": "a CRL", "": "something that is neither PEM nor DER"}
+
+
+def _check_file(name: str, wanted: str) -> None:
+    """Raise CMPError where a file cannot be read, or holds no `wanted` but something else; DER is openssl's to read."""
+    shown = _one_line(name, 100)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not os.path.exists(name):
+        return  # a URI such as pkcs11:, which is openssl's to open
+    if not os.path.isfile(name) or not os.access(name, os.R_OK):
+        raise CMPError(f"{shown} {'cannot be read by this process' if os.path.isfile(name) else 'is not a file'}")
+    if not wanted:
+        return
+    with open(name, "rb") as file:
+        data = file.read(1 << 20)
+    labels = [label.decode() for label in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)]
+    labels = labels or [""] * (data[:1] != b"\x30")
+    kinds = " and ".join(dict.fromkeys(PEM_KINDS.get(label, f"a {label.lower()}") for label in labels))
+    wrong = labels and not any(label.endswith(wanted.upper()) for label in labels)
+    _check_none((not data.strip(), f"{shown} is empty"), (wrong, f"{shown} holds no {wanted}, but {kinds}"))
+
+
+def _file_list(option: str, value: str) -> list[str]:
+    """The files that an option names: openssl splits some at commas and blanks, and knows no escape for a blank."""
+    if _option(option).kind != "files":
+        return [value]
+    return [name for name in re.split(r"[,\s]+", _openssl_path(value)) if name]
+
+
+# An attribute in RFC 4514's notation (text in quotes is of its predecessors) or what is none, and in openssl's.
+DN_ATTRIBUTE = re.compile(
+    r'([,+])\s*([\w.-]+)\s*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|((?:[^,+;"\\]|\\.)*))\s*(?=[,+]|$)|(.+)', re.S
+)
+SLASH_ATTRIBUTE = re.compile(r"([/+])([^=/+\\]*)(=?)((?:[^/+\\]|\\.)*)", re.S)
+ESCAPE = re.compile(rb"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)", re.S)
+DN_ALIASES = dict(
+    pair.split("=")
+    for pair in """
+        E=emailAddress EMAIL=emailAddress S=ST SP=ST T=title G=GN I=initials DNQ=dnQualifier
+        GENERATION=generationQualifier PHONE=telephoneNumber POBOX=postOfficeBox JURISDICTIONCOUNTRY=jurisdictionC
+        JURISDICTIONSTATE=jurisdictionST JURISDICTIONLOCALITY=jurisdictionL
+    """.split()
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _slash_dn(value: str, binary: Binary) -> str:
+    """`C=DE, CN=x` in openssl's notation, `/C=DE/CN=x`; that stays. Raises CMPError where openssl would misread it."""
+    value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
+    text = ""
+    for separator, kind, part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
+        if not part or "\0" in part:
+            raise CMPError(f"{_one_line(kind, 60)}: has {'a NUL in its' if part else 'no'} value")
+        short = _attribute_type(kind, binary)
+        text += f"{separator if text else '/'}{short}=" + re.sub(r"([\\/+])", r"\\\1", part)
+    return text or "/"
+
+
+def _split_slash(value: str) -> Iterator[tuple[str, str, str]]:
+    """Separator, type and value of each attribute in `/C=DE/CN=x`; a backslash makes the next character plain."""
+    if re.search(r"(?<!\\)(?:\\\\)*\\(\w|$)", value):  # `\C3` and `\xC3` are of other notations: openssl reads C3
+        raise CMPError("write the character itself for its code, or \\\\ for a backslash")
+    for separator, kind, equals, text in SLASH_ATTRIBUTE.findall(value):
+        if not equals and (kind or text or separator == "+"):
+            what, sign = f"'{_one_line(kind + text, 60)}' is no attribute", "slash" if separator == "/" else "plus sign"
+            raise CMPError(f"{what} such as CN=x: write \\{separator} for a {sign} in a value")
+        if equals:
+            yield separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S)
+
+
+def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
+    """Separator, type and value of each attribute in RFC 4514's notation `C=DE, CN=x`, as they are written."""
+    for separator, kind, quoted, plain, rest in DN_ATTRIBUTE.findall(f",{value}"):
+        if rest:
+            shown, sign = _one_line(rest[1:], 60), "+ for a plus sign" if rest[0] == "+" else ", for a comma"
+            semicolon = f"'{shown}': separate attributes with commas, or write \\; for a semicolon"
+            _check_none((re.match(r'[^,"]*;', shown), semicolon))
+            hint = f"; write \\{sign} in a value, \\\\ for a backslash"
+            raise CMPError(f"'{shown}' is not a distinguished name such as C=DE, CN=Issuing CA{hint}")
+        plain = re.sub(r"((?<!\\)(?:\\\\)*\\\s)?\s*$", r"\1", plain)  # but an escaped blank
+        merged = re.search(r"[\s/]([A-Za-z]+) ?=", plain)
         if merged and merged.group(1).upper() in DN_TYPES:
-            raise CMPError(
-                f"{kind}: its value contains {merged.group(1)}=: write a comma before it, or \\= if it is no attribute"
-            )
-        end = len(text.rstrip())
-        if re.search(r"(?<!\\)(?:\\\\)*\\$", text[:end]):
-            end += 1  # an escaped blank
-        text = text[:end]
-    return Part(separator, kind, _unescaped(kind, quoted if text is None else text))
+            hint = "write a comma before it, or \\= if it is no attribute"
+            raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
+        _check_none(
+            (plain[:1] == "#", f"{kind}: write the text itself for #hex, or \\# for a number sign at the start")
+        )
+        yield separator.replace(",", "/"), kind, _unescaped(kind, plain or quoted)
 
 
 def _unescaped(kind: str, text: str) -> str:
-    """The value of an attribute without the escapes of RFC 4514: `\\,` and `\\C3\\BC`."""
-    data = b""
-    for octet, special, plain in re.findall(r"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)|([^\\]+|\\)", text, re.S):
-        if plain == "\\":
-            raise CMPError(f"{kind}: write two backslashes for one in its value")
-        data += bytes.fromhex(octet) if octet else (special or plain).encode("utf-8", "surrogateescape")
+    """The value of an attribute without the escapes of RFC 4514: `\\,` and `\\C3\\BC`. Raises CMPError."""
+    value = text.encode("utf-8", "surrogateescape")
+    _check_none((b"\\" in ESCAPE.sub(b"", value), f"{kind}: write two backslashes for one in its value"))
     try:
-        return data.decode()
+        return ESCAPE.sub(lambda found: bytes.fromhex(found[1].decode()) if found[1] else found[2], value).decode()
     except UnicodeDecodeError as err:
         raise CMPError(f"{kind}: its value is not UTF-8: write two backslashes for one") from err
-
-
-DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **DN_ALIASES}
-
-
-@functools.lru_cache(maxsize=8)
-def _known_types(program: str, version: str) -> dict[str, str]:
-    """Name or number of an object -> the short name that this openssl has for it."""
-    types: dict[str, str] = {}
-    run = _run([program, "list", "-objects"])
-    if run.killed():  # half a list is not remembered
-        raise CMPError(run.killed())
-    for line in run.output.splitlines():
-        short, _, rest = line.partition(" = ")
-        names, _, number = rest.rpartition(", ")
-        if re.fullmatch(r"\d+(\.\d+)+", number) and re.fullmatch(r"[\w.-]+", short):
-            for name in (number, names, names.casefold(), short, short.casefold()):
-                types.setdefault(name, short)
-            types[short] = short
-    return types
 
 
 def _attribute_type(kind: str, binary: Binary) -> str:
     """openssl's short name of an attribute type. Raises CMPError where it has none, for it would leave it out."""
     number = re.sub("^oid[.]", "", kind, flags=re.I)
-    if re.fullmatch(r"[\d.]+", number):
-        short = ATTRIBUTES[number][0] if number in ATTRIBUTES else ""
-    elif kind == "uid":
+    if kind == "uid":
         raise CMPError("uid: openssl means another attribute than others: write UID (userId) or uniqueIdentifier")
-    else:
-        short = DN_TYPES.get(kind.upper(), "")
+    short = ATTRIBUTES[number][0] if number in ATTRIBUTES else DN_TYPES.get(kind.upper(), "")
     if short or not binary.path:
         return short or kind
-    known = _known_types(binary.path, binary.version)
-    short = known.get(number) or known.get(number.casefold()) or "" if number else ""
+    short = _object_names(binary.path, binary.version).get(number.casefold(), "")
     if not short:
         near = "" if number[:1].isdigit() else _did_you_mean(kind, {*DN_TYPES.values()}, "")
         raise CMPError(f"openssl does not know the attribute {_one_line(kind, 60)} and would leave it out{near}")
     return short
 
 
-def _slash_dn(value: str, binary: Binary) -> str:
-    """A name in RFC 4514's or in openssl's notation, in openssl's, in the same order: `C=DE, CN=x` is `/C=DE/CN=x`.
-
-    Raises CMPError with the attribute that openssl would skip, cut or misread.
-    """
-    value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
-    text = ""
-    for part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
-        short = _attribute_type(part.type, binary)
-        tag, characters, shortest, longest = DN_VALUES.get(short, ANY_TEXT)
-        length, fault = len(part.value), ""
-        if not part.value:
-            fault = "has no value"
-        elif not shortest <= length <= longest:
-            size = f"{shortest}" if shortest == longest else f"at most {longest}"
-            fault = f"'{_one_line(part.value, 60)}' has {length} characters, possible are {size}"
-        elif "\0" in part.value or not re.fullmatch(characters, part.value):
-            fault = f"'{_one_line(part.value, 60)}' contains a character that is not possible there"
-        elif part.tag not in (None, tag):
-            fault = "openssl encodes its value in another way than #hex says: write the text"
-        if fault:
-            raise CMPError(f"{_one_line(part.type, 60)}: {fault}")
-        text += (
-            ("+" if part.separator == "+" and text else "/") + short + "=" + re.sub(r"([\\/+])", r"\\\1", part.value)
-        )
-    return text or "/"
-
-
-def _our_keys(section: Mapping[str, Any]) -> dict[str, str]:
-    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
-    return {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
-
-
-def _hide(text: str, secrets: Iterable[str]) -> str:
-    """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
-        for spelled in {secret, printed, _one_line(printed, len(printed) + 1)}:
-            if len(spelled) > 3:
-                text = text.replace(spelled, "***")
-    return re.sub(r"(?i)(pin-value=)[^;&?\s]+", r"\1***", text)
-
-
-# --- Values
-
-
-def _check_text(option: str, value: str) -> None:
-    """Raise CMPError where a value holds what the configuration file does not take away from it: quotes, comments."""
-    below = re.search(r"[\r\n]\s*(cmp_\w+)\s*[:=]", value)
-    if below:
-        raise CMPError(
-            f"the line {below.group(1)} below begins with a blank, and so belongs to this value: remove the blank"
-        )
-    if re.search(r"[\r\n]", value) and option not in FILE_LIST_KEYS:
-        raise CMPError("has more than one line: what is indented belongs to the line above it")
-    escape = "; if it belongs to the secret, write pass: before that" if option in SECRET_KEYS else ""
-    if value[:1] in ("'", '"') and len(value) > 1 and value[-1] == value[0]:
-        raise CMPError(f"write the value without the quotes{escape}")
-    comment = r"\s[#;](\s|$)" if option in DN_KEYS else r"\s[#;]"
-    if re.search(comment, value) and not (option in SECRET_KEYS and value.startswith("pass:")):
-        hint = "; if it belongs to the name, write a backslash before it" if option in DN_KEYS else escape
-        raise CMPError(f"a comment needs a line of its own{hint}")
-
-
-def _check_address(value: str) -> None:
-    """Raise CMPError where openssl cannot understand an address of a server, or understands another one."""
-    host, port = r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)", r"(?::([^/]*))?"
-    found = re.fullmatch(rf"(?:https?://)?{host}{port}(/|/[^/\s]\S*)?", value, re.A)
-    bare = re.sub("^https?://", "", value).partition("/")[0]
-    if bare.count(":") > 1 and "[" not in bare:
-        raise CMPError("an address of IPv6 needs brackets, such as [2001:db8::1]:8080")
-    if not found:
-        raise CMPError(f"'{_one_line(value, 100)}' is no address such as 192.168.14.137:8080 or cmp.acme.test:8080")
-    number = found.group(2)
-    if number is not None and not (re.fullmatch(r"\d{1,5}", number, re.A) and 0 < int(number) < 65536):
-        raise CMPError(f"'{_one_line(number, 40)}' is no port: 1 to 65535 are possible")
-
-
-def _check_value(option: str, value: str) -> None:
-    """Raise CMPError where openssl cannot use a value, or would use another one."""
-    if option in FILE_KEYS | FILE_LIST_KEYS:
-        _check_files(option, value)
-    if option in ("msg_timeout", "total_timeout") and not re.fullmatch(r"\d{1,6}", value, re.A):
-        raise CMPError("must be a number of seconds")
-    if option in NUMBER_KEYS and not re.fullmatch(r"-?\d{1,12}", value, re.A):
-        raise CMPError("must be a number")
-    if option in ("server", "proxy"):
-        _check_address(value)
-    if option == "path" and re.search(r"\s|^\w+://", value):
-        raise CMPError("is the path on the server alone, such as pkix/, without a blank")
-    if option in CHOICES and value not in CHOICES[option]:
-        folded = re.sub("[^a-z0-9]|with", "", value.lower())
-        near = sorted(n for n in CHOICES[option] if re.sub("[^a-z0-9]|with", "", n.lower()) == folded)
-        hint = f"openssl calls it {near[-1]}" if near else f"possible are {', '.join(sorted(CHOICES[option]))}"
-        raise CMPError(CHOICE_HINTS.get(option) or f"'{_one_line(value, 40)}' is no name for it: {hint}")
-
-
-def _option_value(option: str, value: str, binary: Binary) -> str | None:
-    """The value of `-option`, None for a bare flag. Raises CMPError with what is wrong with it."""
-    takes_value = binary.options.get(option)
-    if value.lower() in ON and option != "profile":
-        if takes_value:
-            raise CMPError("needs a value, not True")
-        return None
-    if takes_value is False:
-        raise CMPError("is a switch: set it to True or False")
-    if not value or "\0" in value:
-        raise CMPError("has no value: give it one, or delete the line")
-    _check_text(option, value)
-    _check_visible(option, value)
-    _check_value(option, value)
-    return _utf8(_slash_dn(value, binary)) if option in DN_KEYS else ",".join(_file_list(option, value))
-
-
-def _settings(section: Mapping[str, str]) -> Settings:
-    """Read the section. What helpers raise or yield about it is collected here, and in `_options`."""
-    section = {_key(key): str(value).strip() for key, value in section.items()}
-    # A distinguished name is read first, as characters: see _option_value().
-    section = {key: value if key[4:] in DN_KEYS else _utf8(value) for key, value in section.items()}
-    findings, binary = [], NO_BINARY
-    try:
-        binary = _binary(section.get("cmp_openssl_bin") or "openssl")
-    except (CMPError, OSError) as err:
-        findings.append(Finding(FAULT, str(err)))
-    options, secrets, errors = _options(section, binary)
-    stray = {spelled for secret in _stray_secrets(section, binary.options) for spelled in (secret, _unquoted(secret))}
-    settings = Settings(
-        binary,
-        # The process may change its own directory.
-        _openssl_path(os.path.abspath(section.get("cmp_tmp_dir") or _default_directory())),
-        own_directory=not section.get("cmp_tmp_dir"),
-        options=options,
-        secrets=secrets,
-        hidden=frozenset({*secrets.values(), *stray} - {""}),
-        errors=(),
-        warnings=(),
-        refuse_changes=section.get("cmp_refuse_changes", "").lower() in ON,
-        san_types=_san_types(section.get("cmp_san_types", "")),
-    )
-    findings += [*errors, *_check_section(section, settings)]
-    return settings._replace(
-        options=_with_defaults(options, binary),
-        errors=tuple(text for level, text in findings if level == FAULT),
-        warnings=tuple(text for level, text in findings if level == WARNING),
-    )
-
-
-def _options(section: Mapping[str, str], binary: Binary) -> tuple[dict[str, str | None], dict[str, str], list[Finding]]:
-    """openssl's options, the environment variables with their secrets, and what is wrong with single lines."""
-    options: dict[str, str | None] = {"cmd": "ir", "popo": "0"}
-    secrets: dict[str, str] = {}
-    findings = []
-    for key, value in section.items():
-        option = VARIABLE_KEYS.get(key) or _option_name(key[4:], binary.options)
-        if not value and f"{key}_variable" in section:
-            continue  # left to the variable
-        try:
-            if key in VARIABLE_KEYS:
-                if section.get(f"cmp_{option}"):  # a configured value takes precedence
-                    continue
-                value = f"env:{value}" if option in SECRET_KEYS else _variable_value(option, value)
-            elif not _is_option(key, option, value, binary):
-                continue
-            options.pop(option, None)  # the configured ones in their order, after the defaults
-            if value.lower() in OFF and option != "profile":
-                continue
-            options[option] = _option_value(option, value, binary)
-            if option in SECRET_KEYS:
-                name, secret = _secret(option, value)
-                options[option], secrets[name] = f"env:{name}", secret
-                _check_secret(secret)
-        except CMPError as err:
-            findings.append(Finding(FAULT, f"{_one_line(key, 60)}: {err}"))
-            options[option] = None  # it is there, if not usable
-    return options, secrets, findings
-
-
-def _is_option(key: str, option: str, value: str, binary: Binary) -> bool:
-    """Whether a key stands for an option of openssl, or for the handler alone. Raises CMPError where it must not be."""
-    if not key.startswith("cmp_"):
-        meant = "cmp_" + re.sub(r"^cmp[^a-z]?", "", key.lower()).replace("-", "_")
-        raise CMPError(f"is no key of ours and would be ignored; did you mean {_one_line(meant, 60)}?")
-    if option in OUR_KEYS:
-        _check_text(option, value)
-        if option == "refuse_changes" and value.lower() not in ("", *ON, *OFF):
-            raise CMPError("is a switch: set it to True or False")
-        if option == "san_types":
-            _check_san_types(value)
-        return False
-    if option in FORBIDDEN_KEYS:
-        raise CMPError(f"-{option} is not for enrolling at a CA: delete it")
-    known = binary.options
-    if known and option not in known and option not in RUNTIME_KEYS:
-        if option == "profile":
-            raise CMPError(f"needs OpenSSL 3.3 or later, this is {binary.version}")
-        near = _did_you_mean(option, known.keys() - UNUSABLE_KEYS | OUR_KEYS, "cmp_")
-        raise CMPError(f"this openssl has no option -{_one_line(option)}{near}")
-    return option not in RUNTIME_KEYS
-
-
-# --- Files that the configuration names
-
-
-class Contents(NamedTuple):
-    """What a file holds: `kinds` of things, and the validity of its first certificate (empty if there is none)."""
-
-    kinds: frozenset[str]
-    not_before: str = ""
-    not_after: str = ""
-
-
-CERTIFICATE_LABELS = ("CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE")
-PEM_KINDS = {
-    "CERTIFICATE REQUEST": "a certificate request",
-    "NEW CERTIFICATE REQUEST": "a certificate request",
-    "PUBLIC KEY": "a public key",
-    "PKCS7": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
-    "CMS": "PKCS #7 (convert it: openssl pkcs7 -print_certs)",
-    "X509 CRL": "a CRL",
-}
-CERTIFICATE, PRIVATE_KEY, ENCRYPTED_KEY = "a certificate", "a private key", "an encrypted private key"
-PKCS12, UNREADABLE, EMPTY = "PKCS #12", "neither PEM nor DER", "nothing"
-SIGNED_DATA = "1.2.840.113549.1.7.2"
-
-
-def _der_contents(data: bytes) -> Contents:
-    """What the DER in a file is."""
-    try:
-        certificate = _certificate(data)
-        return Contents(frozenset({CERTIFICATE}), certificate.not_before, certificate.not_after)
-    except CMPError:
-        pass
-    try:
-        first, *others = _sequence(data)
-    except (CMPError, ValueError):
-        return Contents(frozenset({UNREADABLE}))
-    if first.tag == 0x02:  # a version, of PKCS #12 it is 3
-        return Contents(frozenset({PKCS12 if first.value == b"\3" else PRIVATE_KEY}))
-    if first.tag == 0x06:
-        return Contents(frozenset({PEM_KINDS["PKCS7"] if _oid(first.value) == SIGNED_DATA else UNREADABLE}))
-    if [other.tag for other in others] == [0x04]:
-        return Contents(frozenset({ENCRYPTED_KEY}))
-    request = first.value[:3] == b"\x02\x01\x00"
-    return Contents(frozenset({PEM_KINDS["CERTIFICATE REQUEST"] if request else "something else"}))
-
-
-@functools.lru_cache(maxsize=64)
-def _read_contents(path: str, _modified: int, _size: int) -> Contents:
-    """What a file holds; read once, and again when it has changed."""
-    with open(path, "rb") as file:
-        data = file.read(1 << 22)
-    if not data.strip():
-        return Contents(frozenset({EMPTY}))
-    if data[:1] == b"\x30":
-        return _der_contents(data)
-    kinds, validity = set(), ("", "")
-    for label, body in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END", data, re.S):
-        name = label.decode()
-        if name in CERTIFICATE_LABELS:
-            try:
-                certificate = _certificate(next(_elements(binascii.a2b_base64(body))).raw)
-                validity = validity if validity[0] else (certificate.not_before, certificate.not_after)
-                kinds.add(CERTIFICATE)
-            except (CMPError, StopIteration, binascii.Error):
-                kinds.add("a damaged certificate")
-        elif name.endswith("PRIVATE KEY"):
-            kinds.add(ENCRYPTED_KEY if b"ENCRYPTED" in label + body else PRIVATE_KEY)
-        elif name in PEM_KINDS:
-            kinds.add(PEM_KINDS[name])
-    return Contents(frozenset(kinds or {UNREADABLE}), *validity)
-
-
-def _contents(path: str) -> Contents:
-    """What a file holds; nothing is known of a URI such as pkcs11:."""
-    if not os.path.isfile(path):
-        return Contents(frozenset())
-    info = os.stat(path)
-    return _read_contents(os.path.abspath(path), info.st_mtime_ns, info.st_size)
-
-
-def _file_list(option: str, value: str) -> list[str]:
-    """The files that an option names: openssl splits some at commas and blanks, and knows no escape for a blank."""
-    if option not in FILE_LIST_KEYS:
-        return [value]
-    return [name for name in re.split(r"[,\s]+", _openssl_path(value)) if name]
-
-
-def _check_readable(names: Sequence[str]) -> None:
-    """Raise CMPError with the files that cannot be read. A URI such as pkcs11: is openssl's to open."""
-    faults = []
-    for name in names:
-        is_file = os.path.isfile(name)
-        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not (is_file and os.access(name, os.R_OK)):
-            what = "cannot be read by this process" if is_file else "is not a file"
-            faults.append(f"{_one_line(name, 100)} {what}")
-    if faults:
-        raise CMPError(", ".join(faults))
-
-
-def _check_files(option: str, value: str) -> None:
-    """Raise CMPError where the files of an option cannot be read, or hold something else than openssl looks for."""
-    if value[:1] == "[" and value[-1:] == "]":
-        raise CMPError("is a list: write the files into one line, with commas between them")
-    names = _file_list(option, value)
-    _check_readable(names)
-    wanted = {PRIVATE_KEY, ENCRYPTED_KEY, PKCS12} if option.endswith("key") else {CERTIFICATE, PKCS12}
-    what = "private key" if option.endswith("key") else "certificate"
-    for name in names if option != "config" else ():
-        kinds = _contents(name).kinds
-        if kinds == {EMPTY}:
-            raise CMPError(f"{_one_line(name, 100)} is empty")
-        if kinds and not kinds & wanted:
-            raise CMPError(f"{_one_line(name, 100)} holds no {what}, but {' and '.join(sorted(kinds))}")
-
-
-def _readable_by_all(path: str) -> bool:
-    """Whether every local user can read a file."""
-    return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
-
-
-# --- Secrets
-
 # Where a secret could come out, and what keeps it in:
-#   openssl's arguments   `_options` puts `env:NAME` there; `_check_visible` refuses PINs and passwords in other options
+#   openssl's arguments   `_read_value` puts `env:NAME` there; VALUE_FAULTS refuses PINs and passwords in other options
 #   openssl's environment `_start` adds `Settings.secrets` for that one process; nobody but its user can read it
-#   the log, errors       openssl's messages, and the CA's texts in them and in its answers, pass `_foreign`: it masks
-#                         `Settings.hidden`; of ours, those about a secret never show its value
-#   unexpected exceptions `CAhandler._failure` masks their texts as well
+#   the log, errors       openssl's lines, and the CA's texts in its answers, pass `_foreign` as a whole: it masks
+#                         `Settings.hidden`, and what looks like a secret; none of ours shows the value of a secret
+#   unexpected exceptions `_explained` shows type and line, never the text
 #   what cannot be read   `_load_config` and `_read_ini` say the number of the line, not what is in it
 #   files                 none is written with one: openssl reads `cmp_secret: file:` and the like through us
-#   the command line      `check` prints through `_masked`, keys with secrets through `_shown`; `convert` prints what
-#                         the user has typed, with a warning
-
-
-VARIABLE_KEYS = {"cmp_ref_variable": "ref", "cmp_secret_variable": "secret"}
-
-
-def _usual_variable(name: str) -> bool:
-    """Whether this looks like the name of an environment variable, and not like a secret, put there by mistake."""
-    return re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name) is not None
-
-
-def _variable_value(option: str, name: str) -> str:
-    """What an environment variable holds. Raises CMPError where it is not set."""
-    if not os.environ.get(name):
-        shown = name if option not in SECRET_KEYS or _usual_variable(name) else "of that name (not shown)"
-        raise CMPError(f"the environment variable {_one_line(shown)} is not set")
-    return os.environ[name]
-
-
-_descriptors: dict[tuple[int, int, int], bytes] = {}  # what was read from pipes, which say it only once
-
-
-def _read_descriptor(number: str) -> bytes:
-    """What acme2certifier has inherited in a file descriptor."""
-    if sys.platform == "win32" or not re.fullmatch(r"\d{1,6}", number):
-        raise CMPError("fd: needs the number of a file descriptor; on Windows there is none")
-    descriptor = int(number)
-    info = os.fstat(descriptor)
-    if stat.S_ISREG(info.st_mode):
-        return os.pread(descriptor, 1024, 0)
-    key = (descriptor, info.st_dev, info.st_ino)
-    if key not in _descriptors:
-        if not select.select([descriptor], [], [], 0)[0]:
-            raise CMPError(f"nothing to read from file descriptor {descriptor}")
-        _descriptors[key] = os.read(descriptor, 1024)
-    return _descriptors[key]
-
-
-def _secret_line(source: str, rest: str) -> str:
-    """The first line of a file or descriptor: openssl takes the same. Raises CMPError where it is not what it seems."""
-    if source == "file":
-        _check_readable([rest])
-    try:
-        if source == "file":
-            with open(rest, "rb") as file:
-                data = file.read(1024)
-        else:
-            data = _read_descriptor(rest)
-    except (OSError, OverflowError) as err:
-        raise CMPError(f"{source}:{_one_line(rest, 100)} cannot be read: {getattr(err, 'strerror', err)}") from err
-    line, where = data.partition(b"\n")[0], f"{source}:{_one_line(rest, 100)}"
-    if line[:3] == b"\xef\xbb\xbf":
-        raise CMPError(f"{where} begins with a byte order mark: save it as UTF-8 without BOM")
-    if b"\0" in line:
-        raise CMPError(f"{where} is no text in UTF-8 or ASCII")
-    if b"\r" in line:
-        raise CMPError(f"{where} has line ends of Windows, which openssl takes into the secret: save it with LF alone")
-    if not line.strip():
-        raise CMPError(f"the first line of {where} is empty")
-    return os.fsdecode(line)
+#   the command line      `check` shows no value of a secret, nor of an entry that it does not know; `convert` prints
+#                         what the user has typed, with a warning
 
 
 def _secret(option: str, value: str) -> tuple[str, str]:
-    """The environment variable for openssl's `-secret` and the like, and what it is to hold."""
-    prefix, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a prefix, the secret
-    source, name = prefix if colon else "", "CMP_CA_HANDLER_" + option.upper()
-    if value == "stdin":
-        raise CMPError("stdin: acme2certifier has no terminal: use file:PATH or env:NAME")
-    if source == "env":
-        return rest, _variable_value(option, rest)
-    if source in ("file", "fd"):
-        return name, _secret_line(source, rest)
-    return name, rest if source == "pass" else value
+    """The environment variable for openssl's `-secret` and the like, and what it is to hold. Raises CMPError."""
+    source, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a source, the secret
+    name, secret = "CMP_CA_HANDLER_" + option.upper(), value
+    if value == "stdin" or (source == "fd" and colon):
+        what = "acme2certifier has neither a terminal nor a descriptor for it: use file:PATH or env:NAME"
+        raise CMPError(f"{source}: {what}")
+    if colon and source == "env":
+        name, secret = rest, _variable_value(rest, secret=True)
+    elif colon and source in ("file", "pass"):
+        secret = _first_line(rest) if source == "file" else rest
+    line_break = re.search(r"[\r\n\0]", secret)
+    _check_none((not secret, "the secret is empty"), (line_break, "the secret contains a line break: take it out"))
+    return name, secret
 
 
-def _check_secret(secret: str) -> None:
-    """Raise CMPError where a secret is none, without showing it."""
-    if not secret:
-        raise CMPError("the secret is empty")
-    if re.search(r"[\r\n\0]", secret):
-        raise CMPError("the secret contains a line break: take it out")
+def _first_line(path: str) -> str:
+    """The first line of a file: openssl takes the same. Raises CMPError where it is not what it seems."""
+    _check_file(path, "")
+    with open(path, "rb") as file:
+        line, where = file.readline(1024).rstrip(b"\n"), f"file:{_one_line(path, 100)}"
+    windows = "has line ends of Windows, which openssl takes into the secret: save it with LF alone"
+    _check_none(
+        (line[:3] == b"\xef\xbb\xbf", f"{where} begins with a byte order mark: save it as UTF-8 without BOM"),
+        (b"\r" in line, f"{where} {windows}"),
+        (not line.strip() or b"\0" in line, f"the first line of {where} is empty, or no text in UTF-8 or ASCII"),
+    )
+    return os.fsdecode(line)
 
 
-PIN_VALUE = re.compile(r"pin-value=([^;&?\s]*)", re.I)
-PIN_PARAMETER = re.compile(r"[^=]*(?:pin|pass|secret)[^=]*=(?!file:)(.*)", re.I | re.S)
-
-
-def _check_visible(option: str, value: str) -> None:
-    """Raise CMPError where everybody could see a secret in the value of an option: in the list of processes."""
-    if PIN_VALUE.search(value):
-        why = "every local user can see a pin-value in the list of processes"
-        raise CMPError(f"{why}: write pin-source=file:PATH in its place, or cmp_keypass: env:NAME")
-    if option == "provparam" and PIN_PARAMETER.match(value):
-        raise CMPError("every local user can see a PIN there: write file:PATH for it, or use cmp_keypass: env:NAME")
-    if option in ("server", "proxy") and "@" in value:
-        raise CMPError("a user and password there are visible to every local user, and openssl ignores them: remove")
-
-
-def _stray_secrets(section: Mapping[str, str], known: Collection[str]) -> Iterator[str]:
-    """What looks like a secret where none should be: it is an error there, and nobody's text may show it either."""
-    for key, value in section.items():
-        option = _option_name(key[4:], known)
-        usable = option in known and option not in UNUSABLE_KEYS and key.startswith("cmp_")
-        if option in SECRET_KEYS or key == "cmp_secret_variable":
-            variable = re.sub("^env:", "", value)
-            named = variable != value or key == "cmp_secret_variable"
-            if named and not os.environ.get(variable) and not _usual_variable(variable):
-                yield variable
-        elif not usable and option not in OUR_KEYS and _looks_secret(option):
-            yield value
-        yield from PIN_VALUE.findall(value)
-        if option == "provparam":
-            yield from PIN_PARAMETER.findall(value)[:1]
-        if option in ("server", "proxy") and "@" in value:
-            yield _password(value)
-    yield from (_password(os.environ[name]) for name in _proxies() if "@" in os.environ[name])
-
-
-def _unquoted(text: str) -> str:
-    """`text` without the percent-encoding of URIs."""
-    plain = re.sub(b"%([0-9A-Fa-f]{2})", lambda code: bytes([int(code.group(1), 16)]), os.fsencode(text))
-    return os.fsdecode(plain)
-
-
-def _password(url: str) -> str:
-    """The password in a URL, or else the user's name."""
-    user = re.sub("^[A-Za-z]+://", "", url).rpartition("@")[0]
-    return user.partition(":")[2] or user
-
-
-def _proxies() -> list[str]:
-    """The environment variables from which openssl takes a proxy."""
-    return [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
-
-
-SECRETIVE = re.compile("secr|pass|pwd|pin$|token|psk", re.I)
-
-
-def _looks_secret(option: str) -> bool:
-    """Whether a key that is no option of openssl is likely to be a misspelt secret."""
-    import difflib  # only needed for a typo
-
-    names = [*SECRET_KEYS, "password", "pin"]
-    return bool(SECRETIVE.search(option) or difflib.get_close_matches(option.lower(), names, 1, 0.7))
-
-
-# --- The section as a whole
-
-
-def _check_section(section: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
-    """What no single line shows: what is missing, what does not fit together, what is weak."""
-    options, binary = settings.options, settings.binary
-    if "cmp_openssl_bin" not in section:
-        yield Finding(WARNING, f"cmp_openssl_bin is not set: using {binary.path or 'openssl'}, the first on the PATH")
-    if settings.own_directory:
-        lost = "a restart, or systemd's PrivateTmp, hides orders that wait for the CA from the poller"
-        yield Finding(WARNING, f"cmp_tmp_dir is not set: using {settings.directory}, and {lost}")
-    for key in section:
-        if key.startswith("cmp_") and key[4:] in RUNTIME_KEYS:
-            yield Finding(WARNING, f"{key} is set by the handler itself and ignored here: delete it")
-    yield from _check_secrets(section, settings)
-    if options.keys() & {"config", "section"}:
-        key = "cmp_config" if "config" in options else "cmp_section"
-        yield Finding(WARNING, f"{key}: what stands in that OpenSSL configuration file is not checked here")
-    else:  # an OpenSSL configuration file may hold all of this
-        yield from _check_essentials(options)
-        yield from _check_tls(section, settings)
-        yield from _check_credentials(options, "")
-        yield from _check_credentials(options, "tls_")
-    for option, why in WEAK_KEYS.items():
-        if option in options:
-            yield Finding(WARNING, f"cmp_{option} weakens security: {why}")
-    if options.get("popo") == "-1" and options.get("cmd") != "p10cr" and "newkeyout" in binary.options:
-        yield Finding(FAULT, f"cmp_popo: {binary.version} sends no request without a proof: delete it")
-    yield from _check_timeouts(options)
-    yield from _check_proxies(options)
-    fault = _directory_fault(settings)
-    if fault:
-        yield Finding(FAULT, fault)
-
-
-def _check_secrets(section: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
-    """Secrets that are easy to find out, or that look like a mistake."""
-    for option in [option for option in settings.options if option in SECRET_KEYS]:
-        secret = settings.secrets.get((settings.options[option] or "").partition(":")[2], "")
-        if secret != secret.strip():
-            yield Finding(WARNING, f"cmp_{option}: the secret begins or ends with a blank, which counts")
-        if option == "secret" and 0 < len(secret) < 8:
-            what = "has less than 8 characters: whoever sees one message can find it by trying"
-            yield Finding(WARNING, f"cmp_secret {what}; ask the CA for a longer one")
-        prefix, _, path = section.get(f"cmp_{option}", "").partition(":")
-        if prefix == "file" and _readable_by_all(path):
-            yield Finding(WARNING, f"cmp_{option}: every local user can read {_one_line(path, 100)}: chmod o-r")
-
-
-def _check_timeouts(options: Mapping[str, str | None]) -> Iterator[Finding]:
-    """Time-outs that do not fit each other, as openssl wants it."""
-    message, total = options.get("msg_timeout"), options.get("total_timeout")
-    if total and int(total) == 0 and message != "0":
-        what = "0 would wait for ever: set a number of seconds, or cmp_msg_timeout: 0 as well"
-        yield Finding(FAULT, f"cmp_total_timeout: {what}")
-    elif message and total and int(message) > int(total):
-        yield Finding(FAULT, "cmp_total_timeout must not be less than cmp_msg_timeout")
+def _variable_value(name: str, secret: bool = False) -> str:
+    """What an environment variable holds. Raises CMPError where it is not set."""
+    # Perhaps the secret itself was put there by mistake.
+    shown = not secret or re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
+    what = _one_line(name) if shown else "of that name (not shown)"
+    _check_none((not os.environ.get(name), f"the environment variable {what} is not set"))
+    return os.environ[name]
 
 
 def _with_defaults(options: Mapping[str, str | None], binary: Binary) -> dict[str, str | None]:
@@ -1400,1500 +2009,224 @@ def _with_defaults(options: Mapping[str, str | None], binary: Binary) -> dict[st
     return result
 
 
-def _check_proxies(options: Mapping[str, str | None]) -> Iterator[Finding]:
-    """Say which proxy openssl takes from the environment."""
-    proxies = _proxies()
-    for name in proxies:
-        if "@" in os.environ[name]:
-            yield Finding(WARNING, f"{name}: openssl does not send the user and password in it, but prints them")
-    if proxies and not options.keys() & {"proxy", "no_proxy"}:
-        what = f"openssl takes the proxy from {', '.join(proxies)}: set cmp_no_proxy if it should not"
-        yield Finding(WARNING, what)
-
-
-def _check_essentials(options: Mapping[str, str | None]) -> Iterator[Finding]:
-    """What an enrolment cannot do without."""
-    if "server" not in options:
-        yield Finding(FAULT, "cmp_server is missing: set it to the address:port of the CMP server")
-    if "secret" not in options and "unprotected_requests" not in options:
-        if "cert" not in options or "key" not in options:
-            yield Finding(FAULT, "no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key")
-        elif not options.keys() & {"trusted", "srvcert"}:
-            yield Finding(WARNING, "cmp_trusted is not set: the CA's signed answers cannot be verified")
-    if "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}:
-        who = "whoever has a certificate of that CA, and is on the way to it, can answer in its name"
-        what = f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}"
-        yield Finding(WARNING, f"{what}; set cmp_expect_sender to the sender of its answers")
-
-
-def _check_tls(section: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
-    """Half a setting of TLS is a connection without TLS, or one with anybody."""
-    options, binary = settings.options, settings.binary
-    url = (options.get("server") or "").startswith("https://")
-    useless = ", ".join(f"cmp_{option}" for option in options if option in TLS_KEYS)
-    if settings.tls:
-        if "tls_trusted" not in options:
-            yield Finding(WARNING, "cmp_tls_trusted is not set: the TLS server is not authenticated")
-    elif url:
-        what = f"cmp_tls_used is missing: {binary.version} wants cmp_tls_used: True for https://"
-        yield Finding(FAULT, what)
-    elif useless and section.get("cmp_tls_used", "").lower() in OFF:
-        yield Finding(WARNING, f"{useless}: not used, the connection is plain HTTP")
-    elif useless:
-        what = "without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True"
-        yield Finding(FAULT, f"{useless} {what}")
-
-
-def _check_credentials(options: Mapping[str, str | None], kind: str) -> Iterator[Finding]:
-    """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key, without starting a process."""
-    cert, key, keypass = (f"{kind}{what}" for what in ("cert", "key", "keypass"))
-    # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
-    level = WARNING if not kind and "secret" in options else FAULT
-    if (cert in options) != (key in options) and (kind or "secret" in options):
-        have, lack = (cert, key) if cert in options else (key, cert)
-        what = "only the names in it are used" if have == "cert" else "set both, or none"
-        yield Finding(level, f"cmp_{have} without cmp_{lack}: {what}")
-    if keypass in options and key not in options:
-        yield Finding(WARNING, f"cmp_{keypass} without cmp_{key}: there is no key for it")
-    found = _contents(options.get(key) or "")
-    if found.kinds & {ENCRYPTED_KEY, PKCS12} and PRIVATE_KEY not in found.kinds and keypass not in options:
-        yield Finding(level, f"cmp_{key}: the key is encrypted: set cmp_{keypass}")
-    if _readable_by_all(options.get(key) or ""):
-        yield Finding(WARNING, f"cmp_{key}: every local user can read {options[key]}: chmod o-r")
-    yield from _check_validity(f"cmp_{cert}", options.get(cert) or "", level)
-
-
-def _check_validity(key: str, path: str, level: str) -> Iterator[Finding]:
-    """A certificate of ours that is not valid now, or will not be for long."""
-    found, now = _contents(path), time.time()
-    today, soon = (time.strftime(ISO_TIME, time.gmtime(now + more)) for more in (0, EXPIRES_SOON))
-    what = f"{key}: the certificate in {_one_line(path, 100)}"
-    if found.not_before > today:
-        yield Finding(level, f"{what} is not valid before {found.not_before[:10]}")
-    elif found.not_after and found.not_after <= today:
-        yield Finding(level, f"{what} has expired on {found.not_after[:10]}: renew it")
-    elif found.not_after and found.not_after <= soon:
-        yield Finding(WARNING, f"{what} expires on {found.not_after[:10]}: renew it")
-
-
-# --- The request --------------------------------------------------------------------------------------------
-
-
-# The ACME server has checked the names that it read in the CSR, with a library that gives up on all extensions where
-# it cannot read one. openssl reads the CSR again, and the CA what openssl sends. So what one of them could read
-# otherwise, or not at all, is refused, and so is a name that nobody has checked.
-
-COMMON_NAME = "2.5.4.3"
-EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
-EC_PUBLIC_KEY, RSASSA_PSS = "1.2.840.10045.2.1", "1.2.840.113549.1.1.10"
-RSA_KEYS = ("1.2.840.113549.1.1.1", "2.5.8.1.1", RSASSA_PSS)
-
-# GeneralName (RFC 5280, 4.2.1.6): tag -> kind, and what its contents look like, as `_form` writes DER.
-VISIBLE = r"(2[1-9a-f]|[3-6]\w|7[0-9a-e])+"  # one or more characters of ASCII, without blanks and NUL
-SAN_KINDS = {
-    0x81: ("email", rf"81:{VISIBLE};"),
-    0x82: ("DNS", rf"82:{VISIBLE};"),
-    0x86: ("URI", rf"86:{VISIBLE};"),
-    0x87: ("IP", r"87:(\w{8}|\w{32});"),
-    0x88: ("RID", r"88:\w+;"),
-    0xA0: ("otherName", r"a0\(06:\w+;a0\((\w+:\w*;|30\((\w+:\w*;)+\))\)\)"),
-    0xA4: ("dirName", r"a4\(30\((31\((30\(06:\w+;(0c|13|16|1e):\w+;\))+\))+\)\)"),
-}
-CHECKED_KINDS = frozenset(("DNS", "IP", "email"))  # those that acme2certifier compares with the order
-
-# The extensions that its library reads, and what it surely can read. None: no client's request needs it, for it tells
-# of the CA, or names somebody. Others are opaque to everybody but the CA.
-EXTENSIONS = {
-    "2.5.29.14": ("subjectKeyIdentifier", r"04:\w*;"),
-    "2.5.29.15": ("keyUsage", r"03:0\d(\w\w){0,2};"),
-    "2.5.29.16": ("privateKeyUsagePeriod", None),
-    "2.5.29.17": ("subjectAltName", r"30\(.+\)"),  # and SAN_KINDS
-    "2.5.29.18": ("issuerAltName", None),
-    "2.5.29.19": ("basicConstraints", r"30\(\)"),  # CA:FALSE is the default, which DER does not write down
-    "2.5.29.30": ("nameConstraints", None),
-    "2.5.29.31": ("cRLDistributionPoints", rf"30\((30\(a0\(a0\((86:{VISIBLE};)+\)\)\))+\)"),
-    "2.5.29.32": ("certificatePolicies", r"30\((30\(06:\w+;(30\((30\(06:2b06010505070201;16:\w*;\))+\))?\))+\)"),
-    "2.5.29.35": ("authorityKeyIdentifier", r"30\((80:\w+;)?\)"),
-    "2.5.29.36": ("policyConstraints", None),
-    "2.5.29.37": ("extKeyUsage", r"30\((06:\w+;)+\)"),
-    "2.5.29.46": ("freshestCRL", None),
-    "2.5.29.54": ("inhibitAnyPolicy", None),
-    "1.3.6.1.5.5.7.1.1": ("authorityInfoAccess", rf"30\((30\(06:\w+;86:{VISIBLE};\))+\)"),
-    "1.3.6.1.5.5.7.1.11": ("subjectInfoAccess", None),
-    "1.3.6.1.5.5.7.1.24": ("tlsfeature", r"30\((02:(05|11);)+\)"),  # must-staple
-    "1.3.6.1.5.5.7.48.1.5": ("OCSP no check", r"05:;"),
-    "1.3.6.1.4.1.311.21.7": ("certificate template", r"30\(06:\w+;(02:[0-7]\w{1,7};){0,2}\)"),
-    "1.3.6.1.4.1.311.25.2": ("Active Directory SID", None),
-    "1.3.6.1.4.1.11129.2.4.2": ("certificate timestamps", None),
-    "1.3.6.1.4.1.11129.2.4.3": ("precertificate poison", None),
-    "1.3.36.8.3.3": ("admissions", None),
-}
-
-
-class CSR(NamedTuple):
-    """What a PKCS #10 request (RFC 2986) asks for."""
-
-    der: bytes
-    subject: Name
-    key: bytes  # the subjectPublicKeyInfo
-    extensions: dict[str, bytes]
-
-
-CSR_LABEL = "(?:NEW )?CERTIFICATE REQUEST"
-
-
-def _csr(argument: object, kinds: Collection[str]) -> CSR:
-    """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
-    try:
-        der = _decode(argument, CSR_LABEL)
-        _check_der(der, values=False)
-        try:
-            information, _, _ = _sequence(der)
-            version, subject, key, *attributes = _sequence(information.raw)
-            if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
-                raise ValueError
-            algorithm, bits = _sequence(key.raw)
-            _check_key(algorithm, bits)
-            csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
-        except (IndexError, ValueError) as err:
-            raise CMPError("it is not a PKCS #10 request") from err
-        _check_common_name(csr.subject)
-        for oid, value in csr.extensions.items():
-            _check_extension(oid, value)
-        _check_alternative_names(csr.extensions.get(SUBJECT_ALT_NAME, b"\x30\x00"), kinds)
-    except CMPError as err:
-        raise CMPError(f"not a usable CSR: {err}") from err
-    return csr
-
-
-def _check_key(algorithm: Element, key: Element) -> None:
-    """Refuse a key with which anybody can sign: then the CSR's signature proves no possession of the private key."""
-    kind, *parameters = _sequence(algorithm.raw)
-    oid, tags = _oid(kind.value), [parameter.tag for parameter in parameters]
-    if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
-        # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
-        name = "explicit EC" if oid == EC_PUBLIC_KEY else "DSA or other"
-        raise CMPError(f"its key has {name} parameters, so its signature proves nothing: use RSA or a named curve")
-    if oid in RSA_KEYS:
-        _check_der(key.value[1:], values=True)
-        _, exponent = _sequence(key.value[1:])
-        number = int.from_bytes(exponent.value, "big", signed=True)
-        if number < 3 or number % 2 == 0:  # with 1 the signature is the message
-            raise CMPError("its RSA key has an exponent below 3, or an even one, so its signature proves nothing")
-
-
-def _requested(attributes: bytes) -> dict[str, bytes]:
-    """The extensions of the one extension request (RFC 2985, 5.4.2): of two, everybody would read another one."""
-    requests = []
-    for attribute in _elements(attributes):
-        kind, values = _sequence(attribute.raw)
-        if _oid(kind.value) in EXTENSION_REQUESTS:
-            requests.append(values)
-    if len(requests) > 1:
-        raise CMPError(f"it has {len(requests)} extension requests, which others read differently: one is possible")
-    extensions: dict[str, bytes] = {}
-    for values in requests:
-        content = list(_elements(values.value))
-        if values.tag != 0x31 or [element.tag for element in content] != [0x30]:
-            raise CMPError("its extension request is not exactly one list of extensions")
-        for extension in _elements(content[0].value):
-            fields = [f.raw if f.tag == 0x01 else f.tag for f in _sequence(extension.raw)]
-            identifier, value = _sequence(extension.raw)[0], _sequence(extension.raw)[-1]
-            name = EXTENSIONS.get(_oid(identifier.value), (_oid(identifier.value),))[0]
-            if fields not in ([0x06, 0x04], [0x06, b"\x01\x01\xff", 0x04]):  # FALSE is the default of `critical`
-                raise CMPError(f"its extension {name} is not DER: an identifier, TRUE (FF) if critical, and a value")
-            if _oid(identifier.value) in extensions:
-                raise CMPError(f"it has the extension {name} twice")
-            extensions[_oid(identifier.value)] = value.value
-    return extensions
-
-
-def _check_common_name(subject: Name) -> None:
-    """The ACME server compares the first CN with the order: it must be the only one, and read alike by everybody."""
-    names = [attribute for rdn in subject for attribute in rdn if attribute.type == COMMON_NAME]
-    if len(names) > 1:
-        raise CMPError(f"its subject has {len(names)} common names (CN): one is possible")
-    for name in names:
-        alike = name.text is not None and "\0" not in name.text
-        if name.tag == 0x14 and not name.raw.isascii():  # TeletexString is Latin-1 for some, UTF-8 for others
-            alike = alike and not _is_der_value(UTF8, name.raw)
-        if not alike:
-            raise CMPError("its common name (CN) is no string that everybody reads alike")
-
-
-def _check_extension(oid: str, value: bytes) -> None:
-    """Refuse what the ACME server's library may not be able to read, and what is not for a client to ask for."""
-    if oid not in EXTENSIONS:
-        return
-    name, expected = EXTENSIONS[oid]
-    if expected is None:
-        raise CMPError(f"it asks for the extension {name}, which is for the CA to decide")
-    try:
-        _check_der(value, values=True)
-    except CMPError as err:
-        raise CMPError(f"its extension {name} is malformed: {err}") from err
-    form = _form(value)
-    usage = value[3:5].ljust(2, b"\0") if oid == KEY_USAGE else b"\0\0"  # the bits of RFC 5280, 4.2.1.3
-    if usage[0] & 0x04 or (oid == BASIC_CONSTRAINTS and form.startswith("30(01:ff;")):
-        raise CMPError(f"it asks for a CA certificate ({name}), which no ACME client needs")
-    half = not usage[0] & 0x08 and (usage[0] & 0x01 or usage[1] & 0x80)  # encipherOnly says how keyAgreement is used
-    if half or not re.fullmatch(expected, form):
-        raise CMPError(f"its extension {name} is malformed, or acme2certifier may not be able to read it")
-
-
-def _form(data: bytes) -> str:
-    """DER as text, for regular expressions: `30(06:550403;0c:61;)` is SEQUENCE { 2.5.4.3, "a" }."""
-    elements = _elements(data)
-    return "".join(f"{t:02x}({_form(v)})" if t & 0x20 else f"{t:02x}:{v.hex()};" for t, v, _ in elements)
-
-
-def _check_alternative_names(value: bytes, kinds: Collection[str]) -> None:
-    """Each subjectAltName is well-formed, and of one of these `kinds`."""
-    for name in _sequence(value):
-        kind, form = SAN_KINDS.get(name.tag, ("", ""))
-        text = _one_line(ascii(name.value)[2:-1], 80)
-        if not kind:
-            raise CMPError(f"its subjectAltName [{name.tag & 0x1F}] '{text}' is of a kind that nobody uses")
-        if kind not in kinds:
-            raise CMPError(f"its subjectAltName {kind} '{text}' is none of cmp_san_types: {', '.join(kinds)}")
-        if not re.fullmatch(form, _form(name.raw)) or (kind == "RID" and not _is_der_value(0x06, name.value)):
-            raise CMPError(f"its subjectAltName {kind} '{text}' is malformed")
-
-
-def _check_san_types(value: str) -> None:
-    """Raise CMPError where cmp_san_types names a kind that there is not."""
-    known = [kind for kind, _ in SAN_KINDS.values()]
-    for word in re.split(r"[,\s]+", value.strip(", ")):
-        if word.lower() not in map(str.lower, known):
-            near = _did_you_mean(word, known, "")
-            raise CMPError(f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}")
-
-
 def _san_types(value: str) -> list[str]:
-    """The kinds of subjectAltNames that cmp_san_types allows."""
-    words = re.split(r"[,\s]+", value.lower())
-    kinds = {kind for kind, _ in SAN_KINDS.values() if kind.lower() in words}
+    """The kinds of subjectAltNames that cmp_san_types allows. Raises CMPError where there is no such kind."""
+    kinds, known = set(), list(SAN_KINDS.values())
+    for word in re.split(r"[,\s]+", value.strip(", ")):
+        kind = next((kind for kind in known if kind.lower() == word.lower()), "")
+        near = "" if kind else _did_you_mean(word, known, "")
+        _check_none((not kind, f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}"))
+        kinds.add(kind)
     # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
     return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
 
 
-def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]:
-    """The subjectAltNames (RFC 5280, 4.2.1.6) as (kind, text); what is no text is in hexadecimal."""
-    names = []
-    for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
-        kind, text = SAN_KINDS.get(name.tag, (f"[{name.tag & 0x1F}]",))[0], name.value.hex()
-        if kind in ("email", "DNS", "URI"):
-            text = name.value.decode("ascii", "backslashreplace")
-        elif kind == "IP" and len(name.value) in (4, 16):
-            import ipaddress  # not every certificate has one
-
-            text = str(ipaddress.ip_address(name.value))
-        names.append((kind, text))
-    return names
+Finding = tuple[str, bool]  # what is wrong with the configuration; whether that stops everything, or is a warning
+Question = tuple[object, str, bool]  # whether there is such a finding, and then the two of it
+FATAL, WARNING = True, False
 
 
-def _wanted(csr: CSR) -> str:
-    """What a CSR asks for, for the log: its subject, or else its names."""
-    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr.extensions))
-    return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
+def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
+    """What neither a single entry nor openssl shows: what is missing, does nothing, weakens security, or ends soon."""
+    options, first = settings.options, f"using {settings.binary.path or 'openssl'}, the first on the PATH"
+    lost = "a restart, or systemd's PrivateTmp, hides orders that wait for the CA from the poller"
+    yield "cmp_openssl_bin" not in section, f"cmp_openssl_bin is not set: {first}", WARNING
+    yield settings.own_directory, f"cmp_tmp_dir is not set: using {settings.directory}, and {lost}", WARNING
+    for key in section:
+        ignored = key.startswith("cmp_") and _option(key[4:]).kind == "run"
+        yield ignored, f"{key} is set by the handler itself and ignored here: delete it", WARNING
+    yield from _secret_findings(section, settings)
+    elsewhere = "cmp_config" if options.get("config") else "cmp_section" if "section" in options else ""
+    yield elsewhere, f"{elsewhere}: what stands in that OpenSSL configuration file is not checked here", WARNING
+    if not elsewhere:  # it may hold all of this
+        yield from _server_entry_findings(section, settings)
+    for kind in ("", "tls_"):
+        yield from _credential_findings(settings, kind, bool(elsewhere))
+    for option in options:
+        yield _option(option).weak, f"cmp_{option} weakens security: {_option(option).weak}", WARNING
+    yield from _useless_findings(options, settings.binary)
+    yield from _proxy_findings(settings)
+    wrong = settings.seconds("total_timeout") < settings.seconds("msg_timeout")
+    yield wrong, "cmp_total_timeout must not be less than cmp_msg_timeout, nor 0 alone, for that waits for ever", FATAL
+    yield settings.directory_fault, settings.directory_fault, FATAL
 
 
-def _subject(csr: CSR, settings: Settings) -> str | None:
-    """What to pass as `-subject`; None leaves the subject to `-csr`."""
-    converts = settings.binary.converts_csr()
-    if csr.subject:
-        text = _slash_form(csr.subject, exact=converts)
-        if text is None and not converts:
-            version, subject = settings.binary.version, _name_text(csr.subject)
-            raise CMPError(f"{version} cannot carry the subject {subject}, OpenSSL 3.0 can")
-        return text and _utf8(text)
-    if "subject" in settings.options:
-        return settings.options["subject"]
-    # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
-    for kind, name in _alternative_names(csr.extensions):
-        if kind == "DNS" and 0 < len(name) <= 64:
-            text = _slash_form([[Attribute(COMMON_NAME, UTF8, name, b"")]], exact=True)
-            return text and _utf8(text)
-    return None
+def _secret_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
+    """Secrets that are easy to find out, or that look like a mistake."""
+    short = "has fewer than 8 characters: one captured message is enough to guess it; ask the CA for a longer one"
+    for option in [option for option in settings.options if _option(option).kind == "secret"]:
+        secret = settings.secrets.get((settings.options[option] or "").partition(":")[2], "")
+        key, (source, _, path) = f"cmp_{option}", section.get(f"cmp_{option}", "").partition(":")
+        quoted = re.fullmatch(r"(['\"]).*\1", secret, re.S)
+        yield secret != secret.strip(), f"{key}: the secret begins or ends with a blank, which counts", WARNING
+        yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
+        yield option == "secret" and 0 < len(secret) < 8, f"cmp_secret {short}", WARNING
+        open_to_all = source == "file" and _readable_by_all(path)
+        yield open_to_all, f"{key}: every local user can read {_one_line(path, 100)}: chmod o-r", WARNING
 
 
-def _request(csr: CSR, transaction: Transaction) -> list[str]:
-    """The options that describe one enrolment."""
-    settings = transaction.settings
-    known = settings.binary.options
-    arguments = ["-newkey", transaction.file("pubkey.pem"), "-certout", transaction.file("cert.pem")]
-    arguments += ["-extracertsout", transaction.file("extracerts.pem")]
-    if "cacertsout" in known:
-        arguments += ["-cacertsout", transaction.file("capubs.pem")]
-    if "san_nodefault" in known:  # without it the names of the RA's own certificate go into the request
-        arguments += [f"-{settings.binary.spelled['san_nodefault']}"]
-    subject = _subject(csr, settings)
-    if settings.binary.converts_csr() or settings.options.get("cmd") == "p10cr":
-        arguments += ["-csr", transaction.file("csr.pem")]
+def _readable_by_all(path: str) -> bool:
+    """Whether every local user can read a file."""
+    return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
+
+
+def _server_entry_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
+    """What an enrolment cannot do without, and half a setting of TLS: no TLS, or a TLS server that anybody can be."""
+    options, version, server = settings.options, settings.binary.version, settings.options.get("server")
+    unverified = "cert" in options and not options.keys() & {"secret", "trusted", "srvcert", "unprotected_requests"}
+    anybody = "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}
+    who = "anyone who holds a certificate from this CA and can intercept the connection could pose as the CA"
+    yield server is None, "cmp_server is missing: set it to the address:port of the CMP server", FATAL
+    yield unverified, "cmp_trusted is not set: the CA's signed answers cannot be verified", WARNING
+    yield anybody, f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}; set cmp_expect_sender", WARNING
+    useless = ", ".join(f"cmp_{option}" for option in options if "tls" in _option(option).marks)
+    if settings.tls:
+        yield "tls_trusted" not in options, "cmp_tls_trusted is not set: the TLS server is not authenticated", WARNING
+    elif (server or "").startswith("https://"):
+        yield True, f"cmp_tls_used is missing: {version} needs cmp_tls_used: True for https://", FATAL
+    elif section.get("cmp_tls_used", "").lower() in OFF:
+        yield useless, f"{useless}: not used, the connection is plain HTTP", WARNING
     else:
-        names = _alternative_names(csr.extensions)
-        carried = [(k, name) for k, name in names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
-        lost = [kind for kind, name in names if (kind, name) not in carried]
-        lost += [oid for oid in csr.extensions if oid != SUBJECT_ALT_NAME]
-        if lost:
-            transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
-        if carried:
-            arguments += ["-sans", _utf8(",".join(name for _, name in carried))]
-    if subject is not None and settings.options.get("cmd") != "p10cr":
-        arguments += ["-subject", subject]
-        if not transaction.read("subject"):
-            transaction.write("subject", subject)
-    return arguments
+        yield useless, f"{useless} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True", FATAL
 
 
-def _prove_possession(csr: CSR, transaction: Transaction) -> None:
-    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit.
-
-    `_check_key`, before this, has refused the keys with which anybody can sign.
-    """
-    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
-    if transaction.read("pubkey.pem"):
-        return  # a poll: it was verified before the CA was asked
-    transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
-    program = transaction.settings.binary.path
-    # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
-    argv = [program, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout", "-pubkey"]
-    run = _run(argv)
-    # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
-    verified = SIGNATURE_FITS.search(run.output)
-    key = PUBLIC_KEY.search(run.output)
-    if SIGNATURE_WRONG.search(run.output):
-        raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused")
-    if run.code != 0 or not verified or not key:
-        said = [m.text for m in _messages(run.output)]
-        hint = "" if run.killed() else _hint("cannot use the CSR")
-        raise CMPError(f"openssl cannot use the CSR: {run.killed() or _one_line('; '.join(said[:2]))}{hint}")
-    transaction.write("pubkey.pem", key.group(0))
+def _credential_findings(settings: Settings, kind: str, elsewhere: bool) -> Iterator[Question]:
+    """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key; a half may stand in another file."""
+    options, (cert, key, keypass) = settings.options, (f"{kind}{what}" for what in ("cert", "key", "keypass"))
+    # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
+    level = WARNING if not kind and "secret" in options else FATAL
+    have, lack = (cert, key) if cert in options else (key, cert)
+    half = (have in options) != (lack in options) and (kind or "secret" in options) and not elsewhere
+    what = "only the names in it are used" if have == "cert" else "set both, or none"
+    lonely = keypass in options and key not in options and not elsewhere
+    yield half, f"cmp_{have} without cmp_{lack}: {what}", level
+    yield lonely, f"cmp_{keypass} without cmp_{key}: there is no key for it", WARNING
+    path = options.get(key) or ""
+    yield _readable_by_all(path), f"cmp_{key}: every local user can read {path}: chmod o-r", WARNING
+    path, now, soon = options.get(cert) or "", _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
+    for found in _certificates(path)[:1]:
+        what, start, end = f"cmp_{cert}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
+        yield start > now, f"{what} is not valid before {start[:10]}", level
+        yield end <= now, f"{what} has expired on {end[:10]}: renew it", level
+        yield now < end <= soon, f"{what} expires on {end[:10]}: renew it", WARNING
 
 
-# --- A transaction is a directory ---------------------------------------------------------------------------
+def _useless_findings(options: Mapping[str, str | None], binary: Binary) -> Iterator[Question]:
+    """Options that do nothing, or something else, without another one."""
+    policy, explicit = "policy" in options, "explicit_policy" in options
+    everybody = "refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy"
+    yield policy and not explicit, "cmp_policy does nothing without cmp_explicit_policy: True", WARNING
+    yield explicit and not policy, f"cmp_explicit_policy without cmp_policy {everybody}", WARNING
+    names = ", ".join(f"cmp_{name}" for name in ("verify_hostname", "verify_email", "verify_ip") if name in options)
+    what = "about the issued certificate, and not used without cmp_out_trusted"
+    yield names and "out_trusted" not in options, f"{names}: {what}", WARNING
+    names = ", ".join(f"cmp_{option}" for option in options if "ir" in _option(option).marks)
+    what, p10cr = "not used with cmp_cmd: p10cr, for the request is the CSR as it is", options.get("cmd") == "p10cr"
+    yield names and p10cr, f"{names}: {what}", WARNING
+    unproven = options.get("popo") == "-1" and not p10cr and "newkeyout" in binary.options
+    yield unproven, f"cmp_popo: {binary.version} sends no request without a proof: delete it", FATAL
+    alone = options.get("provider", "default") != "default" and not binary.since(3, 5)
+    yield alone, f"cmp_provider: {binary.version} then loads no default provider, which most need", WARNING
 
 
-def _way(path: str, depth: int = 0) -> Iterator[str]:
-    """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
-    here = os.path.abspath(path)
-    while True:
-        yield here
-        if os.path.islink(here) and depth < 40:
-            yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), depth + 1)
-        if here == os.path.dirname(here):
-            return
-        here = os.path.dirname(here)
+def _proxies() -> list[str]:
+    """The environment variables from which openssl takes a proxy."""
+    return [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
 
 
-def _directory_fault(settings: Settings) -> str:
-    """Why cmp_tmp_dir cannot be used, or an empty string. Makes nothing."""
-    configured, name = settings.directory, _one_line(settings.directory, 100)
-    if re.search(r"[\s,\\\0]", configured):
-        return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
-    if settings.own_directory and os.path.islink(configured):
-        return f"cmp_tmp_dir {configured} is a symbolic link: set cmp_tmp_dir to a directory of your own"
-    real = path = os.path.realpath(configured)
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)  # it will be made, if its parent lets us
-    if not os.path.isdir(path):
-        return f"cmp_tmp_dir {_one_line(path, 100)} is not a directory"
-    if not os.access(path, os.W_OK | os.X_OK):
-        user = _user()
-        return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
-    # Whoever can rename our directories, or those above, can put another public key into a request.
-    ways = [*_way(configured), *(_way(real) if real != configured else ())]
-    places = (place for place in ways if os.path.lexists(place))
-    return next((f"cmp_tmp_dir: {_one_line(p, 100)} {who}" for p in places if (who := _writable_by_others(p))), "")
+def _proxy_findings(settings: Settings) -> Iterator[Question]:
+    """Say which proxy openssl takes from the environment."""
+    options, environment, tls = settings.options, os.environ, settings.tls
+    for name in _proxies():
+        what = "openssl does not send the user and password in it, but prints them"
+        yield "@" in environment[name], f"{name}: {what}", WARNING
+    proxies = [name for name in _proxies() if tls or name.lower() == "http_proxy"]
+    host = re.sub(r"^https?://|(:\d+)?(/.*)?$", "", options.get("server") or "").strip("[]")
+    excluded = options.get("no_proxy") or environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    what = f"openssl takes the proxy from {', '.join(proxies)}"
+    if tls and len({name.lower() for name in proxies}) < 2:
+        what = f"openssl cannot connect with TLS where only {', '.join(proxies)} is set: set cmp_proxy, too"
+    used = proxies and "proxy" not in options and host not in re.split(r"[,\s]+", excluded)
+    yield used, f"{what}; set cmp_no_proxy if it should use none", WARNING
 
 
-def _make_directory(path: str) -> None:
-    """Like os.makedirs, but the directories in between are nobody else's either."""
-    if not os.path.isdir(path):
-        _make_directory(os.path.dirname(os.path.abspath(path)))
-        os.makedirs(path, 0o700, exist_ok=True)  # somebody may have been quicker
-        with contextlib.suppress(OSError):  # who may write into a directory need not be allowed to open it
-            _sync(os.path.dirname(os.path.abspath(path)))
+# The dry run. What openssl refuses, openssl says: it reads all options, opens the files and keys, and makes a request
+# for nobody's key. The null device stands for the answer, so nothing is sent, and nobody else can write into its text.
+# handler_check() and `check` ask it; an enrolment only where its own run has ended before anything was sent.
+NOBODYS_KEY = base64.b64decode("MDkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDIgADaxfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY=")
+FAULT_BELIEVED = 60  # seconds: somebody may repair what no file shows
+_dry_runs: dict[object, tuple[float, list[str]]] = {}
 
 
-class Transaction:
-    """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs. close() deletes it, or keeps it.
-
-    csr.pem, pubkey.pem         the request: what the client has signed, and its key
-    subject, profile            what was sent as -subject; what the order's profile has set
-    NNN.der                     the CA's answers; the newest holds the nonce that it expects next
-    NNN.new                     an answer as openssl saved it: the last of them may be anybody's
-    enrolling                   renamed to `waiting` when the CA's decision is still out
-    repeated                    a repeated certConf got no answer
-    issued                      the result of a poll, kept for a day, when all else is gone
-    lock                        held by the process that works on it, however that ends, and its openssl
-    of one run alone            NNN.req, scratch, cert.pem, extracerts.pem, capubs.pem; of the chain stored.pem,
-                                issuer.pem, below.pem; of a revocation old.pem
-
-    Where the CA answers "waiting", wait() renames `enrolling`, and close() lets go of the lock and deletes nothing. The
-    next poll locks it (`_resume`), returns at once if checkAfter has not passed (`_due`), or else replays the answers
-    to openssl, which asks the CA (`_exchange`). With a certificate, or a final no, close() deletes all but `issued`.
-    """
-
-    def __init__(self, settings: Settings, identifier: str, lock: int, logger: logging.Logger) -> None:
-        self.settings, self.identifier, self.lock, self.logger = settings, identifier, lock, logger
-        self.path = f"{settings.directory}/{identifier}"
-        self.keep = False
-        self.started = time.monotonic()
-        self.cmp_id = ""  # CMP's transactionID, once the CA has answered
-
-    def file(self, name: str) -> str:
-        """The path of one of its files."""
-        return f"{self.path}/{name}"
-
-    def write(self, name: str, text: str, sync: bool = False) -> None:
-        """Make one of its files: whole, or not at all; with `sync` so that a power failure changes nothing of that."""
-        part = self.file(name + ".part")
-        with open(part, "wb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-        if sync:
-            _sync(part)
-        os.replace(part, self.file(name))
-
-    def read(self, name: str) -> str:
-        """The text of one of its files, empty if there is none."""
-        if not os.path.exists(self.file(name)):
-            return ""
-        with open(self.file(name), encoding="utf-8", errors="replace") as file:
-            return file.read()
-
-    def remove(self, *names: str) -> None:
-        """Delete some of its files, those that are there."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.file(name))
-
-    def remove_requests(self) -> None:
-        """Delete the saved requests: they tell how far one run of openssl has come."""
-        self.remove("scratch", *(name for name in os.listdir(self.path) if name.endswith(".req")))
-
-    def saved(self) -> list[str]:
-        """The names of the saved answers, in order, whole or not."""
-        names = (name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
-        return sorted(names, key=lambda name: (len(name), name))  # 1000 comes after 999
-
-    def asked(self, number: int) -> bool:
-        """Whether openssl has made the request for this answer, that is, has accepted the one before."""
-        made = _response(self.file(f"{number:03d}.req"))
-        return made is not None and made.body != ERROR
-
-    def answers(self) -> list[Response]:
-        """The saved answers that are whole, in order."""
-        return [response for response in (_response(self.file(name)) for name in self.saved()) if response is not None]
-
-    def answered(self) -> bool:
-        """Whether there is an answer. Takes no descriptor: there may be none left."""
-        return any(os.path.exists(self.file(name)) for name in ("001.new", "001.der"))
-
-    def wait(self) -> None:
-        """Let it wait for the CA. That is a promise, so it is on the disk before it is said."""
-        self.keep = True
-        try:
-            os.rename(self.file("enrolling"), self.file("waiting"))  # possible on a full disk too
-            for name in os.listdir(self.path):
-                _sync(self.file(name))
-            for path in (self.path, os.path.dirname(self.path)):
-                _sync(path)
-        except OSError as err:
-            what = f"{self.path} may not survive a power failure"
-            self.logger.error("CMP enrolment %s waits, but %s: %s", self.identifier, what, err.strerror)
-
-    def finish(self, bundle: str) -> None:
-        """Keep the result: acme2certifier may be killed before it has stored what poll() returned."""
-        try:
-            self.write("issued", bundle, sync=True)
-            _sync(self.path)
-        except OSError as err:
-            self.logger.warning("cannot keep the result of %s for a second poll: %s", self.identifier, err.strerror)
-
-    def close(self) -> None:
-        """Let go of the directory, and delete it unless it is to keep.
-
-        In this order: without its lock nobody can take the transaction up again, so nobody finds half of it. A poll
-        that has opened the lock before, and gets it after we let go, sees that its file is gone (`_resume`).
-        """
-        try:
-            try:
-                if not self.keep:
-                    os.remove(self.file("lock"))
-            finally:
-                _unlock(self.lock)  # also where somebody has deleted the directory: or else a descriptor is lost
-            if not self.keep:
-                _delete(self.path, but="issued")
-        except OSError as err:
-            self.logger.error("cannot delete %s: %s", self.path, err.strerror)
+def _dry_run(settings: Settings) -> Settings:
+    """The settings, with what openssl says of them: asked once per process and state of options, secrets and files."""
+    if settings.errors or "rspin" not in settings.binary.options:
+        return settings
+    names = {name for o, value in settings.options.items() for name in _file_list(o, value or "")}
+    files = [(n, os.stat(n).st_mtime_ns, os.stat(n).st_size) for n in sorted(names) if os.path.isfile(n)]
+    mark = (settings.binary.path, settings.directory, *settings.options.items(), *settings.secrets.items(), *files)
+    asked, faults = _dry_runs.get(mark, (0.0, None))
+    if faults is None or (faults and abs(time.time() - asked) > FAULT_BELIEVED):
+        faults = _openssl_faults(settings)
+        if faults is not None:
+            _dry_runs[mark] = (time.time(), faults)
+    return settings._replace(errors=faults or ())
 
 
-def _delete(path: str, but: str = "") -> None:
-    """Delete a transaction's directory, or all in it `but` one file. Takes one descriptor: no more may be left."""
-    names = os.listdir(path)
+def _openssl_faults(settings: Settings) -> list[str] | None:
+    """What openssl says against the settings, with the entry that it is about; None where it was killed."""
+    run, made = _rehearse(settings)
+    texts = [line.text for line in run.lines]
+    faults = [text for text in texts if SKIPPED.search(text)]
+    if run.killed() or (made and not faults):
+        return None if run.killed() else []  # a run that was killed says nothing about them
+    if not faults:
+        errors = [line.text for line in run.lines if line.level == "error" and not NOT_BEGUN.match(line.text)]
+        faults = [text for text in texts if CAUSE.search(text) and not NOT_BEGUN.match(text)] + errors
+    said = _foreign("; ".join(dict.fromkeys(faults[:3])), settings.hidden) or "it cannot use that value"
+    options, told = settings.options, "\n".join(faults)
+    words = {o: [v for v in _file_list(o, value or "") if len(v) > 1] for o, value in options.items()}
+    named = [o for o in options if any(re.search(rf"(?<!\w){re.escape(v)}(?!\w)", told) for v in words[o])]
+    named = named or [o for o in options if re.search(rf"(^| )-{o}( |$)", told, re.M)]
+    if not named:  # the one without which openssl makes a request
+        named = [o for o in options if _rehearse(settings, without=o)[1]][:1]
+    key = f"cmp_{named[0]}: " if named else "the configuration: "
+    return [f"{key}openssl says: {said}{_hint(' '.join(texts))}"]
+
+
+def _rehearse(settings: Settings, without: str = "") -> tuple[Run, bool]:
+    """Run openssl without a server: how it ended, and whether it has made a request."""
+    options = {option: value for option, value in settings.options.items() if option != without}
+    # A wrong PIN costs one try of the token, and anybody's GET of the directory would be one: such keys are left out.
+    for kind in ("", "tls_"):
+        key = options.get(f"{kind}key") or ""
+        if key and not os.path.isfile(key):
+            left_out = (f"{kind}key", f"{kind}keypass", f"{kind}cert")
+            options = {option: value for option, value in options.items() if option not in left_out}
+            options.update({} if kind or "secret" in options else {"unprotected_requests": None})
+    options["cmd"] = (options.get("cmd") or "ir").replace("p10cr", "ir")
+    _make_directory(settings)
+    directory = f"{settings.directory}/{os.urandom(16).hex()}"
+    os.mkdir(directory, 0o700)
     try:
-        for name in names:
-            if name != but:
-                os.remove(os.path.join(path, name))
-        if but not in names:
-            os.rmdir(path)
-    except IsADirectoryError:
-        shutil.rmtree(path)
-
-
-def _begin(settings: Settings, logger: logging.Logger) -> Transaction:
-    """A new transaction with a random identifier."""
-    if not os.path.isdir(settings.directory):
-        _make_directory(settings.directory)
-        fault = _directory_fault(settings)  # again: somebody may have been quicker than us
-        if fault:
-            raise CMPError(fault)
-    _sweep(settings, logger)
-    identifier = os.urandom(16).hex()
-    path = os.path.join(settings.directory, identifier)
-    os.mkdir(path, 0o700)
-    try:
-        lock = _locked(os.path.join(path, "lock"), new=True)
-    except OSError:
-        _delete(path)
-        raise
-    return Transaction(settings, identifier, lock, logger)
-
-
-def _check_identifier(identifier: object) -> None:
-    """Raise CMPError where it is none: it becomes a part of paths."""
-    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
-        raise CMPError("not a transaction identifier")
-
-
-def _resume(settings: Settings, identifier: str, logger: logging.Logger) -> Transaction:
-    """The transaction of this identifier, locked. Raises CMPError where it is unknown or somebody works on it."""
-    base, path = settings.directory, os.path.join(settings.directory, identifier, "lock")
-    unknown = CMPError(f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost")
-    try:
-        lock = _locked(path)
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise unknown from err
-    except BlockingIOError as err:
-        raise CMPError(f"transaction {identifier} is in progress: somebody else polls it now") from err
-    if not os.path.exists(path):  # finished between our open and our lock
-        _unlock(lock)
-        raise unknown
-    return Transaction(settings, identifier, lock, logger)
-
-
-def _kept_result(settings: Settings, identifier: str) -> str:
-    """The bundle that an earlier poll has returned, empty if there is none."""
-    path = os.path.join(settings.directory, identifier, "issued")
-    if os.path.islink(path) or not os.path.isfile(path):
-        return ""
-    with open(path, encoding="ascii") as file:
-        return file.read()
-
-
-_swept: dict[str, float] = {}
-
-
-def _sweep(settings: Settings, logger: logging.Logger) -> None:
-    """Delete what killed enrolments left (an hour old, not waiting, and nobody holds the lock), and old results."""
-    base, now = settings.directory, time.time()
-    if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
-        return
-    _swept[base] = now
-    for name in os.listdir(base):
-        path = os.path.join(base, name)
-        try:
-            age = now - os.lstat(path).st_mtime
-            if not re.fullmatch("[0-9a-f]{32}", name) or age <= ABANDONED:
-                continue
-            if os.path.exists(os.path.join(path, "issued")):
-                if age > KEPT:
-                    _delete(path)
-            elif not os.path.exists(os.path.join(path, "lock")):  # killed while it was made or deleted
-                _delete(path)
-                logger.warning("deleted %s, left by an enrolment that was killed at its start", path)
-            elif not os.path.exists(os.path.join(path, "waiting")):
-                _sweep_enrolment(settings, name, logger)
-        except (CMPError, OSError) as err:
-            logger.debug("not swept: %s", _one_line(str(err)))
-
-
-def _sweep_enrolment(settings: Settings, name: str, logger: logging.Logger) -> None:
-    """Delete an enrolment or a revocation that was killed, unless it waits.
-
-    A looks for `waiting` and sees none. B's enrolment gets the CA's "waiting", renames `enrolling` to `waiting` and
-    lets go of the lock. A gets the lock. So A has to look again: what waits under its lock goes on waiting.
-    """
-    with closing(_resume(settings, name, logger)) as transaction:
-        transaction.keep = os.path.exists(transaction.file("waiting"))
-        if not transaction.keep:
-            if not os.path.exists(transaction.file("enrolling")):
-                logger.warning("deleted %s, left by a revocation that was killed: revoke again", transaction.path)
-                return
-            answers = transaction.answers()
-            text = f"CMP transaction {answers[-1].transaction}" if answers else "no answer of the CA"
-            with contextlib.suppress(CMPError):  # killed before the CSR was written
-                text = f"{_wanted(_csr(transaction.read('csr.pem'), settings.san_types))}, {text}"
-            what = f"deleted {transaction.path}, left by an enrolment that was killed: {text}"
-            logger.warning("%s; the CA may have issued a certificate that nobody has: revoke it there", what)
-
-
-# --- The exchange with the CA, and its verdict ----------------------------------------------------------------
-
-
-class Outcome(NamedTuple):
-    """How an exchange ended: with the `leaf`, or waiting, or it failed; `final` is a no that the CA won't take back."""
-
-    leaf: Certificate | None = None
-    waiting: bool = False
-    text: str = ""
-    final: bool = False
-
-
-class Gate:
-    """Holds openssl back before it sends a second pollReq, so that it can be ended while nothing is in flight.
-
-    A CA that says checkAfter 0 is asked again and again without a pause. openssl writes each request to a file before
-    it sends it (-reqout): this one's "file" is a pipe that is full, so it waits there until somebody reads. If we are
-    killed, the pipe breaks, and openssl goes on until its time is up.
-    """
-
-    def __init__(self) -> None:
-        self.reader, self.writer = (_above_2(descriptor) for descriptor in os.pipe())
-        self.file = f"/dev/fd/{self.writer}"
-        for descriptor in (self.reader, self.writer):
-            os.set_blocking(descriptor, False)
-        with contextlib.suppress(BlockingIOError):  # it is full
-            while True:
-                os.write(self.writer, bytes(65536))
-        os.set_blocking(self.writer, True)
-        self.opened = False
-
-    def open(self, path: str) -> None:
-        """Let it pass, and save the request."""
-        self.opened = True
-        with contextlib.suppress(BlockingIOError), open(path, "ab") as file:
-            while True:
-                chunk = os.read(self.reader, 65536)
-                file.write(chunk if file.tell() else chunk.lstrip(b"\0"))  # the zeros before it are ours
-
-    def close(self) -> None:
-        """Close the pipe."""
-        os.close(self.reader)
-        os.close(self.writer)
-
-
-# What a poll replays to openssl (-rspin): of the saved answers, those from which openssl can go on (`_usable`), without
-# the pollReps that another answer has superseded (`_needed_again`).
-
-
-def _usable(answers: Iterable[Response]) -> list[Response]:
-    """The answers as far as openssl can go on from them.
-
-    That is: waiting, pollRep.., certificate, and, where the CA takes its time with the confirmation, waiting,
-    pollRep.., pkiConf. A CA says "waiting" once. So a second one is a recording that somebody sends, to end the order:
-    OpenSSL 3.5 would take it, and ask no more.
-    """
-    usable: list[Response] = []
-    granted = waiting = False
-    for answer in answers:
-        if answer.grants() and not granted:
-            granted, waiting = True, False
-        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
-            waiting = True
-        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
-            break
-        usable.append(answer)
-    return usable
-
-
-def _needed_again(answers: Sequence[Response]) -> list[str]:
-    """The files that openssl has to see again. An older pollRep says nothing more, and openssl would sleep for it."""
-    return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
-
-
-def _number(answer: Response) -> int:
-    """The number in the name of its file."""
-    return int(os.path.basename(answer.path)[:-4])
-
-
-def _resumed_timeouts(settings: Settings, newest: Response, more_seconds: int) -> dict[str, str]:
-    """The time-outs of a run that goes on from `newest`: room for its sleep and two answers, where the sleep is short.
-
-    On a pollRep openssl sleeps min(checkAfter, -total_timeout less its margin) first. So where checkAfter is long, the
-    answers can have the margin and no more, for a poll is not to take longer than some seconds.
-    """
-    margin, answer = settings.binary.margin(), settings.seconds("msg_timeout") or MSG_TIMEOUT
-    pause = max(newest.check_after, 0) if newest.body == POLLREP else 0
-    total = pause + 2 * answer + margin if pause <= SHORT_CHECK_AFTER else 1 + margin
-    total += more_seconds
-    return {"msg_timeout": str(min(answer, total)), "total_timeout": str(total)}
-
-
-def _exchange(request: Sequence[str], key: bytes, transaction: Transaction) -> Outcome:
-    """Run openssl for an enrolment: from the start, or on from the answers that are saved in `transaction`."""
-    before = _usable(transaction.answers())
-    if _disk_full(transaction.path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), transaction.path)  # the answers could not be saved
-    useless = {*transaction.saved()} - {os.path.basename(answer.path) for answer in before}
-    transaction.remove("cert.pem", *useless)
-    transaction.remove_requests()
-    run = _ask(request, transaction, before)
-    if before and run.only(TIME_IS_UP) and not transaction.asked(_next_number(before)):
-        # openssl counts whole seconds: one may have been over before it was asleep. Nothing was sent.
-        run = _ask(request, transaction, before, more_seconds=2)
-    _copy_requests(transaction, _next_number(before))
-    outcome = _verdict(run, request, key, transaction, before)
-    transaction.remove_requests()
-    expected = [END_OF_REPLAY] if before else []
-    expected += [END_OF_WAIT] if outcome.waiting and not outcome.text else []
-    _log_messages(transaction.logger, run.messages, "|".join(expected))
-    return outcome
-
-
-def _next_number(answers: Sequence[Response]) -> int:
-    """The number of the answer that follows these."""
-    return max(map(_number, answers), default=0) + 1
-
-
-class Watch(NamedTuple):
-    """Looks at what openssl has saved while it runs, to end it when it can do no more than sleep."""
-
-    transaction: Transaction
-    first: int  # the number of its first answer
-    waited: bool  # it goes on from a transaction that waits
-    gate: Gate | None
-    gated: int  # the number of the request behind the gate
-    deadline: float  # until when openssl sends another request
-    room: int  # that many answers can be saved
-
-    def asleep(self) -> bool:
-        """Whether the CA wants to be asked later than there is time for. Else the next request may pass the gate."""
-        if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
-            return False  # the usual case, and this is asked often
-        saved = [name for name in self.transaction.saved() if int(name[:-4]) >= self.first]
-        newest = _response(self.transaction.file(saved[-1])) if saved else None
-        if newest is None:
-            return False
-        left = self.deadline - time.monotonic()
-        in_time = 1 <= newest.check_after <= left and not self.waited and len(saved) < self.room // 2
-        if newest.body == POLLREP and not in_time:
-            return True
-        if self.gate and len(saved) >= self.gated - self.first:
-            self.gate.open(self.transaction.file(f"{self.gated:03d}.req"))
-        return False
-
-
-def _ask(request: Sequence[str], transaction: Transaction, before: Sequence[Response], more_seconds: int = 0) -> Run:
-    """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
-    settings, known, replay = transaction.settings, transaction.settings.binary.options, _needed_again(before)
-    first = _next_number(before)
-    # The first request that may follow a pollRep: of ir, pollReq, pollReq the third; of a poll, which begins with a
-    # pollReq, the second.
-    gated = first + (1 if before else 2)
-    overrides = _resumed_timeouts(settings, before[-1], more_seconds) if before else {}
-    total = int(overrides.get("total_timeout") or settings.seconds("total_timeout") or NO_TIMEOUT)
-    room = min(MAX_RESPONSES, 2 * total + 10)  # a pollRep takes a second at least, or openssl is ended
-    numbers = range(first, first + room)
-    files, gate = [], None
-    if "rspin" in known:
-        scratch = [transaction.file("scratch")] * len(replay)  # what it has seen already is saved once more
-        files += ["-rspout", ",".join([*scratch, *(transaction.file(f"{number:03d}.new") for number in numbers)])]
-        files += ["-rspin", ",".join(replay)] if replay else []
-    with contextlib.ExitStack() as stack:
-        if "reqout" in known:
-            requests = [transaction.file(f"{number:03d}.req") for number in numbers]
-            if "rspin" in known and sys.platform != "win32" and os.path.exists("/dev/fd"):
-                gate = stack.enter_context(closing(Gate()))
-                requests[gated - first] = gate.file
-            files += ["-reqout", ",".join([*(path[:-4] + ".req" for path in replay), *requests])]
-        deadline = time.monotonic() + total - max(settings.seconds("msg_timeout"), settings.binary.margin())
-        watch = Watch(transaction, first, bool(before), gate, gated, deadline, room)
-        run = _openssl_cmp(transaction, request, files, overrides, [gate.writer] if gate else [], watch.asleep)
-        if gate and gate.opened:  # what has passed it last may still be in the pipe
-            gate.open(transaction.file(f"{gated:03d}.req"))
-        return run
-
-
-def _copy_requests(transaction: Transaction, number: int) -> None:
-    """Save the requests where cmp_reqout wants them, from the one for the answer `number` on."""
-    wanted = re.split(r"[,\s]+", transaction.settings.options.get("reqout") or "")
-    for path, source in zip(wanted, range(number, number + MAX_RESPONSES)):
-        saved = transaction.file(f"{source:03d}.req")
-        try:
-            if path and os.path.exists(saved) and os.path.getsize(saved):
-                shutil.copyfile(saved, path)
-        except OSError as err:
-            transaction.logger.warning("cmp_reqout: cannot write %s: %s", path, err.strerror)
-
-
-def _verdict(
-    run: Run, request: Sequence[str], key: bytes, transaction: Transaction, before: Sequence[Response]
-) -> Outcome:
-    """What became of the enrolment. `before` are the answers that were there before this run.
-
-    Three sources, in this order of trust: the file that openssl writes as its last act; the CA's messages, read as DER;
-    openssl's text. Into that text whoever is on the way can write, so it may say "openssl did not accept this", and
-    nothing else.
-    """
-    settings = transaction.settings
-    answers = [answer for answer in transaction.answers() if answer.path not in {old.path for old in before}]
-    newest = answers[-1] if answers else None
-    leaf = next(iter(_certificates(transaction.file("cert.pem"), transaction.logger)), None)
-    if leaf:
-        return Outcome(leaf)
-    text = _failure_text(run, newest, settings)
-    if run.code == 0:
-        text = f"openssl saved no whole certificate: is the disk of cmp_tmp_dir {settings.directory} full?"
-    granted_before = any(answer.grants() for answer in before)
-    leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, run.errors()))
-    refused = newest is not None and newest.refuses() and newest.protected
-    if run.only(AFTER_ACCEPTANCE) and (leaf_refused or (refused and not granted_before)):
-        return Outcome(text=text, final=True)
-    history = _keep_authentic(run, request, transaction, before, answers)
-    progress = newest is not None and _number(newest) in map(_number, history)
-    if granted_before and not progress and not leaf_refused and run.complete() and _confirmed(transaction, before):
-        issued = _certificate(next(answer for answer in before if answer.grants()).certificate)
-        # The CA answers something else to its confirmation, or does not answer it, for the second time.
-        in_vain = newest is not None or _note_unanswered(run, transaction)
-        if in_vain and _same_key(issued.key, key):
-            transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
-            return Outcome(issued)
-    undecided = progress and (run.asleep or run.only(TIME_IS_UP))
-    return Outcome(waiting=bool(history), text="" if undecided else text)
-
-
-def _confirmed(transaction: Transaction, before: Sequence[Response]) -> bool:
-    """Whether openssl takes the certificate in these answers: its certConf says so (RFC 4210, 5.3.18)."""
-    if "reqout" not in transaction.settings.binary.options:
-        return True  # then only its text says when it does not
-    replay, issued = _needed_again(before), next(answer.path for answer in before if answer.grants())
-    followed = [*replay, transaction.file(f"{_next_number(before):03d}.new")][replay.index(issued) + 1]
-    certconf = _response(followed[:-4] + ".req")
-    return certconf is not None and certconf.body == CERTCONF and certconf.status in GRANTED
-
-
-def _note_unanswered(run: Run, transaction: Transaction) -> bool:
-    """Note that a repeated certConf got no answer; whether that was so before. A CA that is away does not count."""
-    if any(map(CONNECT_TIMEOUT.match, run.errors())):
-        return False
-    before = os.path.exists(transaction.file("repeated"))
-    transaction.write("repeated", "")
-    return before
-
-
-def _keep_authentic(
-    run: Run, request: Sequence[str], transaction: Transaction, before: Sequence[Response], answers: Sequence[Response]
-) -> list[Response]:
-    """Let the transaction hold its authentic answers, on the disk, and no others; these are returned.
-
-    openssl saves an answer before it checks it. It goes on only from one that it has accepted, so all are authentic but
-    perhaps the newest. That one is thrown away only if openssl has certainly not accepted it: a live answer thrown away
-    takes with it the nonce that the CA expects next.
-
-    Superseded pollReps stay until the newest answer is known to be authentic: if it is not, the one before it is the
-    newest again.
-    """
-    history = _usable([*before, *answers])
-    authentic = _is_newest_authentic(run, request, transaction, history, answers)
-    if authentic is False:
-        history = history[:-1]
-    kept = []
-    for answer in history:
-        if answer.path.endswith(".new") and (authentic is not None or answer is not history[-1]):
-            _sync(answer.path)
-            os.replace(answer.path, answer.path[:-4] + ".der")
-            answer = answer._replace(path=answer.path[:-4] + ".der")
-        kept.append(answer)
-    if kept:
-        _sync(transaction.path)  # nothing old is deleted before the new is on the disk
-    needed = {*_needed_again(kept)} if authentic is not None else {answer.path for answer in kept}
-    transaction.remove(*(name for name in transaction.saved() if transaction.file(name) not in needed))
-    return [answer for answer in kept if answer.path in needed]
-
-
-def _is_newest_authentic(
-    run: Run, request: Sequence[str], transaction: Transaction, history: Sequence[Response], answers: Sequence[Response]
-) -> bool | None:
-    """Whether the newest answer is the CA's. None: nobody knows now.
-
-    - One of this run, and usable: yes if openssl says no more than that the time is up. Or else all of them are
-      replayed without a server: yes if openssl goes on from this answer, and it fits its request.
-    - One of a poll that was killed (NNN.new): yes if openssl has made the request that follows it; no if openssl has
-      ended without that. None if openssl did not come so far: perhaps cmp_secret is wrong for now.
-    - All others were known before.
-    """
-    if answers and history[-1:] == list(answers[-1:]):
-        fits = _fits(history, _response(answers[-1].path[:-4] + ".req"))
-        return run.only(TIME_IS_UP) or (fits and _goes_on_from(transaction, request, history))
-    if history and not answers and history[-1].path.endswith(".new"):
-        if transaction.asked(_next_number(history)):
-            return True
-        return False if run.complete() and transaction.asked(_number(history[-1])) else None
-    return True
-
-
-def _fits(history: Sequence[Response], asked: Response | None) -> bool:
-    """Whether the newest answer is one to its request: by the transaction, and by the nonce of that request or, as
-    RFC 9483 (4.4) has it, of the first one.
-
-    Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
-    that, for openssl then takes transaction and nonces from the answers themselves.
-    """
-    newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
-    return asked is None or (newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]])
-
-
-def _goes_on_from(transaction: Transaction, request: Sequence[str], history: Sequence[Response]) -> bool | None:
-    """Whether openssl accepts the newest of these answers: it gets them replayed, and no server. None: nobody knows."""
-    settings, replay = transaction.settings, _needed_again(history)
-    known = settings.binary.options
-    if not {"rspin", "reqout"} <= known.keys():
-        return None
-    files = ["-rspin", ",".join(replay)]
-    number = _number(history[-1])
-    requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
-    files += ["-reqout", ",".join(map(transaction.file, requests))]
-    for option in ("certout", "extracertsout", "cacertsout"):  # the disk may be full, which says nothing of the answer
-        files += [f"-{option}", os.devnull] if option in known else []
-    nowhere = {"server": "127.0.0.1:9", "msg_timeout": "1"}
-    nowhere.update({"no_proxy": "127.0.0.1"} if "no_proxy" in known else {})
-
-    complete = True
-    # With so little time openssl gives up on a pollRep at once, and says so. Where it says more, it has to go on.
-    for total in [1, 1 + settings.binary.margin()] if history[-1].body == POLLREP else [1]:
-        transaction.remove(*requests)
-        overrides = {**nowhere, "total_timeout": str(total)}
-        run = _openssl_cmp(transaction, request, files, overrides, asleep=lambda: transaction.asked(number + 1))
-        if run.code == 0 or transaction.asked(number + 1) or (transaction.asked(number) and run.only(POLLREP_TAKEN)):
-            return True
-        complete = complete and run.complete()
-    return False if complete else None
-
-
-def _due(answers: Sequence[Response]) -> bool:
-    """Whether the CA may be asked again (checkAfter, RFC 4210, 5.3.22). A clock that was set back does not count."""
-    if answers[-1].body != POLLREP or not answers[-1].path.endswith(".der"):
-        return True
-    age = time.time() - os.stat(answers[-1].path).st_mtime
-    pause = answers[-1].check_after
-    return not 0 <= age < (max(pause, 1) if 0 <= pause < 1 << 63 else 0)
-
-
-NO_OVERRIDES: Mapping[str, str | None] = types.MappingProxyType({})
-
-
-def _command(
-    settings: Settings, arguments: Sequence[str], overrides: Mapping[str, str | None] = NO_OVERRIDES
-) -> list[str]:
-    """The openssl command line: the configured options in their order, then what belongs to this request."""
-    argv = [settings.binary.path, "cmp"]
-    for option, value in {**settings.options, **overrides}.items():
-        if option == "subject" or (option == "popo" and settings.options.get("cmd") == "p10cr"):
-            continue  # decided for each request; no part of a p10cr
-        name = settings.binary.spelled.get(option, option)
-        argv += [f"-{name}"] if value is None else [f"-{name}", value]
-    argv += ["-batch"] if "batch" in settings.binary.options else []  # it asks nobody anything
-    return [*argv, *arguments]
-
-
-def _openssl_cmp(
-    transaction: Transaction,
-    request: Sequence[str],
-    files: Sequence[str] = (),
-    overrides: Mapping[str, str | None] = NO_OVERRIDES,
-    keep: Sequence[int] = (),
-    asleep: Callable[[], bool] = lambda: False,
-) -> Run:
-    """One run of `openssl cmp`, logged without the many names of `files` for answers."""
-    settings, command = transaction.settings, _command(transaction.settings, request, overrides)
-    if transaction.logger.isEnabledFor(logging.DEBUG):  # it holds no secret: those are in the environment
-        transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
-    limit = int(overrides["total_timeout"] or 0) + GRACE if "total_timeout" in overrides else settings.limit()
-    run = _run([*command, *files], limit, settings.secrets, [transaction.lock, *keep], asleep)
-    answers = transaction.answers()
-    if answers:
-        transaction.cmp_id = answers[-1].transaction
-    words = [word for answer in answers for word in answer.printed()]
-    return run._replace(messages=_messages(run.output, settings.hidden, words), words=words)
-
-
-# --- What the CA said: its saved messages, read as DER --------------------------------------------------------
-
-
-class Response(NamedTuple):
-    """A message that openssl has saved (RFC 4210, 5.1 to 5.3): what it says, not whether it is the CA's."""
-
-    path: str
-    body: int
-    transaction: str = ""  # transactionID, in hexadecimal
-    nonces: tuple[bytes, bytes] = (b"", b"")  # senderNonce and recipNonce
-    protected: bool = False
-    mac: bool = False  # protected with a shared secret: nobody else can make that
-    status: int | None = None
-    failures: tuple[str, ...] = ()  # the bits of failInfo
-    texts: tuple[str, ...] = ()  # statusString, or the reason of a pollRep
-    error_code: int | None = None
-    details: tuple[str, ...] = ()
-    check_after: int = 0
-    certificate: bytes = b""
-
-    def waits(self) -> bool:
-        """Whether the CA has not decided yet (ip, cp or error, with the status waiting)."""
-        return self.body in (IP, CP, ERROR) and self.status == WAITING
-
-    def grants(self) -> bool:
-        """Whether it brings a certificate."""
-        return self.body in (IP, CP) and self.status in GOOD and bool(self.certificate)
-
-    def refuses(self) -> bool:
-        """Whether it is the end without a certificate, or of a revocation without success."""
-        if self.body == RP:
-            return self.status not in (*GOOD, WAITING)
-        return self.body in (IP, CP, ERROR) and not self.waits() and not self.grants()
-
-    def printed(self) -> list[str]:
-        """Its texts, as they are in openssl's output."""
-        texts = [*self.texts, ", ".join(self.details)]
-        return [text.partition("\0")[0].replace("\r\n", "\n") for text in texts if text]
-
-    def words(self, secrets: Collection[str]) -> str:
-        """What it says, for people: `badCertTemplate, 'unknown extension'`."""
-        said = [", ".join(self.failures) or ("waiting" if self.status == WAITING else "rejection")]
-        said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
-        said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
-        details = [detail for detail in self.details if detail not in self.texts]  # some CAs say the same in both
-        said += [f"'{_foreign(', '.join(details), secrets)}'"] if details else []
-        return ", ".join(said)
-
-
-MAC_ALGORITHMS = _keys("1.2.840.113533.7.66.13 1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
-
-
-def _response(path: str) -> Response | None:
-    """Read a saved message; None where it is not a whole one."""
-    try:
-        with open(path, "rb") as file:
-            response = _parsed(file.read(MAX_DER))
-    except FileNotFoundError:
-        return None
-    return response and response._replace(path=path)
-
-
-@functools.lru_cache(maxsize=64)  # an exchange looks at its messages again and again
-def _parsed(data: bytes) -> Response | None:
-    """Parse a message, see `_response`."""
-    try:
-        header, body, *rest = _sequence(data)
-        # sender and recipient may have the tag 0xA4, too: they come before the transactionID, and the last one counts.
-        fields = {field.tag: field.value for field in _elements(header.value)}
-        # Not a generator: there StopIteration would become a RuntimeError.
-        identifier, *nonces = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
-        mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
-    except (CMPError, LookupError, ValueError, StopIteration):
-        return None
-    protected, name = any(field.tag == 0xA0 for field in rest), _one_line(identifier.hex(), 64)
-    response = Response("", body.tag & 0x1F, name, (nonces[0], nonces[1]), protected, protected and mac)
-    try:
-        return response._replace(**_body(response.body, body.value))
-    except (CMPError, LookupError, ValueError, StopIteration):
-        return response  # a body that nobody can read says nothing
-
-
-def _body(kind: int, value: bytes) -> dict[str, Any]:
-    """What a PKIBody says, as fields of a Response. Raises an error of DER where it is malformed."""
-    if kind == POLLREP:  # PollRepContent, 5.3.22
-        _, check_after, *reason = _elements(_sequence(value)[0].value)
-        return {"check_after": _integer(check_after), "texts": _free_text(reason)}
-    if kind == RP:  # RevRepContent, 5.3.10
-        return _status_info(next(_elements(_sequence(value)[0].value)))
-    if kind == ERROR:  # ErrorMsgContent, 5.3.21
-        status, *more = _sequence(value)
-        codes = [_integer(field) for field in more if field.tag == 0x02]
-        details = _free_text([field for field in more if field.tag == 0x30])
-        return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
-    if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
-        _, _, *more = _elements(_sequence(value)[0].value)
-        info = [field for field in more if field.tag == 0x30]  # hashAlg may follow, with or without it (RFC 9480, 2.10)
-        return _status_info(info[0]) if info else {"status": 0}
-    if kind in (IP, CP):  # CertRepMessage, 5.3.4: caPubs may come first
-        responses = [field for field in _sequence(value) if field.tag == 0x30]
-        _, status, *more = _elements(next(_elements(responses[0].value)).value)
-        pair = [field for field in more if field.tag == 0x30]  # rspInfo may follow, with or without it
-        certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
-        return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
-    return {}
-
-
-def _status_info(info: Element) -> dict[str, Any]:
-    """PKIStatusInfo, 5.2.3."""
-    status, *more = _elements(info.value)
-    bits = next((field.value for field in more if field.tag == 0x03), b"")
-    numbers = [8 * i + bit for i, octet in enumerate(bits[1:5]) for bit in range(8) if octet & 0x80 >> bit]
-    failures = tuple(FAILURES[number] for number in numbers if number < len(FAILURES))
-    texts = _free_text([field for field in more if field.tag == 0x30])
-    return {"status": _integer(status), "failures": failures, "texts": texts}
-
-
-def _integer(element: Element) -> int:
-    """An INTEGER."""
-    return int.from_bytes(element.value, "big", signed=True)
-
-
-def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
-    """PKIFreeText, 5.1.1."""
-    return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
-
-
-def _failure_text(run: Run, newest: Response | None, settings: Settings) -> str:
-    """Why it failed, on one line, with a hint: in the CA's own words, where openssl has accepted these."""
-    if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
-        return _refusal_text(newest, settings)
-    unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
-    if run.killed() and not run.asleep:
-        return f"{run.killed()} (CMP server {settings.server}){unverified}"
-    # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-    errors = [error for error in run.errors() if not unverified or not ACCEPTED.match(error)]
-    searched = " ".join(HTTP_WORDS.sub("", error) for error in errors)
-    if not run.errors() or NOT_BEGUN.match(run.errors()[0]):
-        errors = [m.text for m in run.messages if CAUSE.match(m.text)]
-        searched = " ".join(m.text for m in run.messages)  # no server has written anything
-    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
-        usable = newest is not None and 0 <= newest.check_after < 1 << 63
-        errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
-        searched = errors[0]
-    said = _one_line("; ".join(errors[:4])) or "openssl gave no reason"
-    return f"CMP with {settings.server} failed: {said}{unverified}" + _hint(searched)
-
-
-def _refusal_text(answer: Response, settings: Settings) -> str:
-    """What the CA has answered in place of a yes."""
-    waiting = answer.status == WAITING
-    verb = "answered" if waiting else "rejected the request:"
-    failures = " ".join(answer.failures) or f"PKIStatus: {'waiting' if waiting else 'rejection'}"
-    # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
-    more = {*answer.details} - {*answer.texts} or answer.error_code is not None
-    hint = "" if failures == "signerNotTrusted" and more else _hint(failures)
-    return f"CMP server {settings.server} {verb} {answer.words(settings.hidden)}{hint}"
-
-
-# --- The chain ----------------------------------------------------------------------------------------------
-
-
-def _certificates(path: str, logger: logging.Logger) -> list[Certificate]:
-    """The certificates in a PEM or DER file; what is none is passed over."""
-    if not os.path.isfile(path):
-        return []
-    with open(path, "rb") as file:
-        data = file.read()
-    pem = rf"-----BEGIN (?:{'|'.join(CERTIFICATE_LABELS)})-----([A-Za-z0-9+/=\s]*)-----END"
-    blocks = re.findall(pem.encode(), data) or [data]
-    found = []
-    for block in blocks:
-        try:
-            der = block if block is data else binascii.a2b_base64(block)
-            found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
-        except (CMPError, binascii.Error, StopIteration) as err:
-            logger.debug("%s: %s", path, err)
-    return found
-
-
-_stored: dict[tuple[str, int, int], list[Certificate]] = {}
-
-
-def _configured_certificates(path: str, transaction: Transaction) -> list[Certificate]:
-    """The certificates in a file that the configuration names. PKCS #12 is openssl's to open."""
-    found = _certificates(path, transaction.logger)
-    if found or not os.path.isfile(path):
-        return found
-    info, settings = os.stat(path), transaction.settings
-    mark = (path, info.st_mtime_ns, info.st_size)
-    if mark not in _stored:
-        source = settings.options.get("otherpass")
-        argv = [settings.binary.path, "storeutl", "-certs", *(["-passin", source] if source else []), path]
-        run = _run(argv, secrets=settings.secrets)
-        if run.killed():
-            raise CMPError(run.killed())
-        transaction.write("stored.pem", run.output)
-        found = _certificates(transaction.file("stored.pem"), transaction.logger)
-        if not found:  # not remembered: the pass phrase may be another one next time
-            what = _one_line(path, 100)
-            transaction.logger.warning("%s holds no certificate that can be read: make it PEM", what)
-            return []
-        _stored[mark] = found
-    return _stored[mark]
-
-
-# The chain is found in this order: `_chain`, which says what is missing; `PathFinder`, which tries the candidates and
-# prefers (`rank`) a path to what the configuration trusts or names; `Links`, which lets openssl verify each link.
-# Nothing is trusted because of where it stands: a certificate from extraCerts is served if openssl says that it has
-# signed the one below, and no path through it is preferred to one that ends in the configuration.
-
-
-class Pool(NamedTuple):
-    """Where issuers are found."""
-
-    anchors: list[Certificate]  # what the configuration trusts
-    named: list[Certificate]  # what it names at all, and caPubs
-    sent: list[Certificate]  # extraCerts, which nothing protects (RFC 4210, 5.1)
-
-
-def _pool(transaction: Transaction) -> Pool:
-    """Read the certificates that the configuration names, and those of the answer."""
-    options, logger = transaction.settings.options, transaction.logger
-    files = {o: _file_list(o, options.get(o) or "") for o in ("untrusted", "trusted", "out_trusted")}
-    found = {o: [c for name in files[o] for c in _configured_certificates(name, transaction)] for o in files}
-    anchors = found["trusted"] + found["out_trusted"]
-    capubs = _certificates(transaction.file("capubs.pem"), logger)
-    sent = _certificates(transaction.file("extracerts.pem"), logger)
-    if not sent:  # openssl forgets them when the CA delays its answer to the confirmation
-        sent = [cert for answer in transaction.answers() for cert in _message_certificates(answer.path, logger)]
-    return Pool(anchors, [*found["untrusted"], *anchors, *capubs], sent)
-
-
-def _message_certificates(path: str, logger: logging.Logger) -> list[Certificate]:
-    """extraCerts and caPubs of a saved response (RFC 4210, 5.1 and 5.3.4)."""
-    found = []
-    try:
-        with open(path, "rb") as file:
-            _, body, *rest = _sequence(file.read(MAX_DER))
-        capubs = _sequence(body.value)[:1] if body.tag & 0x1F in (IP, CP) else []
-        for field in [*rest, *capubs]:
-            if field.tag == 0xA1:
-                found += [_certificate(element.raw) for element in _sequence(field.value)]
-    except (CMPError, ValueError) as err:
-        logger.debug("%s: %s", path, err)
-    return found
-
-
-def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
-    """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
-    same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
-    return same_key and _name_key(issuer.subject) == _name_key(below.issuer)
-
-
-# Links that openssl has verified in this process: (what was signed, the issuer's certificate).
-_links: set[tuple[bytes, bytes]] = set()
-
-
-class Links:
-    """Which certificate has signed which: openssl's answers, each asked for once, and of those only so many."""
-
-    def __init__(self, transaction: Transaction) -> None:
-        self.transaction, self.left, self.passed_over = transaction, MAX_LINKS, ""
-
-    def verified(self, below: Certificate, issuer: Certificate, mark: bytes, protected: bool) -> bool:
-        """Whether `issuer` has signed `below`; a yes is remembered as one for `mark`."""
-        if (mark, issuer.der) in _links:
-            return True
-        if self.left <= 0:
-            return False
-        self.left -= 1
-        logger, name = self.transaction.logger, _name_text(issuer.subject)
-        try:
-            run = self._run(below, issuer)
-        except (CMPError, OSError) as err:  # no process, no descriptor, no room: the certificate is served all the same
-            self.left = 0
-            logger.warning("cannot verify the chain now: %s", _one_line(str(err)))
-            return False
-        if run.code == 0:
-            if len(_links) > 1000:
-                _links.clear()
-            _links.add((mark, issuer.der))
-            return True
-        fault = FALSE_SIGNER.search(run.output)
-        why = _one_line(fault.group(1) if fault else run.output)
-        if below is issuer:
-            pass  # it just is not self-signed
-        elif protected:
-            self.passed_over = f" (the {name} that is there has not signed it: {why})"
-        else:
-            self.left -= FALSE_LINK - 1
-            logger.warning("passed over a false certificate in extraCerts: %s (%s)", name, why)
-        return False
-
-    def _run(self, below: Certificate, issuer: Certificate) -> Run:
-        """Run `openssl verify` for one link. Raises CMPError where it gives no answer."""
-        write, file = self.transaction.write, self.transaction.file
-        write("issuer.pem", _pem(issuer.der))
-        write("below.pem", _pem(below.der))
-        argv = [self.transaction.settings.binary.path, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
-        argv += ["-check_ss_sig"] if below is issuer else []  # or else it just finds it among the trusted ones
-        run = _run([*argv, "-trusted", file("issuer.pem"), file("below.pem")])
-        if run.killed():
-            raise CMPError(run.killed())
-        return run
-
-
-class Path(NamedTuple):
-    """A way from the leaf upwards, and how good it is."""
-
-    certificates: list[Certificate]
-    rank: tuple[bool, bool, int]
-
-
-class PathFinder:
-    """Finds the chain of a certificate among those of a pool."""
-
-    def __init__(self, pool: Pool, links: Links) -> None:
-        self.pool, self.links, self.steps = pool, links, MAX_STEPS
-        self.protected = {certificate.der for certificate in pool.named}
-        self.anchors = {certificate.der for certificate in pool.anchors}
-        self.anchor_keys = {(_name_key(a.subject), a.key) for a in pool.anchors}
-        self.named_keys = {(_name_key(c.subject), c.key) for c in pool.named}
-
-    def best(self, path: list[Certificate]) -> Path:
-        """The best way on from the end of `path`: it is at the end itself where that is self-signed."""
-        ends = self.self_signed(path)
-        key, best = b"", Path([], (False, False, -1))
-        self.steps -= 1
-        for issuer, mark in [] if ends or len(path) == MAX_CHAIN or self.steps < 0 else self.candidates(path):
-            # Where one key has signed, no other has: of the others only certificates of the same key are of use.
-            if key in (b"", issuer.key) and self.links.verified(path[-1], issuer, mark, issuer.der in self.protected):
-                key, found = issuer.key, self.best([*path, issuer])
-                best = found if found.rank > best.rank else best
-            if best.rank == (True, True, 2):
-                break
-        return best if best.certificates else Path(path, self.rank(path, ends))
-
-    def rank(self, path: list[Certificate], ends: bool) -> tuple[bool, bool, int]:
-        """What to prefer a path for: it ends at something protected, all is valid now, it ends at a trust anchor."""
-        # In this order, for else the cross-certificate of a stranger would do better than an issuer that has expired.
-        end, trust = (_name_key(path[-1].subject), path[-1].key), 0
-        if self.anchors & {certificate.der for certificate in path} or (ends and end in self.anchor_keys):
-            trust = 2  # also by a renewed certificate of the anchor, which has its name and key
-        elif ends and end in self.named_keys:
-            trust = 1
-        return trust > 0, all(certificate.valid() for certificate in path[1:]), trust
-
-    def self_signed(self, path: list[Certificate]) -> bool:
-        """Whether the last one has signed itself: a CA below one of its own name has not, whatever it is called."""
-        last = path[-1]
-        if not _names_as_issuer(last, last):
-            return False
-        if last.authority_key and last.subject_key:
-            return True
-        return self.links.verified(last, last, last.der, True)
-
-    def candidates(self, path: list[Certificate]) -> list[tuple[Certificate, bytes]]:
-        """Who may have issued the last one, in the order to try them, and what to remember the link by."""
-        last, trodden = path[-1], {(_name_key(c.subject), c.key) for c in path}
-        pool = {c.der: c for c in [*self.pool.named, *self.pool.sent] if _names_as_issuer(last, c)}
-        found = [c for c in pool.values() if (_name_key(c.subject), c.key) not in trodden]
-        if len(found) > 1:
-            # Stable: the configuration stays before caPubs, and these before extraCerts.
-            found.sort(key=lambda c: (not c.valid(), c.der not in self.protected, not _named_by_hash(last, c)))
-        # Authorities are the same again and again, a leaf hardly ever is. So its link is remembered by what it says of
-        # its issuer's key, but only as long as no other key claims to be that one, and for this very issuer: a leaf of
-        # the same authority then needs no process.
-        sure = len(path) == 1 and last.authority_key and len({c.key for c in found}) == 1
-        mark = last.algorithm + last.authority_key if sure else last.der
-        return [(issuer, mark if issuer.subject_key else last.der) for issuer in found]
-
-
-def _named_by_hash(below: Certificate, issuer: Certificate) -> bool:
-    """Whether `below` names the issuer's key by its hash (RFC 5280, 4.2.1.2): nobody can make another of that name."""
-    import hashlib  # only where several claim to be the issuer
-
-    try:
-        key = _sequence(issuer.key)[1].value[1:]  # without the number of unused bits
-        return hashlib.sha1(key, usedforsecurity=False).digest() == below.authority_key
-    except (CMPError, IndexError):
-        return False
-
-
-def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
-    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
-
-    Whatever goes wrong here does not cost the certificate: what is verified is served, and the log says what is not.
-    """
-    warn = transaction.logger.warning
-    try:
-        pool = _pool(transaction)
-        links = Links(transaction)
-        finder = PathFinder(pool, links)
-        path = finder.best([leaf])
-        ends = finder.self_signed(path.certificates)
-    except (CMPError, OSError) as err:
-        warn("cannot look for the chain now: %s", _one_line(str(err)))
-        return [leaf]
-    chain = path.certificates
-    top, missing = _name_text(chain[-1].subject), _name_text(chain[-1].issuer)
-    roots = any(_names_as_issuer(named, named) for named in pool.named)
-    if len(chain) == 1 and not ends:
-        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted%s", links.passed_over)
-    elif len(chain) == MAX_CHAIN and not ends:
-        warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
-    elif not ends and path.rank[2] < 2 and (roots or finder.candidates(chain)):  # else the root is left out on purpose
-        what = f"name its issuer, {missing}, in cmp_untrusted{links.passed_over}"
-        warn("the bundle ends with %s, below its root: %s", top, what)
-    for authority in chain[1:]:
-        if not authority.valid():
-            name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"
-            warn("the bundle holds %s, valid only from %s: name its renewed certificate in cmp_untrusted", name, limits)
-    return chain
-
-
-# --- The certificate against its CSR ------------------------------------------------------------------------
-
-
-def _common_names(subject: Name) -> set[str]:
-    """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
-    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
-    return {text for text in texts if re.fullmatch(r"[^\s.@]+(\.[^\s.@]+)+|[0-9a-f]*:[0-9a-f:.]+", text)}
-
-
-def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
-    """Whether it is a CA's: cA in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3)."""
-    flag = _sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\x00"))[:1]
-    usage = next(_elements(extensions.get(KEY_USAGE, b"\x03\x01\x00"))).value
-    return any(e.tag == 0x01 and any(e.value) for e in flag) or bool(usage[1:2] and usage[1] & 0x04)
-
-
-def _same_key(one: bytes, other: bytes) -> bool:
-    """Whether two subjectPublicKeyInfos hold the same key. Raises CMPError or IndexError where one is malformed.
-
-    A CA may compress an EC point. Then its first octets say so, and the end of the longer form is missing.
-    """
-    keys = [_sequence(key)[1].value for key in (one, other)]
-    shorter = min(map(len, keys))
-    return keys[0][2:shorter] == keys[1][2:shorter]
-
-
-def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
-    """What the CA has made of a request that nobody has asked for, or an empty string.
-
-    A CA may repeat a name of the subject as a subjectAltName, and the other way round. `subject` is what was sent as
-    `-subject`, where the CSR has none.
-    """
-    try:
-        asked, got = (
-            {f"{kind}:{text.lower()}" for kind, text in _alternative_names(extensions)}
-            for extensions in (csr.extensions, leaf.extensions)
-        )
-        authority = _signs_certificates(leaf.extensions)
-        same_key = _same_key(leaf.key, csr.key)
-    except (CMPError, IndexError, StopIteration) as err:
-        return f"it cannot be compared with the CSR: {err}"
-    asked_values, got_values = ({name.partition(":")[2] for name in names} for names in (asked, got))
-    asked_names, got_names = _common_names(csr.subject), _common_names(leaf.subject)
-    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn} | {""}
-    said |= set(re.findall(r"=([^/=+]*)", subject.lower()))
-    missing = sorted(asked - got)
-    if not asked:
-        missing = sorted(asked_names - got_values - got_names)
-    added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
-    added += sorted(f"CN={name}" for name in got_names - asked_values - said)
-    found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("added", added)) if names]
-    if not same_key:
-        found.append("another key")
-    if authority:
-        found.append("a CA certificate")
-    return _one_line("; ".join(found), 2 * MAX_TEXT)
-
-
-# --- openssl as a process -----------------------------------------------------------------------------------
+        with open(f"{directory}/pubkey.pem", "w", encoding="ascii") as file:
+            file.write(_pem(NOBODYS_KEY, "PUBLIC KEY"))
+        request = ["-newkey", f"{directory}/pubkey.pem", "-subject", options.get("subject") or "/CN=check"]
+        request += ["-certout", os.devnull, "-rspin", os.devnull, "-reqout", f"{directory}/request.der"]
+        run = _run(_command(settings._replace(options=options), request), secrets=settings.secrets)
+        return run, os.path.exists(f"{directory}/request.der")
+    finally:
+        _delete(directory)
+
+
+# --- openssl ------------------------------------------------------------------------------------------------
+
+MAX_OUTPUT = 1 << 18  # of openssl's messages
+MAX_LOGGED = 400  # lines of one run of openssl in the log
+MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
+GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
+TICK = 0.2  # seconds between two looks at what openssl has saved, where it prints nothing
+LOST = 256  # no exit code
 
 
 class Binary(NamedTuple):
@@ -2901,75 +2234,103 @@ class Binary(NamedTuple):
 
     path: str
     version: str
-    options: dict[str, bool]
-    spelled: dict[str, str]  # option -> how this program writes it
+    options: Mapping[str, bool]
+    spelled: Mapping[str, str]  # option -> how this program writes it
+    mock_server: frozenset[str]  # its options that make a server of it
     fault: str = ""  # why it cannot serve an RA
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.version))
 
     def margin(self) -> int:
         """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
         return 2 if self.since(3, 3) else 5
 
     def since(self, major: int, minor: int) -> bool:
-        """Whether it is this version of OpenSSL or a later one."""
+        """Whether it is the release of this version of OpenSSL or a later one."""
         number = OPENSSL.match(self.version)
-        return number is not None and (int(number.group(1)), int(number.group(2))) >= (major, minor)
+        return number is not None and (int(number[1]), int(number[2]), not number[3]) >= (major, minor, True)
 
     def converts_csr(self) -> bool:
         """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
-        number = OPENSSL.match(self.version)
-        return self.since(3, 1) or (number is not None and self.since(3, 0) and not number.group(3))
+        return self.since(3, 0)
 
 
-NO_BINARY = Binary("", "", {}, {})
-_binaries: dict[tuple[str, int, int], Binary] = {}  # asked once per process, and again when the file changes
+NO_BINARY = Binary("", "", {}, {}, frozenset())
 
 
 def _binary(name: str) -> Binary:
-    """Ask an openssl program for its version and the options of its `cmp`. Raises CMPError if it has none."""
+    """What an openssl program can do. Raises CMPError where it cannot serve an RA."""
     path = shutil.which(name)
+    if path is None and name == "openssl":
+        raise CMPError("cmp_openssl_bin is not set, and there is no openssl on the PATH of this process: set it")
     if path is None:
         raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
     if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
         # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
         raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
     info = os.stat(path)
-    key = (os.path.abspath(path), info.st_mtime_ns, info.st_size)
-    if key not in _binaries:
-        run = _run([path, "cmp", "-help"])
-        version = _run([path, "version"]) if run.code is not None else run
-        if version.code is None:  # perhaps the machine is busy: that is not remembered
-            raise CMPError(f"cmp_openssl_bin: {path}: {version.killed()}")
-        found = OPTION.findall(run.output)
-        spelled = {_option_name(option): option for option, _ in found}
-        options = {_option_name(option): bool(value) for option, value in found}
-        fault = "" if options.keys() >= {"cmd", "server"} else _no_cmp(run)
-        if ONLY_PRIVATE_KEYS.search(run.output):
-            fault = (
-                "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
-            )
-        asked = Binary(path, _one_line(version.output.partition("(")[0], 60), options, spelled, fault)
-        if not asked.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
-            options.pop("rspin", None)
-        _binaries[key] = asked
-    binary = _binaries[key]
+    binary = _described(path, info.st_mtime_ns, info.st_size)
     if binary.fault:
         raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
     return binary
 
 
-def _no_cmp(run: Run) -> str:
-    """Why `openssl cmp -help` shows no options: too old, or it cannot start (a broken openssl.cnf, a library)."""
-    said = run.killed() or _one_line("; ".join(m.text for m in _messages(run.output) if m.level != "info"))
-    if run.code == 0 or not said or NO_COMMAND.search(said):
-        return "has no cmp command: install OpenSSL 3"
-    return f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
+@functools.lru_cache(maxsize=8)
+def _described(path: str, changed: int, size: int) -> Binary:
+    """What a program says of itself: asked once per process, and again when the file has changed."""
+    run = _run([path, "cmp", "-help"])
+    about = _run([path, "version"]) if run.code is not None else run
+    if about.code is None:  # perhaps the machine is busy: that is not remembered
+        raise CMPError(f"cmp_openssl_bin: {path}: {about.killed()}")
+    found, mock = dict(OPTION.findall(run.output)), MOCK_SERVER.search(run.output)
+    # Our name for what cmpossl before 2020 writes without underscores; two options of its own stay two.
+    names = {option: name if (name := _option_name(option)) not in found else option for option in found}
+    options = {names[option]: bool(value) for option, value in found.items()}
+    spelled = {names[option]: option for option in found}
+    server = frozenset(names[option] for option, _ in OPTION.findall(mock.group(1) if mock else ""))
+    said = run.killed() or _one_line("; ".join(line.text for line in run.lines if line.level != "info"))
+    if ONLY_PRIVATE_KEYS.search(run.output):
+        fault = "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
+    elif options.keys() >= {"cmd", "server"}:
+        fault = ""
+    elif run.code == 0 or not said or NO_COMMAND.search(said):
+        fault = "has no cmp command: install OpenSSL 3"
+    else:  # it cannot start: a broken openssl.cnf, a library that is missing
+        fault = f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
+    binary = Binary(path, _one_line(about.output.partition("(")[0], 60), options, spelled, server, fault)
+    if not binary.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
+        options.pop("rspin", None)
+    return binary
 
 
-LOST = 256  # no exit code
+@functools.lru_cache(maxsize=8)
+def _object_names(program: str, version: str) -> dict[str, str]:
+    """Each name and number of an object, in lower case -> the short name that this openssl has for it."""
+    run = _run([program, "list", "-objects"])
+    if run.killed():  # half a list is not remembered
+        raise CMPError(run.killed())
+    names: dict[str, str] = {}
+    for short, long, number in OBJECT.findall(run.output):
+        for name in filter(None, (number, long.casefold(), short.casefold())):
+            names.setdefault(name, short)
+    return names
 
 
-class Message(NamedTuple):
-    """One message of openssl, on one line."""
+def _option_name(option: str, known: Collection[str] = ()) -> str:
+    """`option` under the name that this file, or else the openssl that has the options `known`, has for it.
+
+    Whoever knows it by this very name keeps it: srvcert and the mock server's srv_cert are two. Only what nobody knows
+    is looked up without its underscores, with which cmpossl before 2020 is sparing.
+    """
+    if option in OPTIONS or option in known:
+        return option
+    plain = option.replace("_", "")
+    return next((name for name in (*OPTIONS, *known) if name.replace("_", "") == plain), option)
+
+
+class Line(NamedTuple):
+    """One line of openssl's, secrets included."""
 
     level: str
     text: str
@@ -2980,35 +2341,34 @@ class Run(NamedTuple):
 
     code: int | None
     output: str
-    messages: Sequence[Message] = ()  # openssl cmp's
+    lines: Sequence[Line] = ()
     cut: bool = False  # it said more than is kept
     asleep: bool = False  # ended by us while it slept: nothing was in flight
-    words: Sequence[str] = ()  # texts in the saved answers
 
     def errors(self) -> list[str]:
         """The texts of openssl's error messages, each once."""
-        return list(dict.fromkeys(m.text for m in self.messages if m.level in ("fatal", "alert", "critical", "error")))
+        return list(dict.fromkeys(x.text for x in self.lines if x.level in ("fatal", "alert", "critical", "error")))
+
+    def sent(self) -> bool:
+        """Whether it has tried to send anything. Before that, nobody else can have written into its text."""
+        return any(map(SENT.match, (line.text for line in self.lines)))
 
     def complete(self) -> bool:
         """Whether it ended by itself, and all that it said is here: only then a missing line tells anything."""
         return self.code is not None and 0 <= self.code < LOST and not self.cut and not self.asleep
 
+    def hung(self) -> bool:
+        """Whether it did not end in time."""
+        return self.code is None and not self.asleep
+
     def only(self, lines: re.Pattern[str]) -> bool:
         """Whether it has said why it failed, and every line of that is one of these.
 
-        Who is on the way to the CA can add lines (by the names in his certificate, by HTTP headers), but cannot take
-        one away. The CA's own text may hold line breaks, too. It is put on one line, but only where openssl prints it
-        (in quotes, or at the end of a line), and not if it holds openssl's words for an answer that is not accepted:
-        else he would send a text that makes these lines disappear.
+        Who is on the way to the CA can add lines (by the names in his certificate, by HTTP headers, by a text with line
+        breaks), but cannot take one away.
         """
-        output = self.output
-        for text in self.words:
-            if not REFUSED_MESSAGE.search(text):
-                for before, after in AROUND_TEXTS:
-                    output = output.replace(before + text + after, before + " ".join(text.split()) + after)
-        run = self._replace(messages=_messages(output))
-        errors = [error for error in run.errors() if not POLLING_FAILED.match(error)]
-        sender = any(OTHER_SENDER.search(message.text) for message in run.messages)
+        errors = [error for error in self.errors() if not POLLING_FAILED.match(error)]
+        sender = any(OTHER_SENDER.search(line.text) for line in self.lines)
         return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
 
     def killed(self) -> str:
@@ -3023,7 +2383,7 @@ class Run(NamedTuple):
 def _run(
     argv: Sequence[str],
     limit: float = 10,
-    secrets: Mapping[str, str] | None = None,
+    secrets: Mapping[str, str] = types.MappingProxyType({}),
     keep: Sequence[int] = (),
     asleep: Callable[[], bool] = lambda: False,
 ) -> Run:
@@ -3035,15 +2395,16 @@ def _run(
     if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use another web server")
     try:
-        child = _start(argv, secrets or {}, keep)
+        process, job = _start(argv, secrets, keep)
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
     output, cut, ended, deadline = b"", False, False, time.monotonic() + limit
-    with child.output as pipe:
+    assert process.stdout is not None  # noqa: S101 - it is a pipe
+    with process.stdout as pipe:
         try:
             # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
             while not ended and time.monotonic() < deadline:
-                if _readable(pipe, min(max(0, deadline - time.monotonic()), TICK)):
+                if _readable(pipe, TICK):
                     chunk = os.read(pipe.fileno(), 65536)
                     if not chunk:
                         break
@@ -3051,33 +2412,43 @@ def _run(
                     output = (output + chunk)[:MAX_OUTPUT]
                 ended = asleep()
             tries = 0
-            while not ended and _exit_code(child.process) is None and time.monotonic() < deadline:
+            while not ended and _exit_code(process) is None and time.monotonic() < deadline:
                 tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
                 time.sleep(0 if tries < 100 else 0.01)
         finally:
-            code = _exit_code(child.process)
-            _kill(child)
+            code = _exit_code(process)
+            _kill(process, job)
     text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
     # Where it has ended by itself meanwhile, its last words are not read any more: that is no complete run either.
-    return Run(None if ended else code, text, cut=cut, asleep=ended)
+    return Run(None if ended else code, text, _lines(text), cut, asleep=ended)
 
 
-def _messages(output: str, secrets: Collection[str] = (), words: Collection[str] = ()) -> list[Message]:
-    """openssl's messages. What is no message of its log (a certificate's details, say) gets the level debug.
-
-    `words` are texts from the saved answers, which openssl prints as they are: in the log they are on one line.
-    """
-    for text in words:
-        output = output.replace(text, " ".join(text.split())) if text.strip() else output
-    messages: list[Message] = []
+def _lines(output: str) -> list[Line]:
+    """openssl's lines. What is no message of its log (a certificate's details, say) gets the level debug."""
+    lines: list[Line] = []
     for line in output.split("\n"):
         match = MESSAGE.match(line)
         level, text = (match.group(1).lower(), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
-        # The CA knows the shared secret and could send it back, so it is masked where the text is not openssl's own.
-        own, mark, other = text.partition(":") if match else ("", "", text)
         if text.strip():
-            messages.append(Message(level, _one_line(own) + mark + _foreign(other, secrets, 2 * MAX_TEXT)))
-    return messages
+            lines.append(Line(level, text.strip()))
+    return lines
+
+
+def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: str = "") -> None:
+    """Hand openssl's lines to the log, each at its own level, but what is `usual` at the lowest.
+
+    Whole lines are masked: the CA knows the shared secret, and may write it into any text.
+    """
+    levels = {"debug": logging.DEBUG, "trace": logging.DEBUG, "info": logging.INFO, "note": logging.INFO}
+    levels["warning"], lines = logging.WARNING, run.lines
+    if len(lines) > MAX_LOGGED:  # a stranger's certificate may hold any number of lines
+        logger.warning("openssl cmp: %s of its %s lines left out", len(lines) - MAX_LOGGED, len(lines))
+        lines = [*lines[: MAX_LOGGED // 2], *lines[-MAX_LOGGED // 2 :]]
+    for line in lines:
+        expected = ONE_WAY_TLS.match(line.text) or (usual and re.match(usual, line.text, re.I))
+        level = logging.DEBUG if expected else levels.get(line.level, logging.ERROR)
+        if logger.isEnabledFor(level):
+            logger.log(level, "openssl cmp: %s", _foreign(line.text, settings.hidden, 2 * MAX_TEXT))
 
 
 def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
@@ -3085,256 +2456,16 @@ def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
     return _one_line(_hide(text, secrets), limit)
 
 
-def _log_messages(logger: logging.Logger, messages: Sequence[Message], expected: str = "") -> None:
-    """Hand openssl's messages to the log, each at its own level, but what is `expected` at the lowest."""
-    levels = {"warning": logging.WARNING, "info": logging.INFO, "note": logging.INFO}
-    if len(messages) > MAX_MESSAGES:  # a stranger's certificate may hold any number of lines
-        logger.warning("openssl cmp: %s of its %s messages left out", len(messages) - MAX_MESSAGES, len(messages))
-    for level, text in [*messages[: MAX_MESSAGES // 2], *messages[MAX_MESSAGES // 2 :][-MAX_MESSAGES // 2 :]]:
-        usual = ONE_WAY_TLS.match(text) or (expected and re.match(expected, text, re.I))
-        lowest = level in ("debug", "trace") or usual
-        logger.log(logging.DEBUG if lowest else levels.get(level, logging.ERROR), "openssl cmp: %s", text)
-
-
-def _hint(searched: str) -> str:
-    """The first hint that fits, in brackets, or an empty string."""
-    return next((f" ({hint})" for words, hint in HINTS if re.search(words, searched, re.I)), "")
-
-
-# --- openssl's words -----------------------------------------------------------------------------------------
-
-# All texts of openssl that this file looks for, but the lists that `_known_types` reads. Where a new version has other
-# words for one of them, test_hints.py or test_verdict.py fails with it, and this is the place to change.
-
-# cmpossl of 2019 has its levels in capitals.
-MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
-QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
-
-# Error lines that openssl prints only after it has accepted the newest message.
-ACCEPTED = re.compile(
-    r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
-    '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
-    "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses"
-    "|Did not receive response",
-    re.I,
-)
-# The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
-LEAF_NOT_ACCEPTED = re.compile("certificate not accepted")
-LEAF_REFUSED = re.compile(
-    f"{LEAF_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled|different key types"
-    "|key type mismatch|key values mismatch|certificate verification failed",
-    re.I,
-)
-AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED.pattern}|{LEAF_REFUSED.pattern}", re.I)
-# Lines that say no more than that the time is up while the CA lets us wait.
-TIME_IS_UP = re.compile("total timeout", re.I)
-# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
-POLLREP_TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
-# Words of an answer that is not accepted, as somebody could put them into a text of his own.
-REFUSED_MESSAGE = re.compile("protection|pbm|verif|sender|unmatched|pvno|missing|algorithm", re.I)
-# What stands around the texts of an answer.
-AROUND_TEXTS = (('"', '"'), ("errorDetails: ", "\n"))
-# A sender that is not cmp_expect_sender: for OpenSSL 3.0 no error.
-OTHER_SENDER = re.compile("does not match expected sender")
-# It stands beside the errors of a poll, and says nothing by itself.
-POLLING_FAILED = re.compile("polling failed")
-# The end of a run that only has to see what was saved, or of one that the CA lets wait: no errors for the log.
-END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", f"{TIME_IS_UP.pattern}|{POLLING_FAILED.pattern}"
-CONNECT_TIMEOUT = re.compile("connect timeout")
-# What an HTTP server may write is not searched for hints, or they would be its choice.
-HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
-# The first error where openssl has not even begun. Then the cause is no message of its log, but a line like these.
-NOT_BEGUN = re.compile("cannot set up cmp context", re.I)
-CAUSE = re.compile("(?!.*config file).*(error|unable|could not|cannot|unknown|no |not match|incorrect|not found)", re.I)
-# OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
-ONE_WAY_TLS = re.compile("-tls_used given without -tls_key;")
-# For `check --connect` and `cacerts`.
-TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
-WILL_CONTACT = re.compile("will contact (.*)", re.I)
-NO_ANSWER_TO_GENM = re.compile("Did not receive response")
-NO_CA_CERTS = re.compile("does not include suitable value")
-# For other commands than cmp.
-SIGNATURE_FITS = re.compile(r"^(Certificate request self-signature )?verify OK$", re.M)
-SIGNATURE_WRONG = re.compile("verify failure")
-FALSE_SIGNER = re.compile("lookup: *(.*)")
-NO_COMMAND = re.compile("invalid command", re.I)
-OPTION = re.compile(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", re.M)  # a value's type stands one blank behind the name
-OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
-PUBLIC_KEY = re.compile("-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n", re.S)
-NO_EXTENSIONS = "No ext"
-KEY_USES = re.compile(r"X509v3 Key Usage:.*\n(.*)")
-EXTENDED_KEY_USES = re.compile(r"X509v3 Extended Key Usage:.*\n(.*)")
-FOR_SIGNATURES, FOR_CLIENTS = re.compile("Digital Signature"), re.compile("Client Auth|Any Ext")
-ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
-
-# What openssl says (a regular expression) -> what to do. The first one that fits counts, so special ones come first.
-# A test holds docs/troubleshooting.md to the same list.
-HINTS = (
-    ("certificate verify failed", "cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name"),
-    (
-        "failed to validate newly enrolled",
-        "cmp_out_trusted must hold the root of the certificates that the CA issues, cmp_untrusted their intermediates",
-    ),
-    ("does not match the TLS certificate", "cmp_tls_key does not belong to cmp_tls_cert"),
-    (
-        "TLS client private key",
-        "check cmp_tls_key and cmp_tls_keypass, and for a token its name, the PIN and that openssl finds the module",
-    ),
-    ("wrong pbm value", "the shared secret does not fit: check cmp_ref and cmp_secret"),
-    (
-        "missing protection",
-        "the answer is not protected; many CAs answer so if they do not accept the credentials: check cmp_ref and"
-        " cmp_secret, or cmp_cert and cmp_key",
-    ),
-    (
-        "unable to get local issuer certificate",
-        "cmp_trusted must hold the root of the CMP server's certificate, and cmp_untrusted its intermediates",
-    ),
-    (
-        "unable to get issuer certificate",
-        "cmp_trusted holds an intermediate: add its root, or set cmp_partial_chain: True",
-    ),
-    ("self-signed certificate", "cmp_trusted must hold the CA's own root certificate"),
-    ("missing key usage digitalSignature", "set cmp_ignore_keyusage: True if the CA's signer is like that"),
-    ("expected sender", "cmp_expect_sender does not fit the sender of the answer"),
-    ("srvcert does not validate", "cmp_srvcert is not the certificate that signs the CA's answers"),
-    ("missing trust", "the answer is signed: set cmp_trusted to its root, and cmp_expect_sender"),
-    (
-        "no suitable sender cert",
-        "the CA did not send the certificate that signed its answer: name it in cmp_untrusted, with its intermediates,"
-        " or in cmp_srvcert",
-    ),
-    (
-        "recipnonce unmatched",
-        "the answer is to another request: somebody repeats it, or the CA delays it as RFC 9483 (4.4) has it, which"
-        " OpenSSL 3.0 does not understand and 3.5 does",
-    ),
-    ("transactionid unmatched", "the answer is of another transaction: does something on the way mix up answers?"),
-    (
-        "unexpected pvno",
-        "the CA speaks another version of CMP than 2 (RFC 4210), which openssl wants: ask for another cmp_path",
-    ),
-    ("checkafter", "the CA gives no usable number of seconds after which to ask again: ask its operator"),
-    ("connect timeout", "nothing answers there: check cmp_server, the firewall and that the CMP service runs"),
-    ("transfer timeout", "no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server"),
-    (
-        "code=401|http code 401",
-        "the web server wants a user and password, which openssl cmp cannot send: let it take CMP requests without",
-    ),
-    (
-        "code=403|http code 403",
-        "the web server does not let this machine in: check cmp_path, its rules of access, and cmp_tls_cert",
-    ),
-    ("code=404|http code 404", "no CMP service under this path: check cmp_path"),
-    (
-        "code=407|http code 407",
-        "the proxy wants a user and password, which openssl cmp cannot send: let it pass this machine, or set"
-        " cmp_no_proxy",
-    ),
-    (
-        "code=413|http code 413",
-        "the web server takes no request of this size: raise its limit (nginx: client_max_body_size)",
-    ),
-    ("code=500|http code 500", "the server failed: look into its log"),
-    (
-        "code=405|code=501|http code 405|http code 501",
-        "a web server that takes no CMP requests: check cmp_server and cmp_path",
-    ),
-    (
-        "code=502|code=503|code=504|http code 502|http code 503|http code 504|connect failure",
-        "a proxy on the way cannot reach the CMP server, or may not, or the server is busy: check cmp_server, and the"
-        " proxy",
-    ),
-    (
-        "missing content type",
-        "the server sends no Content-Type, or a proxy sends its header in pieces, which openssl with time-outs cannot"
-        " read: set cmp_msg_timeout: 0 and cmp_total_timeout: 0",
-    ),
-    (
-        "unexpected content type|content type mismatch",
-        "check cmp_server and cmp_path; a CMP server must send application/pkixcmp, for OpenSSL 3.0 without a charset",
-    ),
-    ("header parse error", "that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS"),
-    ("wrong version number", "the server does not speak TLS on this port: check cmp_server and cmp_tls_used"),
-    (
-        "failed reading data|error sending",
-        "the connection was closed: check cmp_tls_used, cmp_tls_cert if the server wants one, and the CA's log",
-    ),
-    ("redirection not enabled", "the server redirects: set cmp_server and cmp_path to the final address"),
-    ("max resp len exceeded", "the answer is too large to be CMP: check cmp_server and cmp_path"),
-    ("nested asn1 error|missing asn1 encoding", "the answer is no CMP message: check cmp_server and cmp_path"),
-    ("does not match our enrollment key", "the CA issued for another key: look into the CA's log"),
-    (
-        "badMessageCheck",
-        "the CA could not verify the request: check cmp_ref and cmp_secret (a CA by RFC 9483 also wants a cmp_cert with"
-        " the subject CN=cmp_ref), or cmp_cert and cmp_key",
-    ),
-    (
-        "wrongIntegrity",
-        "the CA wants the other kind of credentials: cmp_cert and cmp_key in place of cmp_ref and cmp_secret, or the"
-        " reverse",
-    ),
-    (
-        "signerNotTrusted",
-        "the CA does not trust the certificate in cmp_cert: register it there, send its intermediates (cmp_extracerts)",
-    ),
-    ("notAuthorized", "the CA does not let this RA do that: check the RA's rights at the CA"),
-    ("badPOP", "let the CA accept raVerified from this RA, or set cmp_cmd: p10cr (some CAs drop names then)"),
-    (
-        "badCertTemplate",
-        "the CA refuses the subject, a name or an extension: compare them with its profile, or set cmp_profile",
-    ),
-    (
-        "unacceptedExtension",
-        "the CA refuses an extension of the CSR: let the client ask for less, or change the CA's profile",
-    ),
-    ("badAlg", "try cmp_digest: sha256, with a secret cmp_mac: hmacWithSHA256 too, else cmp_cert"),
-    ("badTime", "the clocks of this machine and of the CA differ: set them"),
-    ("badDataFormat", "the CA cannot read the request: check cmp_path, then look into the CA's log"),
-    (
-        "badRecipientNonce|badSenderNonce",
-        "an answer got lost, or two servers share a transaction: order again; raise cmp_msg_timeout if it comes back",
-    ),
-    (
-        "transactionIdInUse",
-        "the CA has got this request twice: does a proxy on the way repeat it? Order the certificate again",
-    ),
-    (
-        "duplicateCertReq",
-        "the CA has such a request or certificate already: finish it there, or let the client make a new key",
-    ),
-    ("systemUnavail|systemFailure", "the CA cannot work now: ask its operator, and try again later"),
-    (
-        "PKIStatus: waiting",
-        "the CA says that it waits, which OpenSSL understands for an enrolment only, before 3.3 not in each answer",
-    ),
-    ("wrongAuthority", "check cmp_recipient and cmp_issuer"),
-    ("cert and key do not match", "cmp_key does not belong to cmp_cert"),
-    (
-        "unsupported key type",
-        "this openssl cannot sign with such a key (Ed25519 needs OpenSSL 3.5): use an RSA or EC key for cmp_cert",
-    ),
-    (
-        "cannot use the CSR",
-        "the CSR is damaged, or its key is of a kind that is newer than this openssl (ML-DSA needs OpenSSL 3.5)",
-    ),
-    ("bad decrypt", "the pass phrase does not fit the key: check cmp_keypass"),
-    ("PIN incorrect", "check cmp_keypass, or the pin-source in cmp_key: a token locks itself after a few wrong PINs"),
-    (
-        "object not found|could not find private key|could not read private key",
-        "there is no such key, or of a kind that this openssl does not know: check cmp_key, and for a token its name,"
-        " the PIN and that openssl finds the module",
-    ),
-    ("No space left on device", "make room on the disk of cmp_tmp_dir"),
-)
-OS_HINTS = {
-    errno.ENOSPC: "make room on the disk of cmp_tmp_dir",
-    errno.EDQUOT: "make room on the disk of cmp_tmp_dir",
-    errno.EMFILE: "raise the limit of open files of this process",
-    errno.ENFILE: "raise the system's limit of open files",
-    errno.EROFS: "cmp_tmp_dir must be on a file system that can be written",
-    errno.ENOLCK: "the file system of cmp_tmp_dir must support flock",
-}
+def _hide(text: str, secrets: Iterable[str]) -> str:
+    """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
+        for spelled in {secret, printed, _one_line(printed, len(printed) + 1)}:
+            if len(spelled) > 3:
+                text = text.replace(spelled, "***")
+    # What looks like one: the PIN of a token, the password of a proxy.
+    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret))=[^;&?\s'\"]+", r"\1=***", text)
+    return re.sub(r"(//)[^/@\s'\"]+@", r"\1***@", text)
 
 
 def _one_line(text: str, limit: int = MAX_TEXT) -> str:
@@ -3357,7 +2488,427 @@ def _did_you_mean(word: str, known: Iterable[str], prefix: str) -> str:
     return "".join(f"; did you mean {prefix}{near}?" for near in difflib.get_close_matches(word, sorted(known), 1, 0.5))
 
 
-# --- DER: a few lines that read tags, lengths and names; openssl verifies -----------------------------------
+def _hint(searched: str) -> str:
+    """The first hint that fits, in brackets, or an empty string."""
+    pairs = (line.split(" -> ") for line in HINTS.strip().splitlines())
+    return next((f" ({hint})" for words, hint in pairs if re.search(words, searched, re.I)), "")
+
+
+# What differs between operating systems, and the disk
+
+if sys.platform == "win32":
+    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+
+
+def _default_directory() -> str:
+    """Where transactions live if cmp_tmp_dir does not say: a directory of this user's."""
+    import tempfile  # takes longer to import than this file does
+
+    user = re.sub(r"\W", "-", os.environ.get("USERNAME", "")) if sys.platform == "win32" else str(os.getuid())
+    return os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{user}")
+
+
+def _directory_fault(path: str, own: bool) -> str:
+    """Why cmp_tmp_dir cannot be used, or an empty string; `own` is the default directory. Makes nothing."""
+    name = _one_line(path, 100)
+    if re.search(r"[\s,\\\0]", path):
+        return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
+    real = os.path.realpath(path)
+    if own and os.path.islink(path):
+        return f"cmp_tmp_dir {path} is a symbolic link: set cmp_tmp_dir to a directory of your own"
+    there = real
+    while True:
+        try:
+            os.lstat(there)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            there = os.path.dirname(there)  # it will be made, if its parent lets us
+        except OSError as err:  # a shared disk that is away
+            return f"cmp_tmp_dir: {_explained(err)[1]}"
+    if not os.path.isdir(there):
+        return f"cmp_tmp_dir {_one_line(there, 100)} is not a directory"
+    if not os.access(there, os.W_OK | os.X_OK):
+        user, owner = _user(), os.stat(there).st_uid
+        if os.name == "posix" and owner not in (os.geteuid(), 0):
+            what = f"belongs to {_user(owner)} (uid {owner}), and this is {user} (uid {os.geteuid()})"
+            return f"cmp_tmp_dir {_one_line(there, 100)} {what}: machines that share it need the same uid number"
+        return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
+    # Whoever can rename our directories, or those above, can put another public key into a request.
+    faults = ((place, _writable_by_others(place)) for place in dict.fromkeys([*_way(path), *_way(real)]))
+    return next((f"cmp_tmp_dir: {_one_line(place, 100)} {who}" for place, who in faults if who), "")
+
+
+def _way(path: str, depth: int = 0) -> Iterator[str]:
+    """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
+    here = os.path.abspath(path)
+    yield here
+    if os.path.islink(here) and depth < 40:
+        yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), depth + 1)
+    if here != os.path.dirname(here):
+        yield from _way(os.path.dirname(here), depth)
+
+
+def _make_directory(settings: Settings) -> None:
+    """Make cmp_tmp_dir, if it is not there. The directories above it are nobody else's either. Raises CMPError."""
+    missing = [path for path in _way(settings.directory) if not os.path.isdir(path)]
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # somebody may have been quicker
+            os.mkdir(path, 0o700)
+        with contextlib.suppress(OSError):  # who may write into a directory need not be allowed to open it
+            _sync(os.path.dirname(path))
+    fault = _directory_fault(settings.directory, settings.own_directory) if missing else ""
+    if fault:
+        raise CMPError(fault)
+
+
+def _openssl_path(path: str) -> str:
+    """`path` as openssl takes it in a list of files: a backslash quotes there."""
+    return path.replace("\\", "/") if os.sep == "\\" else path
+
+
+def _writable_by_others(path: str) -> str:
+    """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
+    if sys.platform == "win32" or not os.path.lexists(path):  # it will be made
+        return ""
+    info = os.lstat(path)
+    if info.st_uid not in (os.geteuid(), 0):
+        what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else "give it to the user of acme2certifier"
+        return f"belongs to another user: {what}"
+    if stat.S_ISDIR(info.st_mode) and info.st_mode & 0o002 and not info.st_mode & 0o1000:
+        return "can be written by every local user: chmod o-w"
+    return ""
+
+
+def _user(number: int | None = None) -> str:
+    """The name of a user, or of the one who runs this process."""
+    if sys.platform == "win32":
+        return os.environ.get("USERNAME", "this user")
+    import pwd  # only for an error
+
+    number = os.geteuid() if number is None else number
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
+def _check_room(path: str) -> None:
+    """Raise OSError where there is no room for the CA's answers: blocks and inodes."""
+    if sys.platform == "win32":
+        full = shutil.disk_usage(path).free < MAX_DER
+    else:
+        disk = os.statvfs(path)
+        full = disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files > 0 and disk.f_favail < 8)
+    if full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def _sync(path: str) -> None:
+    """Wait until a file, or the names in a directory, are on the disk. Windows has no way to say the second."""
+    if sys.platform == "win32" and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as err:
+        if err.errno != errno.EINVAL:  # of a file system that has no fsync for directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _locked(path: str, new: bool = False) -> int:
+    """A descriptor of a lock file that we hold, until this process ends. Raises BlockingIOError where another does."""
+    lock = _open_lock(path, new)
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        os.close(lock)
+        if sys.platform == "win32":
+            raise BlockingIOError from err
+        raise
+    return lock
+
+
+def _open_lock(path: str, new: bool) -> int:
+    """Open a lock file, or make it. Nobody follows a link there, and all may delete it while it is open."""
+    if sys.platform == "win32":  # Python's own functions do not share a file for deletion
+        access, share, disposition, flags = -0x40000000, 7, 1 if new else 3, 0x00200000  # read and write, all, no link
+        handle = _kernel32.CreateFileW(path, access, share, None, disposition, flags, None)
+        if handle == -1:
+            code = ctypes.get_last_error()
+            raise ctypes.WinError(2 if code == 5 else code)  # "access denied": it is being deleted
+        lock = msvcrt.open_osfhandle(handle, os.O_RDWR)
+    else:
+        low = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
+        try:  # the server's standard files may be closed: openssl's would take its place
+            lock = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)
+        finally:
+            os.close(low)
+    return lock
+
+
+def _unlock(descriptor: int) -> None:
+    """Let go of the lock, for all who have inherited it."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # when acme2certifier's process forked
+    finally:
+        os.close(descriptor)
+
+
+def _start(argv: Sequence[str], secrets: Mapping[str, str], keep: Sequence[int]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a program that reads nothing, with `secrets` in its environment; it inherits `keep`, if it can.
+
+    It and all that it starts are a process group, or on Windows a job, whose handle comes second.
+    """
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    if sys.platform == "win32":
+        environment = {**os.environ, **secrets, "OPENSSL_WIN32_UTF8": "1"}  # else it reads its arguments as ANSI
+        argv, flags = [os.path.abspath(argv[0]), *argv[1:]], subprocess.CREATE_NO_WINDOW
+        process = subprocess.Popen(argv, env=environment, creationflags=flags, **streams)
+        # No lock can be inherited. Instead, what is in the job ends when this process does.
+        job: int = _kernel32.CreateJobObjectW(None, None)
+        limits = ctypes.create_string_buffer(144 if sys.maxsize > 1 << 32 else 112)
+        limits[17] = b"\x20"  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+        _kernel32.SetInformationJobObject(job, 9, limits, len(limits))
+        _kernel32.AssignProcessToJobObject(job, int(process._handle))  # type: ignore[attr-defined]
+        return process, job
+    added = {**os.environ, **secrets} if secrets else None
+    return subprocess.Popen(argv, env=added, pass_fds=keep, start_new_session=True, **streams), 0
+
+
+def _readable(pipe: IO[bytes], seconds: float) -> bool:
+    """Wait until there is something to read from a pipe, or its end is reached. False when the time has passed."""
+    if sys.platform == "win32":
+        handle, waiting = msvcrt.get_osfhandle(pipe.fileno()), ctypes.c_ulong()
+        deadline = time.monotonic() + seconds
+        while _kernel32.PeekNamedPipe(handle, None, 0, None, ctypes.byref(waiting), None) and not waiting.value:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)
+        return True
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN | select.POLLHUP)
+    return bool(poller.poll(seconds * 1000))
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code, None while it runs. Popen.poll() says 0 where the status is lost, and 0 would be a yes."""
+    if sys.platform == "win32":
+        return process.poll()
+    if process.returncode is None:
+        try:
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+            process.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        except ChildProcessError:
+            process.returncode = LOST
+    return process.returncode
+
+
+def _kill(process: subprocess.Popen[bytes], job: int) -> None:
+    """End what still runs of it."""
+    if sys.platform == "win32":
+        _kernel32.CloseHandle(job)
+        process.kill()
+    elif process.returncode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# openssl's words: all texts of openssl that this file looks for. Where a new version has other words for one of them,
+# tests fail with it, and this is the place to change.
+
+# cmpossl of 2019 has its levels in capitals.
+MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
+QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
+
+# Error lines that openssl prints only after it has accepted the newest message.
+ACCEPTED_LINE = re.compile(
+    r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
+    '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
+    "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses"
+    "|Did not receive response",
+    re.I,
+)
+# The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
+LEAF_NOT_ACCEPTED = re.compile("certificate not accepted")
+LEAF_REFUSED = re.compile(
+    f"{LEAF_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled|different key types"
+    "|key type mismatch|key values mismatch|certificate verification failed",
+    re.I,
+)
+AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED_LINE.pattern}|{LEAF_REFUSED.pattern}", re.I)
+# Lines that say no more than that the CA lets us wait, and the time is up, or the file of one request more cannot be
+# written. They are anchored: a sender may be called "total timeout", too.
+TIME_IS_UP = re.compile(
+    f"total timeout|cannot write PKIMessage to file '[^']*/{NO_MORE_REQUESTS}'$|no such file$"
+    f"|[^:]{{0,60}}:calling fopen\\([^ ]*/{NO_MORE_REQUESTS}, wb\\)$"
+    "|transfer error:request sent: (POLLREQ|CERTCONF), expected response: (POLLREP|PKICONF)$",
+    re.I,
+)
+# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
+POLLREP_TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
+# A sender that is not cmp_expect_sender: for OpenSSL 3.0 no error.
+OTHER_SENDER = re.compile("does not match expected sender")
+# It stands beside the errors of a poll, and says nothing by itself.
+POLLING_FAILED = re.compile("polling failed")
+# The end of a run that only has to see what was saved, or of one that the CA lets wait: no errors for the log.
+END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", f"{TIME_IS_UP.pattern}|{POLLING_FAILED.pattern}"
+CONNECT_TIMEOUT = re.compile("connect timeout")
+SENT = re.compile("sending [A-Z]|transfer error:request sent")
+# The first error about a certificate that does not verify, and the one about that of a TLS server, which comes later.
+CERTIFICATE_REFUSED, TLS_REFUSED = re.compile("certificate verification failed"), "certificate verify failed"
+# What an HTTP server may write is not searched for hints, or they would be its choice.
+HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
+# The first error where openssl has not even begun. Then the cause is no message of its log, but a line like these.
+NOT_BEGUN = re.compile("cannot set up cmp context|error creating certreq", re.I)
+CAUSE = re.compile(
+    "(?!.*(config file|PKIMessage from file)).*"
+    "(error|unable|could not|cannot|can't|unknown|invalid|negative|no |not match|incorrect|not found)",
+    re.I,
+)
+# Of a dry run: what openssl passes over, almost in silence.
+SKIPPED = re.compile("Skipping unknown .* attribute|No value provided for .* attribute", re.I)
+# OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
+ONE_WAY_TLS = re.compile("-tls_used given without -tls_key;")
+# For `check --connect` and `cacerts`.
+TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
+WILL_CONTACT = re.compile("will contact (.*)", re.I)
+NO_ANSWER_TO_GENM = re.compile("Did not receive response")
+NO_CA_CERTS = re.compile("does not include suitable value")
+# A certificate that OpenSSL marks as invalid: a keyUsage without a bit, an extension twice, a broken one.
+INVALID_CERTIFICATE, INVALID_FOR_ALL_PURPOSES = re.compile("invalid certificate"), "WARNING code=-1"
+# For other commands than cmp.
+SIGNATURE_FITS = re.compile(r"^(Certificate request self-signature )?verify OK$", re.M)
+SIGNATURE_WRONG = re.compile("verify failure")
+FALSE_SIGNER = re.compile("lookup: *(.*)")
+NO_COMMAND = re.compile("invalid command", re.I)
+OPTION = re.compile(r"^ -([\w-]+)(?: (\S+))?(?:  .*)?$", re.M)  # a value's type stands one blank behind the name
+OBJECT = re.compile(r"^([\w.-]+) = (?:(.*), )?(\d+(?:\.\d+)+)$", re.M)  # short name, perhaps the long one, number
+MOCK_SERVER = re.compile("^Mock server options:\n(.*?)(?:\n\n|\\Z)", re.M | re.S)
+OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
+ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
+
+# What openssl says (a regular expression) -> what to do. The first one that fits counts, so special ones come first.
+# A test holds docs/troubleshooting.md to the same list.
+HINTS = r"""
+approval -> the CA queues what needs an approval, and no poll sees it: approve it there, or switch approvals off
+'COMMONNAME' must exist -> set cmp_subject, such as CN=acme
+Wrong number of .* fields|not contain matching field -> add fields for more names to the CA's end entity profile
+failed building own chain -> cmp_own_trusted must hold the root of cmp_cert, cmp_untrusted its intermediates
+certificate verify failed -> cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name
+failed to validate newly enrolled -> cmp_out_trusted must hold the root of the issued certificates
+does not match the TLS certificate -> cmp_tls_key does not belong to cmp_tls_cert
+TLS client private key -> check cmp_tls_key and cmp_tls_keypass, and for a token its name, the PIN and the module
+wrong pbm value -> the shared secret does not fit: check cmp_ref and cmp_secret
+missing protection -> read what the answer says; many CAs answer so if they refuse the credentials or cmp_recipient
+unable to get local issuer certificate -> cmp_trusted must hold the CMP server's root, cmp_untrusted its intermediates
+unable to get issuer certificate -> cmp_trusted holds an intermediate: add its root, or cmp_partial_chain: True
+self-signed certificate -> cmp_trusted must hold the CA's own root certificate
+missing key usage digitalSignature -> set cmp_ignore_keyusage: True if the CA's signer is like that
+expected sender -> cmp_expect_sender does not fit the sender of the answer, or cmp_srvcert is another certificate
+request extension section -> set cmp_config to the OpenSSL configuration file that has this section
+srvcert does not validate -> cmp_srvcert is not the certificate that signs the CA's answers
+missing trust -> the answer is signed: set cmp_trusted to its root and cmp_expect_sender, beside a secret, too
+no suitable sender cert -> the CA did not send its signer's certificate: name it in cmp_untrusted or cmp_srvcert
+recipnonce unmatched -> a recorded answer, a delay that needs OpenSSL 3.5 (RFC 9483, 4.4), or an old copy of cmp_tmp_dir
+transactionid unmatched -> the answer is of another transaction: does something on the way mix up answers?
+unexpected pvno -> the CA speaks another version of CMP than 2, which openssl wants: ask for another cmp_path
+checkafter -> the CA gives no usable number of seconds after which to ask again: ask its operator
+connect timeout -> nothing answers there: check cmp_server, the firewall and that the CMP service runs
+transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server
+(code=|http code )(401|407) -> the web server or proxy wants a user and password, which openssl cmp cannot send
+(code=|http code )403 -> the web server does not let this machine in: check cmp_path, its rules, and cmp_tls_cert
+(code=|http code )404 -> no CMP service under this path: check cmp_path
+(code=|http code )413 -> the web server takes no request of this size (nginx: client_max_body_size)
+(code=|http code )429 -> too many requests: the server, or a proxy on the way, limits their number
+(code=|http code )500 -> the server failed: look into its log
+(code=|http code )(405|501) -> a web server that takes no CMP requests: check cmp_server and cmp_path
+(code=|http code )50[234]|connect failure -> a proxy on the way cannot reach the CMP server, or the server is busy
+(code=|http code )30\d|redirection not enabled -> the server redirects: set cmp_server and cmp_path to the final address
+missing content type -> an HTTP error without a text (3.5 does not say which: look into the server's log), or no CMP
+unexpected content type|content type mismatch -> check cmp_path; it must be application/pkixcmp, without a charset
+header parse error -> that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS
+wrong version number -> the server does not speak TLS on this port: check cmp_server and cmp_tls_used
+failed reading data|error sending -> the connection was closed: check cmp_tls_used, cmp_tls_cert, and the CA's log
+max resp len exceeded|nested asn1 error|missing asn1 encoding -> the answer is no CMP: check cmp_server and cmp_path
+does not match our enrollment key -> the CA issued for another key: look into the CA's log
+badMessageCheck -> the CA could not verify the request: check cmp_ref and cmp_secret, or cmp_cert and cmp_key
+wrongIntegrity -> the CA wants the other kind of credentials: cmp_cert and cmp_key, or cmp_ref and cmp_secret
+signerNotTrusted -> register cmp_cert at the CA, and send its intermediates (cmp_extracerts)
+notAuthorized -> the CA does not let this RA do that: check the RA's rights at the CA
+badPOP -> let the CA accept raVerified from this RA; or cmp_cmd: p10cr, where the CA takes CSRs as they are
+badCertTemplate -> the CA refuses the subject, a name or an extension: compare with its profile, or set cmp_profile
+unacceptedExtension -> let the client ask for less, or change the CA's profile
+badAlg -> try cmp_digest: sha256, with a secret cmp_mac: hmacWithSHA256 too, else cmp_cert
+badTime -> the clocks of this machine and of the CA differ: set them
+badDataFormat -> the CA cannot read the request: check cmp_path, then look into the CA's log
+badRecipientNonce|badSenderNonce -> an answer got lost, or an old copy of cmp_tmp_dir was used: order again
+transactionIdInUse -> the CA has got this request twice (a proxy?): order the certificate again
+duplicateCertReq -> the CA has such a request or certificate already: finish it there, or make a new key
+systemUnavail|systemFailure -> the CA cannot work now: ask its operator, and try again later
+PKIStatus: waiting -> OpenSSL understands that for an enrolment only, and before 3.3 not in each answer
+wrongAuthority -> check cmp_recipient and cmp_issuer
+cert and key do not match|key values mismatch -> cmp_key does not belong to cmp_cert
+unsupported key type -> this openssl cannot sign with such a key (Ed25519 needs OpenSSL 3.5): use RSA or EC
+cannot use the CSR -> the CSR is damaged, or its key is newer than this openssl (ML-DSA needs OpenSSL 3.5)
+bad decrypt|pkcs12 mac -> the pass phrase does not fit the key: check cmp_keypass
+PIN incorrect -> check cmp_keypass, or the pin-source in cmp_key: a token locks itself after a few wrong PINs
+object not found|could not (find|read|open).*private key -> check cmp_key, and for a token its name, the PIN, the module
+digest algorithm name not recognized -> openssl calls them sha256, sha384, sha512
+MAC algorithm name not recognized -> openssl calls them hmac-sha1, hmacWithSHA256
+must give -key or -secret -> no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key
+No space left on device -> make room on the disk of cmp_tmp_dir
+"""
+OS_HINTS = {
+    errno.ENOSPC: "make room on the disk of cmp_tmp_dir",
+    errno.EDQUOT: "make room on the disk of cmp_tmp_dir",
+    errno.EMFILE: "raise the limit of open files of this process",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.EROFS: "cmp_tmp_dir must be on a file system that can be written",
+    errno.ENOLCK: "the file system of cmp_tmp_dir must support flock",
+    errno.ENOTCONN: "the file system of cmp_tmp_dir cannot be reached now",
+    getattr(errno, "EBADFD", 77): "the file system of cmp_tmp_dir cannot be reached now",
+    errno.EIO: "the disk of cmp_tmp_dir fails, or the machine that it is mounted from cannot be reached now",
+    errno.EACCES: "use the same uid number for acme2certifier on every machine that shares cmp_tmp_dir",
+}
+
+# --- Reading: DER, names, certificates, CMP messages -------------------------------------------------------------
+
+# A few lines that read tags, lengths and names; openssl verifies.
+
+SUBJECT_KEY_ID, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.35"
+# Attribute type -> (openssl's short name, the string tag that openssl encodes it with, longest value). A subject
+# made of these alone survives the way through `-subject` byte for byte; any other is left to `-csr`.
+PRINTABLE, IA5, UTF8 = 0x13, 0x16, 0x0C
+ATTRIBUTES = {
+    "2.5.4.3": ("CN", UTF8, 64),
+    "2.5.4.4": ("SN", UTF8, 32768),
+    "2.5.4.5": ("serialNumber", PRINTABLE, 64),
+    "2.5.4.6": ("C", PRINTABLE, 2),
+    "2.5.4.7": ("L", UTF8, 128),
+    "2.5.4.8": ("ST", UTF8, 128),
+    "2.5.4.9": ("street", UTF8, 128),
+    "2.5.4.10": ("O", UTF8, 64),
+    "2.5.4.11": ("OU", UTF8, 64),
+    "2.5.4.12": ("title", UTF8, 64),
+    "2.5.4.42": ("GN", UTF8, 32768),
+    "1.2.840.113549.1.9.1": ("emailAddress", IA5, 128),
+    "0.9.2342.19200300.100.1.1": ("UID", UTF8, 256),
+    "0.9.2342.19200300.100.1.25": ("DC", IA5, 255),
+}
+DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **DN_ALIASES}
+STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
+STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
+MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
+ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
+MALFORMED = (CMPError, LookupError, ValueError, StopIteration)  # what reading raises
 
 
 class Element(NamedTuple):
@@ -3375,21 +2926,18 @@ def _elements(data: bytes, strict: bool = False) -> Iterator[Element]:
     """
     start = 0
     while start < len(data):
-        if len(data) - start < 2 or data[start] & 0x1F == 0x1F:
+        tag, length = data[start], data[start + 1] if start + 1 < len(data) else 0x80
+        octets = max(0, length - 0x80)
+        if tag & 0x1F == 0x1F or length == 0x80 or octets > 4:  # 0x80 is the indefinite form of BER
             raise CMPError("malformed DER")
-        begin, length = start + 2, data[start + 1]
-        if length & 0x80:
-            octets = length & 0x7F
-            if not 1 <= octets <= 4:  # 0x80 is the indefinite form of BER
-                raise CMPError("malformed DER")
-            length = int.from_bytes(data[begin : begin + octets], "big")
-            if strict and (length < 0x80 or not data[begin]):
-                raise CMPError("a length in it is BER, not DER")
-            begin += octets
+        begin = start + 2 + octets
+        length = int.from_bytes(data[start + 2 : begin], "big") if octets else length
+        if strict and octets and (length < 0x80 or not data[start + 2]):
+            raise CMPError("a length in it is BER, not DER")
         end = begin + length
         if end > len(data):
             raise CMPError("DER cut short")
-        yield Element(data[start], data[begin:end], data[start:end])
+        yield Element(tag, data[begin:end], data[start:end])
         start = end
 
 
@@ -3401,44 +2949,21 @@ def _sequence(data: bytes) -> list[Element]:
     return list(_elements(outer[0].value))
 
 
-def _check_der(data: bytes, values: bool, depth: int = 0) -> None:
-    """Raise CMPError unless `data` is DER all the way down (X.690, 10 and 11), with `values` to the last octet.
-
-    Of BER, or of a string with octets that are none of its characters, two programs read two things.
-    """
+def _check_der(data: bytes, depth: int = 0) -> None:
+    """Raise CMPError unless `data` is DER all the way down (X.690, 10): of BER, two programs read two things."""
     for tag, value, _ in _elements(data, strict=True):
         constructed = bool(tag & 0x20)
         if tag < 0x40 and constructed != (tag & 0x1F in (0x10, 0x11)):
             raise CMPError(f"tag {tag:#04x} in it is BER, not DER")
+        if depth > 20:
+            raise CMPError("it is nested too deeply")
         if constructed:
-            if depth > 20:
-                raise CMPError("it is nested too deeply")
-            _check_der(value, values, depth + 1)
-        elif (values or tag == 0x06) and not _is_der_value(tag, value):
-            raise CMPError(f"a value with tag {tag:#04x} in it is not DER")
+            _check_der(value, depth + 1)
+        elif tag == 0x06 and (not _oid(value) or re.search(rb"(^|[\x00-\x7f])\x80", value, re.S)):
+            raise CMPError("an object identifier in it is not DER")
 
 
-def _is_der_value(tag: int, value: bytes) -> bool:
-    """Whether these are the contents of a primitive DER element; True for a tag that has no rules here."""
-    if tag in STRINGS:
-        try:
-            return bool(value.decode(STRINGS[tag]) or not value)
-        except UnicodeDecodeError:
-            return False
-    if tag == 0x01:
-        return value in (b"\x00", b"\xff")
-    if tag in (0x02, 0x0A):  # INTEGER: the first nine bits are not all the same
-        return len(value) == 1 or (len(value) > 1 and value[0] << 1 | value[1] >> 7 not in (0, 0x1FF))
-    if tag == 0x03:  # BIT STRING: the unused bits are zero
-        unused = value[0] if value else 8
-        return unused < 8 and not (value[-1] & (1 << unused) - 1 if len(value) > 1 else unused)
-    if tag == 0x05:
-        return not value
-    if tag == 0x06:  # the last octet ends a number, none begins with zeros
-        return 0 < len(value) < 64 and value[-1] < 0x80 and not re.search(rb"(^|[\x00-\x7f])\x80", value, re.S)
-    return True
-
-
+@functools.lru_cache(maxsize=256)
 def _oid(value: bytes) -> str:
     """An object identifier in dotted form."""
     numbers, number = [], 0
@@ -3447,8 +2972,10 @@ def _oid(value: bytes) -> str:
         if not octet & 0x80:
             numbers.append(number)
             number = 0
-    first = min(numbers[0] // 40, 2) if numbers else 0
-    return ".".join(str(n) for n in [first, numbers[0] - 40 * first, *numbers[1:]]) if numbers else ""
+    if not numbers or value[-1] & 0x80:
+        return ""
+    first = min(numbers[0] // 40, 2)
+    return ".".join(str(n) for n in [first, numbers[0] - 40 * first, *numbers[1:]])
 
 
 class Attribute(NamedTuple):
@@ -3512,16 +3039,7 @@ def _slash_form(name: Name, exact: bool) -> str | None:
             if len(a.text) > longest or (exact and a.tag != tag) or (short == "C" and len(a.text) != longest):
                 return None
             text += ("+" if position else "/") + short + "=" + re.sub(r"([\\/+=])", r"\\\1", a.text)
-    return text
-
-
-def _extensions(raw: bytes) -> dict[str, bytes]:
-    """extnID -> contents of extnValue, from the DER of an Extensions SEQUENCE (RFC 5280, 4.1)."""
-    extensions = {}
-    for extension in _sequence(raw):
-        fields = _sequence(extension.raw)
-        extensions[_oid(fields[0].value)] = fields[-1].value
-    return extensions
+    return _utf8(text)
 
 
 class Certificate(NamedTuple):
@@ -3541,10 +3059,12 @@ class Certificate(NamedTuple):
 
     def valid(self) -> bool:
         """Whether it is valid now."""
-        return self.not_before <= time.strftime(ISO_TIME, time.gmtime()) <= self.not_after
+        return self.not_before <= _iso(time.time()) <= self.not_after
 
 
-ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
+def _iso(seconds: float) -> str:
+    """A time as ISO 8601 has it."""
+    return time.strftime(ISO_TIME, time.gmtime(seconds))
 
 
 def _time(element: Element) -> str:
@@ -3555,40 +3075,32 @@ def _time(element: Element) -> str:
     return _one_line(re.sub(r"^(....)(..)(..)(..)(..)(..)", r"\1-\2-\3T\4:\5:\6", text), 40)
 
 
-def _serial(value: bytes) -> str:
-    return _one_line(f"{int.from_bytes(value, 'big', signed=True):x}", 64)
-
-
-@functools.lru_cache(maxsize=512)  # the same few authorities come with every certificate
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
     try:
         fields = _sequence(_sequence(der)[0].raw)
         if fields[0].tag == 0xA0:  # version
             fields.pop(0)
-        serial, algorithm, issuer, validity, subject, key = fields[:6]
+        number, algorithm, issuer, validity, subject, key = fields[:6]
+        serial = _one_line(f"{int.from_bytes(number.value, 'big', signed=True):x}", 64)
         start, end = map(_time, _sequence(validity.raw))
-        about = (_serial(serial.value), algorithm.raw, _name(issuer.raw), start, end, _name(subject.raw), key.raw)
-        try:
-            extensions = _extensions(fields[-1].value) if fields[-1].tag == 0xA3 else {}
-            identifiers = _key_identifiers(extensions)
-        except (CMPError, IndexError, ValueError, StopIteration):  # openssl has accepted it, so it is served
-            extensions, identifiers = {}, (b"", b"")
-        return Certificate(der, *about, extensions, *identifiers)
+        about = (serial, algorithm.raw, _name(issuer.raw), start, end, _name(subject.raw), key.raw)
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
-
-
-def _key_identifiers(extensions: Mapping[str, bytes]) -> tuple[bytes, bytes]:
-    """subjectKeyIdentifier, and the keyIdentifier of authorityKeyIdentifier (RFC 5280, 4.2.1.1)."""
-    subject_key = next(_elements(extensions.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
-    fields = {field.tag: field.value for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
-    return subject_key, fields.get(0x80, b"")
+    try:
+        parsed = [_sequence(e.raw) for e in _sequence(fields[-1].value)] if fields[-1].tag == 0xA3 else []
+        extensions = {_oid(extension[0].value): extension[-1].value for extension in parsed}
+        if len(extensions) < len(parsed):  # of two, everybody reads another one
+            raise CMPError("it has an extension twice")
+        subject_key = next(_elements(extensions.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
+        authority = {field.tag: field.value for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
+    except MALFORMED:  # openssl has accepted it, so it is served
+        return Certificate(der, *about, {}, b"", b"")
+    return Certificate(der, *about, extensions, subject_key, authority.get(0x80, b""))
 
 
 def _pem(der: bytes, label: str = "CERTIFICATE") -> str:
-    text = base64.b64encode(der).decode()
-    lines = [text[i : i + 64] for i in range(0, len(text), 64)]
+    lines = re.findall(".{1,64}", base64.b64encode(der).decode())
     return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""])
 
 
@@ -3606,250 +3118,171 @@ def _decode(argument: object, label: str) -> bytes:
             raise CMPError("it is PEM of another kind")
         text = match.group(1)
     text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
-    if not re.fullmatch(r"[A-Za-z0-9+/]*", text):
-        raise CMPError("it is not base64")
     try:
-        der = base64.b64decode(text + "=" * (-len(text) % 4))
-    except binascii.Error as err:
+        der = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError as err:
         raise CMPError("it is not base64, or cut short") from err
     _sequence(der)
     return der
 
 
-# --- What differs between operating systems ------------------------------------------------------------------
-
-if sys.platform == "win32":
-    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-
-
-def _default_directory() -> str:
-    """Where transactions live if cmp_tmp_dir does not say: a directory of this user's."""
-    import tempfile  # takes longer to import than this file does
-
-    if sys.platform == "win32":
-        user = re.sub(r"\W", "-", os.environ.get("USERNAME", ""))
-    else:
-        user = str(os.getuid())
-    return os.path.join(tempfile.gettempdir(), f"cmp_ca_handler-{user}")
+# PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers, and of the request that confirms a certificate.
+IP, CP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 12, 19, 23, 24, 26
+# PKIStatus, 5.2.3. With GOOD comes a certificate, in spite of the two warnings; GRANTED says a certConf that takes it.
+GRANTED, WAITING, GOOD = (0, 1), 3, (0, 1, 4, 5)
+# PKIFailureInfo, 5.2.3, in the order of the bits.
+FAILURES = (
+    "badAlg badMessageCheck badRequest badTime badCertId badDataFormat wrongAuthority incorrectData missingTimeStamp"
+    " badPOP certRevoked certConfirmed wrongIntegrity badRecipientNonce timeNotAvailable unacceptedPolicy"
+    " unacceptedExtension addInfoNotAvailable badSenderNonce badCertTemplate signerNotTrusted transactionIdInUse"
+    " unsupportedVersion notAuthorized systemUnavail systemFailure duplicateCertReq"
+).split()
+MAC_ALGORITHMS = ("1.2.840.113533.7.66.13", "1.2.840.113549.1.5.14")  # PasswordBasedMac, PBMAC1
 
 
-def _openssl_path(path: str) -> str:
-    """`path` as openssl takes it in a list of files: a backslash quotes there."""
-    return path.replace("\\", "/") if os.sep == "\\" else path
+class Message(NamedTuple):
+    """A message that openssl has saved (RFC 4210, 5.1 to 5.3): what it says, not whether it is the CA's."""
+
+    path: str
+    body: int
+    transaction: str = ""  # transactionID, in hexadecimal
+    nonces: tuple[bytes, bytes] = (b"", b"")  # senderNonce and recipNonce
+    protected: bool = False
+    mac: bool = False  # protected with a shared secret: nobody else can make that
+    status: int | None = None
+    failures: tuple[str, ...] = ()  # the bits of failInfo
+    texts: tuple[str, ...] = ()  # statusString, or the reason of a pollRep
+    error_code: int | None = None
+    details: tuple[str, ...] = ()
+    check_after: int = 0
+    certificate: bytes = b""
+    sender: Name | None = None  # of the header, if it is a directoryName
+    sent: bytes = b""  # the certificates in extraCerts and caPubs, one after the other
+    content: bytes = b""  # of its body
+
+    def waits(self) -> bool:
+        """Whether the CA has not decided yet (ip, cp or error, with the status waiting)."""
+        return self.body in (IP, CP, ERROR) and self.status == WAITING
+
+    def grants(self) -> bool:
+        """Whether it brings a certificate."""
+        return self.body in (IP, CP) and self.status in GOOD and bool(self.certificate)
+
+    def refuses(self) -> bool:
+        """Whether it is the end without a certificate, or of a revocation without success."""
+        if self.body == RP:
+            return self.status not in (*GOOD, WAITING)
+        return self.body in (IP, CP, ERROR) and not self.waits() and not self.grants()
+
+    def words(self, secrets: Collection[str]) -> str:
+        """What it says, for people: `badCertTemplate, 'unknown extension'`."""
+        said = [", ".join(self.failures) or ("waiting" if self.status == WAITING else "rejection")]
+        said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
+        said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
+        same = {*self.texts}  # some CAs say the same in both, and anybody can say 16,000 different things
+        details = [detail for detail in self.details if detail not in same]
+        said += [f"'{_foreign(', '.join(details), secrets)}'"] if details else []
+        return ", ".join(said)
 
 
-def _writable_by_others(path: str) -> str:
-    """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
-    if sys.platform == "win32":
-        return ""
-    info = os.lstat(path)
-    if info.st_uid not in (os.geteuid(), 0):
-        what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else "give it to the user of acme2certifier"
-        return f"belongs to another user: {what}"
-    if stat.S_ISDIR(info.st_mode) and info.st_mode & 0o002 and not info.st_mode & 0o1000:
-        return "can be written by every local user: chmod o-w"
-    return ""
-
-
-def _user(number: int | None = None) -> str:
-    """The name of a user, or of the one who runs this process."""
-    if sys.platform == "win32":
-        return os.environ.get("USERNAME", "this user")
-    import pwd  # only for an error
-
+def _saved_message(path: str) -> Message | None:
+    """Read a saved message; None where it is not a whole one."""
     try:
-        return pwd.getpwuid(os.geteuid() if number is None else number).pw_name
-    except KeyError:
-        return f"user {os.geteuid() if number is None else number}"
+        with open(path, "rb") as file:
+            header, body, *rest = _sequence(file.read(MAX_DER))
+        first = [*_elements(header.value)]
+        sender = _name(next(_elements(first[1].value)).raw) if first[1].tag == 0xA4 else None
+        # sender and recipient may have the tag 0xA4, too: they come before the transactionID, and the last one counts.
+        fields = {field.tag: field.value for field in first}
+        # Not a generator: there StopIteration would become a RuntimeError.
+        identifier, *nonces = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
+        mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
+        kind, protected, name = body.tag & 0x1F, any(f.tag == 0xA0 for f in rest), _one_line(identifier.hex(), 64)
+        capubs = _sequence(body.value)[:1] if kind in (IP, CP) else []
+        sent = b"".join(next(_elements(field.value)).value for field in [*rest, *capubs] if field.tag == 0xA1)
+    except (FileNotFoundError, *MALFORMED):
+        return None
+    message = Message(path, kind, name, (nonces[0], nonces[1]), protected, protected and mac, sender=sender, sent=sent)
+    with contextlib.suppress(*MALFORMED):  # a body that nobody can read says nothing
+        message = message._replace(content=body.value, **_body(kind, body.value))
+    return message
 
 
-def _disk_full(path: str) -> bool:
-    """Whether there is no room for the CA's answers."""
-    if sys.platform == "win32":
-        return shutil.disk_usage(path).free < MAX_DER
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files > 0 and disk.f_favail < 8)
+def _body(kind: int, value: bytes) -> dict[str, Any]:
+    """What a PKIBody says, as fields of a Message. Raises an error of DER where it is malformed."""
+    if kind == POLLREP:  # PollRepContent, 5.3.22
+        _, check_after, *reason = _elements(_sequence(value)[0].value)
+        return {"check_after": _integer(check_after), "texts": _free_text(reason)}
+    if kind == RP:  # RevRepContent, 5.3.10
+        return _status_info(next(_elements(_sequence(value)[0].value)))
+    if kind == ERROR:  # ErrorMsgContent, 5.3.21
+        status, *more = _sequence(value)
+        codes = [_integer(field) for field in more if field.tag == 0x02]
+        details = _free_text([field for field in more if field.tag == 0x30])
+        return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
+    if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
+        _, _, *more = _elements(_sequence(value)[0].value)
+        info = [field for field in more if field.tag == 0x30]  # hashAlg may follow, with or without it (RFC 9480, 2.10)
+        return _status_info(info[0]) if info else {"status": 0}
+    if kind in (IP, CP):  # CertRepMessage, 5.3.4: caPubs may come first
+        responses = [field for field in _sequence(value) if field.tag == 0x30]
+        _, status, *more = _elements(next(_elements(responses[0].value)).value)
+        pair = [field for field in more if field.tag == 0x30]  # rspInfo may follow, with or without it
+        certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
+        return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
+    return {}
 
 
-def _sync(path: str) -> None:
-    """Wait until a file, or the names in a directory, are on the disk. Windows has no way to say the second."""
-    if sys.platform == "win32" and os.path.isdir(path):
-        return
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as err:
-        if err.errno != errno.EINVAL:  # of a file system that has no fsync for directories
-            raise
-    finally:
-        os.close(descriptor)
+def _status_info(info: Element) -> dict[str, Any]:
+    """PKIStatusInfo, 5.2.3."""
+    status, *more = _elements(info.value)
+    bits = next((field.value for field in more if field.tag == 0x03), b"")
+    numbers = [8 * i + bit for i, octet in enumerate(bits[1:5]) for bit in range(8) if octet & 0x80 >> bit]
+    failures = tuple(FAILURES[number] for number in numbers if number < len(FAILURES))
+    texts = _free_text([field for field in more if field.tag == 0x30])
+    return {"status": _integer(status), "failures": failures, "texts": texts}
 
 
-def _locked(path: str, new: bool = False) -> int:
-    """A descriptor of a lock file that we hold, until this process ends. Raises BlockingIOError where another does."""
-    lock = _open_lock(path, new)
-    try:
-        if sys.platform == "win32":
-            try:
-                msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-            except OSError as err:
-                raise BlockingIOError from err
-        else:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
+def _integer(element: Element) -> int:
+    """An INTEGER. One that is larger than any real one is none."""
+    if len(element.value) > 16:
+        raise CMPError("a number that is too large")
+    return int.from_bytes(element.value, "big", signed=True)
 
 
-def _open_lock(path: str, new: bool) -> int:
-    """Open a lock file, or make it. Nobody follows a link there, and all may delete it while it is open."""
-    if sys.platform == "win32":  # Python's own functions do not share a file for deletion
-        access, share, disposition, flags = -0x40000000, 7, 1 if new else 3, 0x00200000  # read and write, all, no link
-        handle = _kernel32.CreateFileW(path, access, share, None, disposition, flags, None)
-        if handle == -1:
-            code = ctypes.get_last_error()
-            raise ctypes.WinError(2 if code == 5 else code)  # "access denied": it is being deleted
-        return msvcrt.open_osfhandle(handle, os.O_RDWR)
-    return _above_2(os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o600))
+def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
+    """PKIFreeText, 5.1.1."""
+    return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
 
 
-def _above_2(descriptor: int) -> int:
-    """The descriptor, moved where openssl's standard files do not take its place: the server's may be closed."""
-    if sys.platform != "win32" and descriptor <= 2:
-        try:
-            return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
-        finally:
-            os.close(descriptor)
-    return descriptor
+# --- The command line ---------------------------------------------------------------------------------------
 
+# Nothing above knows it, and nothing below runs under acme2certifier: it calls the same code with the same section.
 
-def _unlock(descriptor: int) -> None:
-    """Let go of the lock, for all who have inherited it."""
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # when acme2certifier's process forked
-    finally:
-        os.close(descriptor)
-
-
-class Child(NamedTuple):
-    """A running program, with all that it starts: a process group, or on Windows a job."""
-
-    process: subprocess.Popen[bytes]
-    output: IO[bytes]
-    job: int = 0
-
-
-def _start(argv: Sequence[str], secrets: Mapping[str, str], keep: Sequence[int]) -> Child:
-    """Start a program that reads nothing, with `secrets` added to its environment. It inherits `keep`, if it can."""
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process: subprocess.Popen[bytes]
-    job = 0
-    if sys.platform == "win32":
-        environment = {**os.environ, **secrets, "OPENSSL_WIN32_UTF8": "1"}  # else it reads its arguments as ANSI
-        argv, flags = [os.path.abspath(argv[0]), *argv[1:]], subprocess.CREATE_NO_WINDOW
-        process = subprocess.Popen(argv, env=environment, creationflags=flags, **streams)
-        # No lock can be inherited. Instead, what is in the job ends when this process does.
-        job = _kernel32.CreateJobObjectW(None, None)
-        limits = ctypes.create_string_buffer(144 if sys.maxsize > 1 << 32 else 112)
-        limits[17] = b"\x20"  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
-        _kernel32.SetInformationJobObject(job, 9, limits, len(limits))
-        _kernel32.AssignProcessToJobObject(job, int(process._handle))  # type: ignore[attr-defined]
-    else:
-        added = {**os.environ, **secrets} if secrets else None
-        process = subprocess.Popen(argv, env=added, pass_fds=keep, start_new_session=True, **streams)
-    assert process.stdout is not None  # noqa: S101 - it is a pipe
-    return Child(process, process.stdout, job)
-
-
-def _readable(pipe: IO[bytes], seconds: float) -> bool:
-    """Wait until there is something to read from a pipe, or its end is reached. False when the time has passed."""
-    if sys.platform == "win32":
-        handle, waiting = msvcrt.get_osfhandle(pipe.fileno()), ctypes.c_ulong()
-        deadline = time.monotonic() + seconds
-        while _kernel32.PeekNamedPipe(handle, None, 0, None, ctypes.byref(waiting), None) and not waiting.value:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.005)
-        return True
-    poller = select.poll()
-    poller.register(pipe, select.POLLIN | select.POLLHUP)
-    return bool(poller.poll(seconds * 1000))
-
-
-def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code, None while it runs. Popen.poll() says 0 where the status is lost, and 0 would be a yes."""
-    if sys.platform == "win32":
-        return process.poll()
-    if process.returncode is None:
-        try:
-            pid, status = os.waitpid(process.pid, os.WNOHANG)
-            process.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        except ChildProcessError:
-            process.returncode = LOST
-    return process.returncode
-
-
-def _kill(child: Child) -> None:
-    """End what still runs of it."""
-    if sys.platform == "win32":
-        _kernel32.CloseHandle(child.job)
-        child.process.kill()
-    elif child.process.returncode is None:
-        os.killpg(child.process.pid, signal.SIGKILL)
-    child.process.wait()
-
-
-# --- The command line: the same code paths as under acme2certifier -------------------------------------------
-
+DONE, FAILED, WRONG_USAGE, NOT_DECIDED, WRONG_CONFIGURATION, TRY_AGAIN = range(6)
+EXIT_CODES = {UNREACHABLE: TRY_AGAIN, DISK: TRY_AGAIN, BUSY: TRY_AGAIN}
+EXIT_CODES.update({CONFIGURATION: WRONG_CONFIGURATION, UNAUTHENTIC: WRONG_CONFIGURATION})
 USAGE = """\
 examples:
-  cmp_ca_handler.py convert -- openssl cmp -cmd ir -server 10.0.0.1:8080 ...
-  cmp_ca_handler.py convert < command.txt
-  cmp_ca_handler.py --config acme_srv.cfg check --connect
-  cmp_ca_handler.py --config acme_srv.cfg enroll www.csr -o www.pem
-  cmp_ca_handler.py poll 3f0c77d1a9e25d0b61c8f2b7d4e09a16
-  cmp_ca_handler.py revoke www.pem --reason superseded
-  cmp_ca_handler.py cacerts -o issuers.pem
+  %(prog)s convert openssl cmp -cmd ir -server 10.0.0.1:8080 ...
+  %(prog)s convert < command.txt
+  %(prog)s check --connect --config acme_srv.cfg
+  %(prog)s enroll www.csr -o www.pem
+  %(prog)s list
+  %(prog)s poll 3f0c77d1a9e25d0b61c8f2b7d4e09a16
+  %(prog)s revoke www.pem --reason superseded
+  %(prog)s cacerts -o issuers.pem
 
-exit codes: 0 done, 1 failed, 2 wrong usage, 3 the CA has not decided yet
+exit codes:
+  0 done                                    3 the CA has not decided yet
+  1 failed for good: the CA's no, the CSR   4 wrong configuration, untrue answer
+  2 wrong usage, no such file               5 try again later: the CA, the disk
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. Results go to standard output, all else to standard error."""
-    import argparse  # here, so that acme2certifier loads this file fast
-
-    parser = argparse.ArgumentParser("cmp_ca_handler.py", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.description, parser.epilog = "Try and check a [CAhandler] section.", USAGE
-    parser.add_argument(
-        "--config", metavar="FILE", help="acme_srv.cfg; default: $ACME_SRV_CONFIGFILE, or acme2certifier's"
-    )
-    parser.add_argument("--section", metavar="NAME", default="CAhandler", help="such as CAhandler:internal")
-    common = argparse.ArgumentParser(add_help=False)  # `-v` may stand before the command and behind it
-    for target, default in ((parser, False), (common, argparse.SUPPRESS)):
-        target.add_argument("-v", "--verbose", action="store_true", default=default, help="show openssl's messages")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = functools.partial(commands.add_parser, parents=[common])
-    check = add("check", help="report every error in the configuration, and what would be run")
-    check.add_argument("--connect", action="store_true", help="also ask the CMP server, and see whether to believe it")
-    enroll = add("enroll", help="get a certificate for a CSR file, PEM or DER")
-    enroll.add_argument("csr", metavar="CSR")
-    poll = add("poll", help="go on with an enrolment that waits for the CA")
-    poll.add_argument("identifier", metavar="ID")
-    cacerts = add("cacerts", help="ask the CA for its certificates, for cmp_untrusted")
-    for command in (enroll, poll, cacerts):
-        command.add_argument("-o", "--output", metavar="FILE", help="write the PEM there, not to standard output")
-    revoke = add("revoke", help="revoke a certificate, PEM or DER")
-    revoke.add_argument("certificate", metavar="CERT")
-    revoke.add_argument("--reason", default="unspecified", help="one of " + ", ".join(REASONS))
-    convert = commands.add_parser("convert", help="turn an openssl cmp command line into a [CAhandler] section")
-    convert.add_argument("words", nargs="*", metavar="-- openssl cmp ...")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know less than a file may hold
@@ -3859,71 +3292,114 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader has seen enough: nothing is left to say, and Python is not to try at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-    except Exception as err:
-        known = isinstance(err, (CMPError, OSError))  # the text of another one might hold a secret
-        text = str(err) if known else f"internal error: {type(err).__name__}"
-        print(f"error: {_one_line(text, 4 * MAX_TEXT)}", file=sys.stderr)
-    return 1
+        return FAILED
+    except (Exception, KeyboardInterrupt) as err:
+        kind, text = _explained(err) if isinstance(err, Exception) else (INTERNAL, "interrupted")
+        print(f"error: {text}", file=sys.stderr)
+        missing = isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError))
+        return WRONG_USAGE if missing else EXIT_CODES.get(kind, FAILED)
+
+
+def _parser() -> Any:
+    """What can be typed; the options that all commands have may stand before the command, too."""
+    import argparse  # here, so that acme2certifier loads this file fast
+
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=USAGE)
+    parser.description = "Try and check a [CAhandler] section of acme2certifier."
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for target in (parser, common):
+        target.add_argument("--config", metavar="FILE", help="default: $ACME_SRV_CONFIGFILE, or acme2certifier's")
+        target.add_argument("--section", metavar="NAME", help="such as CAhandler:internal")
+        target.add_argument("-v", "--verbose", action="store_true", help="show the log, and openssl's messages")
+        target.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(config=None, section="CAhandler", verbose=False, json=False, output=None)
+    with open(__file__, "rb") as file:
+        import hashlib
+
+        build = hashlib.sha256(file.read()).hexdigest()[:16]  # tells a changed file from a released one
+    parser.add_argument("--version", action="version", version=f"{__version__} (sha256 {build})")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, argument, about in (
+        ("check", "", "report every error in the configuration, and what would be run"),
+        ("enroll", "CSR", "get a certificate for a CSR file, PEM or DER"),
+        ("poll", "ID", "go on with an enrolment that waits for the CA"),
+        ("list", "", "list the enrolments that wait"),
+        ("revoke", "CERT", "revoke a certificate, PEM or DER"),
+        ("cacerts", "", "ask the CA for its certificates, for cmp_untrusted"),
+    ):
+        command = commands.add_parser(name, parents=[common], help=about)
+        if argument:
+            command.add_argument("argument", metavar=argument)
+        if name in ("enroll", "poll", "cacerts"):
+            command.add_argument("-o", "--output", metavar="FILE", help="write the PEM there, not to standard output")
+        if name == "check":
+            command.add_argument("--connect", action="store_true", help="also ask the CMP server, and judge its answer")
+            command.add_argument("--lock-test", action="store_true", help="hold a lock in cmp_tmp_dir for 10 seconds")
+        if name == "revoke":
+            command.add_argument("--reason", default="unspecified", help="one of " + ", ".join(REASONS))
+    convert = commands.add_parser("convert", help="turn an openssl cmp command line into a [CAhandler] section")
+    convert.add_argument("words", nargs=argparse.REMAINDER, metavar="openssl cmp ...")
+    return parser
 
 
 def _handler_command(args: Any) -> int:
-    """Run check, enroll, poll, revoke or cacerts with the handler that the configuration describes."""
-    logger = logging.getLogger("cmp_ca_handler")
-    logger.addHandler(logging.StreamHandler())
-    logger.setLevel(logging.DEBUG if args.verbose else logging.CRITICAL)
+    """Run a command with the handler that the configuration describes."""
+    logger, shown = logging.getLogger("cmp_ca_handler"), logging.StreamHandler()
+    if not args.verbose:  # errors are printed anyway
+        shown.addFilter(lambda record: str(record.msg).startswith("the CA issued something else"))
+    logger.addHandler(shown)
+    logger.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     logger.propagate = False
+    path = _find_configuration(args.config)
+    with CAhandler(False, logger) as handler:
+        if not handler.config_error and args.section != "CAhandler":
+            if args.section not in handler._config:
+                raise CMPError(f"the configuration has no section [{_one_line(args.section)}]")
+            handler.section.update(_our_entries(handler._config[args.section]))
+        if args.command == "check":
+            return _check_command(handler, path, args)
+        if args.command == "list":
+            return _list_command(_settings(handler._configured()), args)
+        argument = _argument_file(args.argument) if args.command in ("enroll", "revoke") else ""
+        text, identifier, error = None, None, None
+        with _output_file(args.output or os.devnull) as output, _patience():
+            if args.command == "cacerts":
+                text = _ca_certificates(handler._checked(handler._configured()), logger)
+            elif args.command == "revoke":
+                code, _, error = handler.revoke(argument, args.reason)
+                text = "revoked\n" if code == 200 else None
+            elif args.command == "enroll":
+                error, text, _, identifier = handler.enroll(argument)
+            else:
+                handler.ask_always = True
+                error, text, _, identifier, _ = handler.poll("", args.argument, "")
+            return _result(args, handler.failure, error, text, identifier, output)
+
+
+def _find_configuration(named: str | None) -> str:
+    """Say which file is the configuration, the nearest one. Empty where acme2certifier is to look for its own."""
     here = os.path.dirname(os.path.abspath(__file__))
     if os.path.basename(here) == "acme_srv":  # copied into an old release: its helper lies beside this file
         sys.path.append(os.path.dirname(here))
-    path = _find_configuration(args.config, here)
-    with CAhandler(False, logger) as handler:
-        if not handler.config_error:
-            handler.use_section(args.section)
-        if args.command == "check":
-            return _check_command(handler, path or ", ".join(_opened), args)
-        if args.command == "revoke":
-            code, message, detail = handler.revoke(_argument_file(args.certificate), args.reason)
-            return _result(None if code == 200 else f"{message}: {detail}", "revoked\n", None, None)
-        argument = _argument_file(args.csr) if args.command == "enroll" else ""
-        with _output_file(args.output) as output:  # before the CA is asked: what it has issued must not get lost
-            if args.command == "cacerts":
-                return _result(None, _ca_certificates(handler._checked(handler._configured())), None, output)
-            if args.command == "enroll":
-                error, bundle, _, identifier = handler.enroll(argument)
-            else:
-                handler.ask_always = True
-                error, bundle, _, identifier, _ = handler.poll("", args.identifier, "")
-            return _result(error, bundle, identifier, output)
-
-
-_opened: list[str] = []  # what acme2certifier's helper has taken for the configuration
-
-
-def _find_configuration(named: str | None, here: str) -> str:
-    """Say which file is the configuration, the nearest one. Empty where acme2certifier is to look for its own."""
     places = ("acme_srv.cfg", os.path.join("acme_srv", "acme_srv.cfg"), os.path.join(here, "acme_srv.cfg"))
-    found = named or os.environ.get("ACME_SRV_CONFIGFILE") or next(filter(os.path.exists, places), "")
+    found = named or os.environ.get("ACME_SRV_CONFIGFILE")
+    if not found:
+        found = next(filter(os.path.exists, places), "")
+        who = _writable_by_others(os.path.abspath(found)) if found else ""
+        if who and os.geteuid() == 0:  # it names programs to run, and this may be anybody's directory
+            raise CMPError(f"{os.path.abspath(found)} {who}, or name it with --config")
     if found:
         with open(found, "rb"):  # or else its helper takes it for an empty one
             os.environ["ACME_SRV_CONFIGFILE"] = found
-        return os.path.abspath(found)
-
-    def note(event: str, details: tuple[Any, ...]) -> None:
-        if event == "open" and re.search(r"acme_srv\.(cfg|ya?ml)$", str(details[0])) and os.path.exists(details[0]):
-            _opened[:] = [os.path.abspath(details[0])]
-
-    sys.addaudithook(note)  # each of its releases looks in other places
-    return ""
+    elif _acme2certifier_helper() is None:
+        looked = ", ".join(map(os.path.abspath, places))
+        raise CMPError(f"no configuration: there is none of {looked}; name it with --config, or in ACME_SRV_CONFIGFILE")
+    return os.path.abspath(found) if found else ""
 
 
 @contextmanager
-def _output_file(path: str | None) -> Iterator[IO[bytes] | None]:
-    """The file for a bundle, opened without touching what it holds; one that stays empty is not left behind."""
-    if not path:
-        yield None
-        return
+def _output_file(path: str) -> Iterator[IO[bytes]]:
+    """The file for a bundle, opened before the CA is asked; one that stays empty is not left behind."""
     new = not os.path.lexists(path)
     try:
         with open(path, "ab", buffering=0) as file:
@@ -3933,272 +3409,281 @@ def _output_file(path: str | None) -> Iterator[IO[bytes] | None]:
             os.remove(path)
 
 
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Show on a terminal how long the CA has been asked."""
+    import threading
+
+    done, started = threading.Event(), time.monotonic()
+
+    def show() -> None:
+        while not done.wait(1):
+            print(f"\rasking ... {time.monotonic() - started:.0f} s", end="", file=sys.stderr, flush=True)
+
+    if sys.stderr.isatty():
+        threading.Thread(target=show, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+
+
 def _argument_file(path: str) -> str:
     """A CSR or certificate from a PEM or DER file, as acme2certifier would hand it over."""
     with open(path, "rb") as file:
         data = file.read(2 * MAX_DER)
     if data[:1] == b"\x30":
         return base64.b64encode(data).decode()
-    return data[max(data.find(b"-----BEGIN"), 0) :].decode("latin-1")  # without what `openssl req -text` puts before it
+    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"  # as Exchange has it
+    text = data.decode(coding, "replace")
+    return text[max(text.find("-----BEGIN"), 0) :]  # without what `openssl req -text` puts before it
 
 
-def _result(error: str | None, text: str | None, identifier: str | None, output: IO[bytes] | None) -> int:
-    """Print how it ended and give the exit code."""
-    if error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if not text:
-        print(identifier)
-        print(f"the CA has not decided yet; go on with: poll {identifier}", file=sys.stderr)
-        return 3
-    if output:
+def _result(
+    args: Any, failure: str, error: str | None, text: str | None, identifier: str | None, output: IO[bytes]
+) -> int:
+    """Print how it ended and give the exit code. What the CA has issued must not get lost: it is printed at least."""
+    code = EXIT_CODES.get(failure, FAILED) if error else DONE if text else NOT_DECIDED
+    if args.output and text:
+        regular = os.path.isfile(output.name)
         try:
-            regular = os.path.isfile(output.name)
             if regular:
                 output.truncate(0)
-            if output.write(text.encode()) == len(text):
-                return 0
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as err:  # the CA has issued: it must not get lost
+            if output.write(text.encode()) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            text = ""
+        except OSError as err:
             print(f"error: {output.name}: {err.strerror}; the bundle is on standard output", file=sys.stderr)
+            code = FAILED
             if regular:
                 output.truncate(0)
-            sys.stdout.write(text)
-            return 1
-    sys.stdout.write(text)
-    return 0
+    if args.json:
+        status = "failed" if error else "waiting" if text is None else "done"
+        result = {"status": status, "result": text, "id": identifier, "error": error, "class": error and failure}
+        print(json.dumps({key: value for key, value in result.items() if value}))
+    elif error:
+        print(f"error: {error}", file=sys.stderr)
+    elif text is None:
+        print(identifier)
+        why = "another poll of it is in progress" if failure == BUSY else "the CA has not decided yet"
+        print(f"{why}; go on with: poll {identifier}", file=sys.stderr)
+    else:
+        sys.stdout.write(text)
+    return code
+
+
+def _list_command(settings: Settings, args: Any) -> int:
+    """Print the orders that wait."""
+    if settings.directory_fault:  # others may have put anything there
+        raise CMPError(settings.directory_fault)
+    names, orders = os.listdir(settings.directory) if os.path.isdir(settings.directory) else [], []
+    for name in sorted(name for name in names if os.path.exists(f"{settings.directory}/{name}/waiting")):
+        transaction = Transaction(settings, name, "waiting", -1, logging.getLogger(__name__))
+        try:
+            answers, since = _usable(transaction.answers()), os.stat(transaction.file("csr.pem")).st_mtime
+        except FileNotFoundError:  # a poll has finished it meanwhile
+            continue
+        about = {"id": name, "names": "(unreadable)", "since": _iso(since)}
+        with contextlib.suppress(CMPError):
+            about["names"] = _wanted(_read_csr(transaction.read("csr.pem"), SAN_KINDS.values()))
+        due = _due(answers) if answers else 0
+        about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
+        orders.append(about)
+    for line in [json.dumps(orders)] if args.json else map(_pairs, orders):
+        print(line)
+    return DONE
 
 
 def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     """Print what the configuration amounts to, and everything that is wrong with it."""
     import shlex
 
-    print(f"file      {_one_line(path, 200) or 'none'}")
-    if handler.config_error:  # then there is no section, and all that could be said of it would be untrue
-        print(f"error: {handler.config_error}")
-        return 1
-    settings = _settings(handler.section)
-    known = settings.binary.options
-    print(_masked(f"openssl   {settings.binary.path or 'not usable'}  {settings.binary.version}", settings).rstrip())
-    if known:
-        able = {"all extensions of a CSR": settings.binary.converts_csr()}
-        able.update({"waiting enrolments": "rspin" in known, "profiles": "profile" in known})
-        print("          " + ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()))
-    print(_masked(f"tmp_dir   {_one_line(settings.directory, 200)}\n", settings))
-    for key, value in handler.section.items():
-        print(f"  {_one_line(key) + ':':<24} {_shown(key, value, settings)}")
-    print()
-    findings = [
-        Finding(WARNING, text) for text in (*settings.warnings, *_check_acme2certifier(handler, settings, args.section))
-    ]
-    findings += [Finding(FAULT, text) for text in settings.errors]
-    if known and not settings.errors:
-        findings += [*_check_pair(settings, ""), *_check_pair(settings, "tls_")]
-        findings += _check_server(settings) if args.connect else []
-    for level, text in findings:
-        print(_masked(f"{level}: {text}", settings))
-    if any(level == FAULT for level, _ in findings):
-        return 1
-    print("an enrolment runs, beside the files of its transaction:")
-    words = [shlex.quote(_masked(_one_line(word), settings)) for word in _command(settings, [])]
-    print("  " + re.sub(r" (?=-)", " \\\\\n      ", " ".join(words)))
-    print("no errors found")
-    return 0
-
-
-HIDDEN = "(hidden)"
-
-
-def _masked(text: str, settings: Settings) -> str:
-    """`text` without what is, or looks like, a secret: the PIN of a token, the password of a proxy."""
-    text = _hide(text, settings.hidden)
-    text = re.sub(r"(?i)\b((?:(?:user)?[-_]?pin|pass(?:word|phrase)?|secret)[=:])[^;&?\s'\"]+", rf"\1{HIDDEN}", text)
-    return re.sub(r"(//)[^/@\s'\"]+@", rf"\1{HIDDEN}@", text)
+    about: dict[str, Any] = {"file": path or "that of acme2certifier"}
+    findings: list[Finding] = [(handler.config_error, FATAL)] if handler.config_error else []
+    shown, hidden, command = [], [], ""
+    if not findings:  # or else there is no section, and all that could be said of it would be untrue
+        settings = _dry_run(_settings(handler.section))
+        known, hidden = settings.binary.options, [*settings.hidden]
+        about["openssl"] = f"{settings.binary.path or 'not usable'}  {settings.binary.version}".rstrip()
+        able = {"all extensions of a CSR": settings.binary.converts_csr(), "waiting enrolments": "rspin" in known}
+        able["profiles"] = "profile" in known
+        about["able"] = ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()) if known else ""
+        about["tmp_dir"] = settings.directory
+        shown = [f"  {_one_line(k) + ':':<24} {_shown(k, value, settings)}" for k, value in handler.section.items()]
+        findings += [(text, WARNING) for text in settings.warnings] + [(text, FATAL) for text in settings.errors]
+        findings += _acme2certifier_findings(handler, settings, args.section)
+        if not settings.errors:
+            findings += _directory_findings(settings, args.lock_test)
+            findings += _answer_findings(settings, handler.logger, about) if args.connect else []
+            command = " ".join(shlex.quote(_one_line(word)) for word in _command(settings, []))
+    about = {key: _hide(value, hidden) for key, value in about.items() if value}
+    levels = [("error" if fatal else "warning", _hide(text, hidden)) for text, fatal in findings]
+    wrong = any(fatal for _, fatal in findings)
+    if args.json:
+        told = [{"level": level, "text": text} for level, text in levels]
+        print(json.dumps({**about, "command": _hide(command, hidden), "findings": told, "ok": not wrong}))
+        return WRONG_CONFIGURATION if wrong else DONE
+    for key, value in about.items():
+        print(f"{key if key != 'able' else '':<9} {_one_line(value, 400)}")
+    print("\n".join(["", *shown, ""]))
+    for level, text in levels:
+        print(f"{level}: {text}")
+    if not wrong:
+        command = re.sub(r" (?=-)", " \\\\\n      ", _hide(command, hidden))
+        print(f"an enrolment would run:\n  {command}\nno errors found")
+    return WRONG_CONFIGURATION if wrong else DONE
 
 
 def _shown(key: str, value: str, settings: Settings) -> str:
-    """The value of a key, unless it is a secret: a misspelt key of one has a secret for its value, too."""
-    option, known = _key(key)[4:], settings.binary.options
-    known_key = option in known.keys() | OUR_KEYS if known else not _looks_secret(option)
-    secret = option in SECRET_KEYS or "pass" in option or not known_key or not key.startswith("cmp_")
-    if option.endswith("_variable"):  # of its name, unless it is the secret itself, by mistake
-        secret = value not in os.environ
-    if secret and value:
-        return HIDDEN
+    """The value of an entry, unless it is a secret: a misspelt one of a secret has a secret for its value, too."""
+    option, known = _entry(key)[4:], settings.binary.options
+    public = option in known or option in OURS or (not known and option in OPTIONS)
+    if _option(option).kind in ("secret", "run") or not public or not key.startswith("cmp_"):
+        return "(hidden)" if value else ""
+    if option.endswith("_variable") and value not in os.environ:  # perhaps the secret itself, by mistake
+        return "(hidden)"
     if option in ("server", "proxy") and "@" in value:
-        value = f"{HIDDEN}@{value.rpartition('@')[2]}"
-    return _masked(_one_line(value, 200), settings)
+        value = f"***@{value.rpartition('@')[2]}"
+    return _foreign(value, settings.hidden, 200)
 
 
-def _check_acme2certifier(handler: CAhandler, settings: Settings, section: str) -> Iterator[str]:
-    """Warn of what acme2certifier itself is configured to do, beside our section."""
+def _acme2certifier_findings(handler: CAhandler, settings: Settings, section: str) -> Iterator[Finding]:
+    """What acme2certifier itself is configured to do, beside our section."""
+    import filecmp
 
-    def find(key: str, *sections: str) -> str:
-        found = [handler._config[name] for name in sections if name in handler._config]
-        return next((str(values[key]) for values in found if key in values), "")
+    config = handler._config
 
-    total = settings.seconds("total_timeout") or NO_TIMEOUT
-    limit = find("enrollment_timeout", "Certificate")
+    def find(key: str, name: str) -> str:
+        return str(config[name][key]) if name in config and key in config[name] else ""
+
+    total, limit = settings.seconds("total_timeout") or NO_TIMEOUT, find("enrollment_timeout", "Certificate")
     if not limit or (limit.strip().isdigit() and int(limit) <= total):
         what = f"enrollment_timeout is {limit}" if limit else "enrollment_timeout is not set, which means 5"
-        yield f"[Certificate] {what}: acme2certifier stops waiting too early; set it to {total + 5}"
+        yield f"[Certificate] {what}: acme2certifier stops waiting too early; set it to {total + 5}", WARNING
     if find("challenge_validation_disable", "Challenge").lower() in ("true", "yes", "on", "1"):
-        yield "[Challenge] challenge_validation_disable is on: every ACME client gets every name"
-    for key in ("handler_module", "handler_file"):
-        module = find(key, section, "CAhandler")
-        if module and not _is_this_file(module):
-            yield f"{key}: {_one_line(module, 100)} is not this file, which is {os.path.realpath(__file__)}"
+        yield "[Challenge] challenge_validation_disable is on: every ACME client gets every name", WARNING
+    if "://" in find("server_name", "DEFAULT") + find("server_name", "Directory"):
+        yield "server_name is a name without http:// or https://", WARNING
+    load = getattr(handler._helper, "ca_handler_load", None)
+    if load is None:
+        return  # without acme2certifier nobody can know what it loads
+    entries = dict(config["CAhandler"])
+    if section in config:
+        entries.update(config[section])
+    name = next((key for key in ("handler_module", "handler_file") if entries.get(key)), "handler_module")
+    try:  # acme2certifier knows best which file it takes
+        loaded = load(logging.getLogger("cmp_ca_handler.loader"), {"CAhandler": entries}).__file__
+    except Exception:
+        loaded = None
+    if not loaded:
+        what = f"acme2certifier loads no CA handler ({name}: {_one_line(str(entries.get(name) or 'not set'), 100)})"
+        yield f"{what}: set handler_module: {os.path.realpath(__file__)}, or install this file and name it", FATAL
+    elif not filecmp.cmp(loaded, __file__, shallow=False):
+        cure = "delete handler_file" if name == "handler_file" else "set handler_module: cmp_ca_handler"
+        what = f"acme2certifier loads {loaded} ({name}), not this file, which is {os.path.realpath(__file__)}"
+        yield f"{what}: {cure}, or copy this file there", FATAL
 
 
-def _is_this_file(module: str) -> bool:
-    """Whether acme2certifier, told to load `module`, loads this file, or one that is the same."""
-    if "/" not in module and not module.endswith(".py"):  # a name to import
-        return module.rpartition(".")[2] == os.path.basename(__file__).partition(".")[0]
+def _directory_findings(settings: Settings, lock_test: bool) -> Iterator[Finding]:
+    """Whether cmp_tmp_dir has room, and locks that others see, as several machines need it."""
+    _make_directory(settings)
     try:
-        with open(module, "rb") as theirs, open(__file__, "rb") as ours:
-            return theirs.read(1 << 20) == ours.read(1 << 20)
-    except OSError:
-        return False
+        _check_room(settings.directory)
+    except OSError as err:
+        yield f"cmp_tmp_dir {settings.directory}: {err.strerror}: make room there", FATAL
+    system, options = _mounted(settings.directory)
+    if "sshfs" in system or (system.startswith("nfs") and re.search(r"nolock|local_lock=(all|flock)", options)):
+        what = f"cmp_tmp_dir is on {system}, whose locks other machines do not see"
+        yield f"{what}: two pollers of one order would lose it", WARNING
+    if lock_test:
+        path = f"{settings.directory}/lock-test"
+        try:
+            lock = _locked(path, new=not os.path.exists(path))
+        except BlockingIOError:
+            print(f"lock test: somebody else holds {path}: locks exclude each other here", file=sys.stderr)
+            return
+        what = "run the same on the other machine now: it must say that somebody else holds it"
+        print(f"lock test: holding {path} for 10 seconds: {what}", file=sys.stderr)
+        time.sleep(10)
+        with contextlib.suppress(FileNotFoundError):  # two that began at the same moment
+            os.remove(path)
+        _unlock(lock)
 
 
-def _check_pair(settings: Settings, kind: str) -> Iterator[Finding]:
-    """Look at cmp_cert and cmp_key, or cmp_tls_cert and cmp_tls_key: are they a pair, and what for?"""
-    certificate, key = settings.options.get(kind + "cert"), settings.options.get(kind + "key")
-    if not certificate or not os.path.isfile(certificate):
-        return  # none configured, or one in a token, which only openssl can open
-    source = settings.options.get(kind + "keypass")
-    password = ["-passin", source] if source else []  # of a PKCS #12 file
-    x509 = [settings.binary.path, "x509", "-in", certificate, "-noout", *password]
-    about = _run([*x509, "-subject", "-enddate", "-ext", "keyUsage,extendedKeyUsage"], secrets=settings.secrets)
-    public = _run([*x509, "-pubkey"], secrets=settings.secrets)
-    if about.code != 0 or public.code != 0:
-        what = f"{certificate} holds no certificate, or cmp_{kind}keypass does not open it"
-        yield Finding(FAULT, f"cmp_{kind}cert: {what}")
-        return
-    lines = [_one_line(line) for line in about.output.splitlines() if NO_EXTENSIONS not in line]
-    print(f"cmp_{kind}cert  {'; '.join(lines)}")
-    yield from _check_usage(f"cmp_{kind}cert: {certificate}", about.output, "secret" in settings.options and not kind)
-    if not key or not os.path.isfile(key):
-        return
-    private = _run([settings.binary.path, "pkey", "-in", key, "-pubout", *password], secrets=settings.secrets)
-    if private.code != 0:
-        yield Finding(FAULT, f"cmp_{kind}key: {key} cannot be opened: check the file and cmp_{kind}keypass")
-    elif PUBLIC_KEY.findall(private.output) != PUBLIC_KEY.findall(public.output):  # there may be warnings, too
-        yield Finding(FAULT, f"cmp_{kind}key: {key} does not belong to {certificate}")
+def _mounted(path: str) -> tuple[str, str]:
+    """Type and options of the file system of a path, where Linux tells."""
+    best = ("", "", "")
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields, _, (system, _, options) = (part.split(" ") for part in line.rstrip().partition(" - "))
+            if f"{os.path.realpath(path)}/".startswith(fields[4].rstrip("/") + "/") and len(fields[4]) >= len(best[0]):
+                best = (fields[4], system, f"{fields[5]},{options}")
+    return best[1:]
 
 
-def _check_usage(name: str, about: str, idle: bool) -> Iterator[Finding]:
-    """Judge what a certificate of ours may be used for; it is `idle` where a secret protects the messages."""
-    usage = KEY_USES.search(about)
-    if usage and not FOR_SIGNATURES.search(usage.group(1)) and not idle:
-        what = "lacks the key usage digitalSignature: the CA may refuse what is signed with its key"
-        yield Finding(WARNING, f"{name} {what}")
-    extended = EXTENDED_KEY_USES.search(about)
-    if extended and name.startswith("cmp_tls_") and not FOR_CLIENTS.search(extended.group(1)):
-        what = f"is for {extended.group(1).strip()}, not for clients: the TLS server may refuse it"
-        yield Finding(WARNING, f"{name} {what}")
-
-
-# Of PKIFailureInfo (RFC 4210, 5.2.3), what says that the CA does not take us for who we are.
-CREDENTIALS_REFUSED = {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"}
-
-
-def _unreachable(settings: Settings) -> str:
-    """Why nobody takes a connection where openssl connects to, at once. Empty where that is for openssl to say."""
-    import socket
-    from urllib.parse import urlsplit
-
-    options = settings.options
-    server, proxy = options.get("server") or "", options.get("proxy") or ""
-    excepted = options.get("no_proxy") or os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    if not server or (proxy and excepted) or (_proxies() and not proxy):
-        return ""
-    key, target = ("cmp_proxy", proxy) if proxy else ("cmp_server", server)
-    try:
-        address = urlsplit(target if "://" in target else "http://" + target)
-        tls = not proxy and (address.scheme == "https" or settings.tls)
-        where = (address.hostname or "", address.port or (443 if tls else 80))
-        socket.create_connection(where, settings.seconds("msg_timeout") or MSG_TIMEOUT).close()
-    except (OSError, ValueError) as err:
-        return f"{key}: {_one_line(target, 100)} does not answer: {getattr(err, 'strerror', None) or err}"
-    return ""
-
-
-def _check_server(settings: Settings) -> list[Finding]:
+def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str, Any]) -> list[Finding]:
     """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment.
 
     What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
     """
-    import tempfile
-
-    fault = _unreachable(settings)
-    if fault:
-        return [Finding(FAULT, fault)]
-    command = _command(settings.without_enrolment("genm"), [])
-    with tempfile.TemporaryDirectory() as directory:
-        saved = _openssl_path(directory) + "/answer.der"
-        command += ["-rspout", saved] if "rspout" in settings.binary.options else []
-        run = _run(command, settings.limit(), settings.secrets)
-        answer = _response(saved)
-    words = answer.printed() if answer else []
-    messages = _messages(run.output, settings.hidden, words)
-    run = run._replace(words=words, messages=[m for m in messages if not NO_ANSWER_TO_GENM.match(m.text)])
-    contact = next((found.group(1) for m in messages if (found := WILL_CONTACT.match(m.text))), settings.server)
-    print(_masked(f"connect   {_one_line(contact, 200)}", settings))
+    run, answer = _ask_generally(settings, "", logger)
+    run = run._replace(lines=[line for line in run.lines if not NO_ANSWER_TO_GENM.search(line.text)])
+    about["connect"] = next((c.group(1) for x in run.lines if (c := WILL_CONTACT.match(x.text))), settings.server)
     authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
-    proven = {"address": bool(answer) or not any(map(CONNECT_TIMEOUT.match, run.errors()))}
+    reached = bool(answer) or not any(map(CONNECT_TIMEOUT.match, run.errors()))
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
-    tls = bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors()))
-    proven.update({"TLS": bool(answer) or tls, "path": bool(answer), "trust": authentic})
+    tls = bool(answer) or (bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors())))
+    proven = {"address": reached, **({"TLS": tls} if settings.tls else {}), "path": bool(answer), "trust": authentic}
     # A CA may sign its no for anybody. Only those who have the secret can make a MAC with it.
     proven["credentials"] = authentic and (run.code == 0 or bool(answer and answer.mac))
-    if not settings.tls:
-        del proven["TLS"]
-    print("          proven: " + ", ".join(f"{what}: {'yes' if yes else 'no'}" for what, yes in proven.items()))
+    words = {True: "yes", False: "no" if reached else "not reached"}
+    about["proven"] = ", ".join(f"{what}: {words[yes]}" for what, yes in proven.items())
+    if authentic and answer and answer.sender and not answer.mac:
+        about["sender"] = f"cmp_expect_sender: {_name_text(answer.sender)}"
     if run.code == 0:
         return []
-    text = _failure_text(run, answer, settings)
+    text, _ = _failure_text(run, answer, settings)
     if not authentic:
-        return [Finding(FAULT, text)]
-    if answer and CREDENTIALS_REFUSED & {*answer.failures}:
-        return [Finding(FAULT, f"the CA does not accept the credentials: {text}")]
-    return [
-        Finding(
-            WARNING,
-            f"the CA answers, authentically, that it wants no general message; an enrolment may still work: {text}",
-        )
-    ]
+        return [(text, FATAL)]
+    if answer and {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"} & {*answer.failures}:
+        return [(f"the CA does not accept the credentials: {text}", FATAL)]
+    what = "the CA answers authentically that it takes no general message, as EJBCA does; an enrolment may still work"
+    return [(f"{what}: {text}", WARNING)]
+
+
+def _ask_generally(settings: Settings, information: str, logger: logging.Logger) -> tuple[Run, Message | None]:
+    """Send a general message, for some `information` or none; how openssl ended, and the answer as it was saved."""
+    settings = settings.without_enrolment("genm")
+    with closing(_begin(settings, "revoking", logger)) as transaction:
+        path, saved = transaction.file("001.new"), transaction.file("capubs.pem")  # that it writes, and insists on
+        arguments = ["-infotype", information, "-cacertsout", saved] if information else []
+        arguments += ["-rspout", path] if "rspout" in settings.binary.options else []
+        run = _openssl_cmp(transaction, arguments)
+        answer = _saved_message(path)
+    _log_messages(logger, run, settings)
+    return run, answer
 
 
 CA_CERTS = "1.3.6.1.5.5.7.4.17"  # id-it-caCerts
 
 
-def _ca_certificates(settings: Settings) -> str:
+def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     """Ask for the CA's certificates (RFC 9480, 2.14): PEM. Raises CMPError where it sends none."""
-    import tempfile
-
-    known, none = settings.binary.options, f"CMP server {settings.server} sends no certificates: ask the CA's operator"
-    if not known.keys() >= {"infotype", "rspout", "cacertsout"}:
+    if not settings.binary.options.keys() >= {"infotype", "rspout", "cacertsout"}:
         raise CMPError(f"{settings.binary.version} cannot ask for CA certificates, OpenSSL 3.0 can")
-    command = _command(settings.without_enrolment("genm"), ["-infotype", "caCerts"])
-    with tempfile.TemporaryDirectory() as directory:
-        # Read out of the saved answer: the file is empty with 3.0, and later ones insist on it.
-        path = _openssl_path(directory) + "/answer.der"
-        command += ["-rspout", path, "-cacertsout", _openssl_path(directory) + "/cacerts.pem"]
-        run = _run(command, settings.limit(), settings.secrets)
-        run = run._replace(messages=_messages(run.output, settings.hidden))
-        if run.code != 0:
-            lacking = any(map(NO_CA_CERTS.search, run.errors()))
-            raise CMPError(none if lacking else _failure_text(run, None, settings))
-        with open(path, "rb") as file:
-            body = _sequence(file.read(MAX_DER))[1]
+    run, answer = _ask_generally(settings, "caCerts", logger)
+    if (run.code != 0 or answer is None) and not any(map(NO_CA_CERTS.search, run.errors())):
+        raise CMPError(*_failure_text(run, answer, settings))
     found: list[Certificate] = []
-    for information in _sequence(body.value):
-        kind, *values = _sequence(information.raw)
-        if _oid(kind.value) == CA_CERTS and values:
+    # Out of the saved answer: the file that 3.0 writes is empty.
+    for information in _sequence(answer.content) if run.code == 0 and answer else ():
+        identifier, *values = _sequence(information.raw)
+        if _oid(identifier.value) == CA_CERTS and values:
             found += [_certificate(element.raw) for element in _sequence(values[0].raw)]
     if not found:
-        raise CMPError(none)
+        raise CMPError(f"CMP server {settings.server} sends no certificates: ask the CA's operator", REFUSED)
     for certificate in found:
         print(f"{_name_text(certificate.subject)}, valid until {certificate.not_after}", file=sys.stderr)
     return "".join(_pem(certificate.der) for certificate in found)
@@ -4211,61 +3696,62 @@ def _typed_words() -> list[str]:
     text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
     text = text.replace("\\", "\\\\") if os.sep == "\\" else text  # in a path, and no quote
     try:
-        return shlex.split(text.lstrip("$# \t"))
+        words = shlex.split(text.lstrip("$# \t"))
     except ValueError as err:
         raise CMPError(f"not a command line: {err}") from err
-
-
-OUR_VALUES = (("cmd", "ir"), ("popo", "0"), ("config", ""))
+    for word in words:
+        if re.search(r"\$[\w{]", word):
+            what = "is a variable of the shell, whose value is not known here"
+            raise CMPError(f"{_one_line(word, 60)} {what}: write the value, or for a secret env:NAME")
+    return words
 
 
 def _convert(words: list[str]) -> int:
     """Print the `[CAhandler]` section for an `openssl cmp` command line, and what is wrong with that."""
     if "cmp" not in words:
-        raise CMPError("that is no `openssl cmp` command line")
+        raise CMPError("write an `openssl cmp` command line behind convert, or give it on standard input")
     position = words.index("cmp")
     program, rest = words[position - 1] if position else "openssl", words[position + 1 :]
-    options = _known_options(program)
-    found, ours, errors = {}, [], []
+    try:  # the program in the command line, or, if that is on another machine, the openssl here
+        binary = _binary(program)
+    except (CMPError, OSError):
+        binary = _binary("openssl")
+    found, ours, options = {}, [], binary.options
+    assigned = [word.partition("=")[0] for word in words[:position] if "=" in word]
+    errors = [f"{name}=: set this variable for acme2certifier's process, too" for name in assigned]
     while rest:
         option, equals, value = rest.pop(0).lstrip("-").partition("=")
         option = _option_name(option, options)
-        takes_value = bool(equals) or options.get(option, bool(rest) and rest[0][:1] != "-")
+        kind, takes_value = _option(option).kind, bool(equals) or options.get(option, bool(rest) and rest[0][:1] != "-")
         if takes_value and not equals:
             value = rest.pop(0) if rest else ""
-        if options and option not in options:
+        if option not in options and kind != "run":
             errors.append(f"openssl has no option -{option}{_did_you_mean(option, options, '-')}")
-        elif option in FORBIDDEN_KEYS:
+        elif kind == "other" or option in binary.mock_server:
             errors.append(f"-{option} is not for enrolling at a CA")
-        elif option in RUNTIME_KEYS or option == "subject" or (option, value) in OUR_VALUES:
+        elif kind == "run" or option == "subject" or (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", "")):
             ours.append(f"-{option}")
         elif value or not takes_value:  # an empty value is none
-            found[option] = _comma_dn(value) if option in DN_KEYS else value or "True"
-    print("[CAhandler]\n# handler_module: cmp_ca_handler")
+            found[option] = _comma_dn(value) if kind == "name" else value or "True"
+    _print_section(program, found, ours)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return FAILED if errors else DONE
+
+
+def _print_section(program: str, found: Mapping[str, str], ours: Sequence[str]) -> None:
+    """Print the section with these options, the usual ones first."""
+    print("[CAhandler]\nhandler_module: cmp_ca_handler")
     if ours:
         print(f"# set by the handler itself: {' '.join(ours)}")
     print(f"cmp_openssl_bin: {program}")
     print("# cmp_tmp_dir: a directory that lasts, for enrolments that wait for the CA")
-    order = dict.fromkeys([*"server path cert key ref secret trusted".split(), *found])
-    for option in filter(found.get, order):
+    for option in filter(found.get, dict.fromkeys([*"server path cert key ref secret trusted".split(), *found])):
         value = found[option]
-        if option in SECRET_KEYS and value.partition(":")[0] not in ("env", "file", "fd"):
+        if _option(option).kind == "secret" and value.partition(":")[0] not in ("env", "file"):
             better = "cmp_secret_variable: NAME" if option == "secret" else f"cmp_{option}: env:NAME"
-            print(f"# the secret stands in this file; better {better}, with the secret in that variable")
+            print(f"# this file contains the secret; use {better} instead, with the secret in that variable")
         print(f"cmp_{option}: {value}")
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return 1 if errors else 0
-
-
-def _known_options(program: str) -> dict[str, bool]:
-    """The options of the program in a command line, of the openssl here if it is on another machine, or nothing."""
-    for name in (program, "openssl"):
-        try:
-            return _binary(name).options
-        except (CMPError, OSError):
-            continue  # then the form of the command line has to do
-    return {}
 
 
 def _comma_dn(value: str) -> str:
@@ -4273,9 +3759,9 @@ def _comma_dn(value: str) -> str:
     if not value.startswith("/"):
         return value
     text = ""
-    for part in _split_slash(value):
-        escaped = re.sub(r"^[ #]| $|\s(?=[#;]\s)|[,+\"\\\\;<>=]", r"\\\g<0>", part.value)
-        text += {"+": "+", "/": ", "}[part.separator] + f"{part.type}={escaped}"
+    for separator, kind, part in _split_slash(value):
+        escaped = re.sub(r"^[ #]| $|\s(?=[#;]\s)|[,+\"\\;<>=]", r"\\\g<0>", part)
+        text += {"+": "+", "/": ", "}[separator] + f"{kind}={escaped}"
     return text[2:]
 
 

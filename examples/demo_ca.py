@@ -19,12 +19,12 @@ The way of a message, and the order of this file:
     openssl cmp --HTTP--> CmpHandler --> DemoCA.answer: which transaction is it?
                                            --> OSSL_CMP_SRV_process_request(3): parses it, checks its protection
                                                  --> DemoCA._on_cert_request and other callbacks: decide
-                                                       --> Store: the openssl program makes the certificate
+                                                       --> Store: makes the certificate, libcrypto signs it
                                            <-- the answer, protected
 
-Nothing cryptographic is done in Python. CMP itself (parsing, protection, nonces, proof of possession) is
-OpenSSL's own server, OSSL_CMP_SRV_CTX_new(3), called in libcrypto through ctypes. The openssl program makes the
-certificates and CRLs. What this file does is what a CA decides: what goes into a certificate, and when.
+CMP itself (parsing, protection, nonces, proof of possession) is OpenSSL's own server, OSSL_CMP_SRV_CTX_new(3),
+called in libcrypto through ctypes. libcrypto makes the keys, too, and signs certificates and the CRL. What this
+file does is what a CA decides: what goes into a certificate, and when.
 
 A real CA checks who may request what. This one does not: whoever knows the secret, or holds any certificate that
 this CA has issued, gets every name.
@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import base64
 import ctypes
-import ctypes.util
 import enum
 import functools
 import hashlib
@@ -48,10 +47,9 @@ import shutil
 import socket
 import socketserver
 import ssl
-import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,8 +98,6 @@ class DemoCA:
         check_after: how many seconds a waiting client shall wait before its next poll.
         reject: a failInfo such as "badCertTemplate": reject every request for a certificate.
         status_text: the statusString of the rejection.
-        junk: send a stranger, the root and the issuing CA (twice) in the extraCerts.
-        ca_pubs_only: send the issuing CA and the root in the caPubs only.
         messages: every exchange so far.
     """
 
@@ -112,7 +108,6 @@ class DemoCA:
         directory: str | os.PathLike[str],
         *,
         port: int = 0,
-        openssl: str = "openssl",
         tls: bool = False,
         ref: str = "1234",
         secret: str = "demo-secret",  # noqa: S107
@@ -127,15 +122,12 @@ class DemoCA:
         self.check_after = 1
         self.reject = ""
         self.status_text = ""
-        self.junk = False
-        self.ca_pubs_only = False
         self.messages: list[Message] = []
-        self._store = Store(self.directory, openssl)
+        self._store = Store(self.directory)
         self._http: HttpServer | None = None
         self._transactions: dict[str, Transaction] = {}
         self._lock = threading.Lock()  # of _transactions
         self._thread = threading.local()  # .work: the message that the callbacks in this thread are about
-        self._objects: dict[str, int] = {}  # the CA's certificates and its key, in libcrypto
         # libcrypto keeps bare pointers to these, so they must live as long as the contexts do
         methods: list[tuple[Callable[..., Any], Any]] = [
             (self._on_cert_request, None), (self._on_rr, None), (self._on_genm, 0),
@@ -150,9 +142,7 @@ class DemoCA:
         Raises:
             DemoError: no usable OpenSSL, something else in the directory, or the port is taken.
         """
-        libcrypto()
         self._store.set_up()
-        self._objects = self._store.load()
         self.forget()
         try:
             self._http = HttpServer(self)
@@ -223,11 +213,11 @@ class DemoCA:
 
     def issued(self) -> list[str]:
         """The serial numbers of all issued certificates, in hexadecimal, oldest first."""
-        return [row[3] for row in self._store.index()]
+        return self._store.issued()
 
     def is_revoked(self, serial: str) -> bool:
         """Whether the certificate with this serial number, in hexadecimal, is revoked."""
-        return self._store.is_revoked(serial)
+        return serial.upper() in self._store.revoked()
 
     def forget(self) -> None:
         """Drop all transactions, as a CA does that was restarted."""
@@ -248,7 +238,7 @@ class DemoCA:
         if request is None:
             raise ValueError("not a CMP message")
         try:
-            envelope = read_envelope(message_der(request))
+            envelope = read_envelope(to_der("i2d_OSSL_CMP_MSG", request))
             while True:
                 transaction = self._transaction(envelope)
                 with transaction.lock:
@@ -283,13 +273,13 @@ class DemoCA:
             secret = self.secret.encode() if envelope.reference == reference else secrets.token_bytes(32)
             library.OSSL_CMP_CTX_set1_referenceValue(cmp, reference, len(reference))
             library.OSSL_CMP_CTX_set1_secretValue(cmp, secret, len(secret))
-            library.OSSL_CMP_CTX_set1_subjectName(cmp, library.X509_get_subject_name(self._objects["sub"]))
+            library.OSSL_CMP_CTX_set1_subjectName(cmp, library.X509_get_subject_name(self._store.objects["sub.pem"]))
         else:
             # no secret here: OpenSSL would use it and not the certificate
-            library.OSSL_CMP_CTX_set1_cert(cmp, self._objects["cmp"])
-            library.OSSL_CMP_CTX_set1_pkey(cmp, self._objects["key"])
+            library.OSSL_CMP_CTX_set1_cert(cmp, self._store.objects["cmp.pem"])
+            library.OSSL_CMP_CTX_set1_pkey(cmp, self._store.objects["cmp.key"])
             trusted = library.X509_STORE_new()
-            library.X509_STORE_add_cert(trusted, self._objects["root"])
+            library.X509_STORE_add_cert(trusted, self._store.objects["root.pem"])
             library.OSSL_CMP_CTX_set0_trustedStore(cmp, trusted)
         return context
 
@@ -301,7 +291,7 @@ class DemoCA:
         library.ERR_clear_error()  # else OpenSSL could give an old error of this thread as the reason
         response = library.OSSL_CMP_SRV_process_request(transaction.context, request)
         try:
-            result = message_der(response) if response else b""
+            result = to_der("i2d_OSSL_CMP_MSG", response) if response else b""
         finally:
             library.OSSL_CMP_MSG_free(response)
         status = library.OSSL_CMP_CTX_get_status(library.OSSL_CMP_SRV_CTX_get0_cmp_ctx(transaction.context))
@@ -313,8 +303,6 @@ class DemoCA:
         message = Message(transaction.identifier, work.envelope.name, read_envelope(result).name)
         self.messages.append(message)
         LOG.info("%s %s -> %s%s", message.transaction[:8], message.request, message.response, work.note)
-        if self.junk and isinstance(transaction.state, Issued) and message.response in ("ip", "cp", "kup"):
-            result = repeat_last_certificate(result)
         return result
 
     def _end(self, transaction: Transaction) -> None:
@@ -339,7 +327,7 @@ class DemoCA:
     # --- OpenSSL's callbacks: what the CA decides. OSSL_CMP_SRV_CTX_init(3) says what they get and return.
 
     def _on_cert_request(
-        self, _ctx: int, _req: int, _id: int, _crm: int, _p10: int, certificate: Any, chain: Any, ca_pubs: Any
+        self, _ctx: int, _req: int, _id: int, _crm: int, _p10: int, certificate: Any, chain: Any, _ca_pubs: Any
     ) -> int | None:
         """ir, cr, kur, p10cr: begin. After the last poll OpenSSL calls this again: then it is Decided already."""
         work: Work = self._thread.work
@@ -361,11 +349,7 @@ class DemoCA:
             return self._rejection(refusal)
         work.note = clean(f": issued {order.serial} {' '.join(order.wanted.names)}")
         certificate[0] = from_der("d2i_X509", transaction.state.certificate)
-        stranger, root, sub = (self._objects[name] for name in ("stranger", "root", "sub"))
-        if self.ca_pubs_only:
-            ca_pubs[0] = certificate_stack([sub, root])
-        else:
-            chain[0] = certificate_stack([stranger, root, sub] if self.junk else [sub])
+        chain[0] = certificate_stack([self._store.objects["sub.pem"]])
         return status_info(ACCEPTED)
 
     def _begin(self, work: Work) -> Waiting | Decided:
@@ -418,7 +402,7 @@ class DemoCA:
         work: Work = self._thread.work
         serial, reason = read_revocation(work.envelope.body)
         library = libcrypto()
-        own_name = library.X509_get_subject_name(self._objects["sub"])
+        own_name = library.X509_get_subject_name(self._store.objects["sub.pem"])
         try:
             if not issuer or library.X509_NAME_cmp(issuer, own_name) != 0 or not self._store.has_issued(serial):
                 raise Refusal("badCertId", "this CA has not issued the certificate")
@@ -426,13 +410,13 @@ class DemoCA:
         except Refusal as refusal:
             return self._rejection(refusal)
         work.note = f": revoked {serial}, reason {reason}"
-        return status_info(ACCEPTED if CRL_REASONS[reason] else GRANTED_WITH_MODS)
+        return status_info(ACCEPTED)
 
     def _revoke(self, serial: str, reason: int) -> None:
         """Revoke, if it can be done. Raises Refusal."""
         if reason not in CRL_REASONS:
             raise Refusal("badRequest", f"this CA cannot do that: CRLReason {reason}")
-        self._store.revoke(serial, CRL_REASONS[reason] or CRL_REASONS[0])
+        self._store.revoke(serial, reason)
 
     def _rejection(self, refusal: Refusal) -> int | None:
         """The CA's no, as OpenSSL wants it."""
@@ -633,32 +617,11 @@ def read_envelope(message: bytes) -> Envelope:
     return Envelope(message, name, body, fields[0xA4].content.hex(), algorithm in MAC_ALGORITHMS, reference)
 
 
-def repeat_last_certificate(message: bytes) -> bytes:
-    """Add the last of the extraCerts once more: OpenSSL's server does not repeat any, other CAs do.
-
-    The extraCerts are outside of the protection (RFC 4210 section 5.1), so this breaks nothing.
-    """
-    *others, extra_certs = read_der(message).parts()
-    certificates = read_der(extra_certs.content)
-    repeated = write_der(0x30, certificates.content + certificates.parts()[-1].whole)
-    return write_der(0x30, b"".join(part.whole for part in others) + write_der(0xA1, repeated))
-
-
 # --- What a request asks for
 
 EXTENSION_REQUEST = "1.2.840.113549.1.9.14"
 SUBJECT_ALT_NAME, REASON_CODE = "2.5.29.17", "2.5.29.21"
-
-STRING_ENCODINGS = {
-    0x0C: "utf-8",  # UTF8String
-    0x12: "ascii",  # NumericString
-    0x13: "ascii",  # PrintableString
-    0x14: "latin-1",  # TeletexString, in the way that everybody has used it
-    0x16: "ascii",  # IA5String
-    0x1A: "ascii",  # VisibleString
-    0x1C: "utf-32-be",  # UniversalString
-    0x1E: "utf-16-be",  # BMPString
-}
+NO_NAME = b"\x30\x00"
 
 
 class Refusal(Exception):
@@ -671,60 +634,39 @@ class Refusal(Exception):
 
 
 class Wanted(NamedTuple):
-    """A certificate, in the words of the openssl program."""
+    """A certificate that was asked for. Bytes are DER."""
 
-    subject: str = ""  # slash form
-    types: tuple[str, ...] = ()  # attribute types of the subject that openssl does not know, dotted
-    public_key: str = ""  # PEM
-    extensions: tuple[tuple[str, str], ...] = ()  # object identifier, line of an extension file
-    dns_names: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a human calls it."""
-        return (self.subject, *self.dns_names) if self.subject else self.dns_names
+    subject: bytes  # a Name
+    public_key: bytes  # a SubjectPublicKeyInfo
+    extensions: dict[str, bytes]  # object identifier, the whole extension
+    names: tuple[str, ...]  # what a human calls it: the subject, if it has one, and the DNS names
 
 
-def type_alias(oid: str) -> str:
-    """A name for an attribute type that has none: openssl skips these unless the configuration names them."""
-    return "type_" + oid.replace(".", "_")
+def one_line(name: bytes) -> str:
+    """A Name in slash form. Raises Refusal."""
+    parsed = from_der("d2i_X509_NAME", name)
+    if not parsed:
+        raise Refusal("badCertTemplate", "the subject cannot be read")
+    text = ctypes.create_string_buffer(300)
+    libcrypto().X509_NAME_oneline(parsed, text, len(text))
+    libcrypto().X509_NAME_free(parsed)
+    return text.value.decode(errors="replace")
 
 
-def read_subject(name: Der) -> tuple[str, tuple[str, ...]]:
-    """A Name in slash form, and the attribute types in it that openssl does not know. Raises Refusal."""
-    text, unknown = "", []
-    for rdn in name.parts():
-        separator = "/"
-        for attribute in rdn.parts():
-            oid, value = attribute.parts()
-            plain = value.content.decode(STRING_ENCODINGS.get(value.tag, "ascii"))
-            if value.tag not in STRING_ENCODINGS or "\0" in plain:
-                raise Refusal("badCertTemplate", "a subject attribute is not text")
-            number = dotted(oid.content)
-            nid = libcrypto().OBJ_txt2nid(number.encode())
-            if not nid:
-                unknown.append(number)
-            type_name = libcrypto().OBJ_nid2sn(nid).decode() if nid else type_alias(number)
-            text += separator + type_name + "=" + re.sub(r"([/+=\\])", r"\\\1", plain)
-            separator = "+"
-    return text, tuple(sorted(set(unknown)))
-
-
-def read_extensions(extensions: Iterable[Der]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """The lines for an extension file, and the DNS names. Raises Refusal."""
-    lines: dict[str, str] = {}
+def read_extensions(extensions: Iterable[Der]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The extensions by their object identifiers, and the DNS names. Raises Refusal."""
+    found: dict[str, bytes] = {}
     dns_names: tuple[str, ...] = ()
     for extension in extensions:
-        first, *middle, value = extension.parts()
+        first, *_, value = extension.parts()
         oid = dotted(first.content)
-        if oid in lines:  # RFC 5280 section 4.2
+        if oid in found:  # RFC 5280 section 4.2
             raise Refusal("badCertTemplate", f"the extension {oid} is requested twice")
-        critical = "critical," if middle and middle[0].content != b"\0" else ""
-        lines[oid] = f"{oid} = {critical}DER:{value.content.hex()}"
+        found[oid] = extension.whole
         if oid == SUBJECT_ALT_NAME:
             names = read_der(value.content).parts()
             dns_names = tuple(name.content.decode("ascii", "replace") for name in names if name.tag == 0x82)
-    return tuple(lines.items()), dns_names
+    return found, dns_names
 
 
 def read_request(body: Der) -> Wanted:
@@ -742,23 +684,22 @@ def read_request(body: Der) -> Wanted:
             oid, values = attribute.parts()
             if dotted(oid.content) == EXTENSION_REQUEST:
                 requested = values.parts()[0].parts()
-        subject, key = name.whole, public_key.content
+        subject, key = name.whole, public_key.whole
     else:
         # CertReqMessages, CertReqMsg, CertRequest { certReqId, certTemplate, .. }
         template = content.parts()[0].parts()[0].parts()[1]
         fields = {field.tag: field for field in template.parts()}
         if 0xA6 not in fields:
             raise Refusal("badCertTemplate", "the request has no public key")
-        subject = fields[0xA5].content if 0xA5 in fields else b"\x30\x00"
-        key = fields[0xA6].content
+        subject = fields[0xA5].content if 0xA5 in fields else NO_NAME
+        key = write_der(0x30, fields[0xA6].content)
         requested = fields[0xA9].parts() if 0xA9 in fields else []
-    text, types = read_subject(read_der(subject))
     extensions, dns_names = read_extensions(requested)
-    if not text and SUBJECT_ALT_NAME not in dict(extensions):
+    if subject != NO_NAME:
+        return Wanted(subject, key, extensions, (one_line(subject), *dns_names))
+    if SUBJECT_ALT_NAME not in extensions:
         raise Refusal("badCertTemplate", "the request has neither a subject nor a subjectAltName")
-    block = base64.encodebytes(write_der(0x30, key)).decode()
-    pem = f"-----BEGIN PUBLIC KEY-----\n{block}-----END PUBLIC KEY-----\n"
-    return Wanted(text, types, pem, extensions, dns_names)
+    return Wanted(subject, key, extensions, dns_names)
 
 
 def read_revocation(body: Der) -> tuple[str, int]:
@@ -827,165 +768,133 @@ def drop_request(directory: Path, serial: str) -> None:
         (directory / "held" / f"{serial}{suffix}").unlink(missing_ok=True)
 
 
-# --- The directory: the openssl program makes certificates and CRLs in it
+# --- The directory: what is in a certificate, and in the CRL. libcrypto signs them.
 
-BASIC_CONSTRAINTS, AUTHORITY_KEY_IDENTIFIER = "2.5.29.19", "2.5.29.35"
+KEY_IDENTIFIER, AUTHORITY_KEY_IDENTIFIER = "2.5.29.14", "2.5.29.35"
+ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+CRL_REASONS = (0, 1, 2, 3, 4, 5, 6, 9, 10)  # RFC 5280 section 5.3.1, without 8, removeFromCRL: it does not revoke
+
+DAY = 24 * 3600
 
 # What a certificate gets unless the request says otherwise, as lines of openssl's extension files
 DEFAULT_EXTENSIONS = {
-    BASIC_CONSTRAINTS: "basicConstraints = critical,CA:FALSE",
     "2.5.29.15": "keyUsage = critical,digitalSignature",
     "2.5.29.37": "extendedKeyUsage = serverAuth",
-    "2.5.29.14": "subjectKeyIdentifier = hash",
-    AUTHORITY_KEY_IDENTIFIER: "authorityKeyIdentifier = keyid:always",
 }
-# ... and what no request can change: whether it is a CA, and who signed it
-OWN_EXTENSIONS = {oid: DEFAULT_EXTENSIONS[oid] for oid in (BASIC_CONSTRAINTS, AUTHORITY_KEY_IDENTIFIER)}
+# ... and what no request can change, beside the authorityKeyIdentifier
+OWN_EXTENSIONS = {"2.5.29.19": "basicConstraints = critical,CA:FALSE"}
+SUBJECT, AUTHORITY = "subjectKeyIdentifier = DER:0414", "authorityKeyIdentifier = DER:30168014"
 
-# CRLReason (RFC 5280 section 5.3.1) as `openssl ca` calls them. It has no name for 9 and 10: they become 0.
-# 8, removeFromCRL, is left out: it does not revoke.
-CRL_REASONS = {
-    0: "unspecified",
-    1: "keyCompromise",
-    2: "CACompromise",
-    3: "affiliationChanged",
-    4: "superseded",
-    5: "cessationOfOperation",
-    6: "certificateHold",
-    9: "",
-    10: "",
-}
 
-CA_CONFIG = """\
-[ca]
-default_ca = demo
-[demo]
-database = index.txt
-crlnumber = crlnumber
-certificate = sub.pem
-private_key = sub.key
-default_md = sha256
-default_crl_days = 30
-crl_extensions = crl
-[crl]
-authorityKeyIdentifier = keyid:always
-[req]
-distinguished_name = req
-"""
+class Signer(NamedTuple):
+    """Who signs: the key, as an object of libcrypto, the Name in DER and the key's identifier."""
+
+    key: int
+    name: bytes
+    identifier: bytes
 
 
 class Store:
-    """The CA's directory: keys, certificates, index and CRL. The openssl program works in it."""
+    """The CA's directory: keys, certificates, what is revoked, and the CRL."""
 
-    def __init__(self, directory: Path, openssl: str) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.openssl = os.path.abspath(shutil.which(openssl) or openssl)
-        self._lock = threading.Lock()  # of the index
+        self.objects: dict[str, int] = {}  # file -> the certificate or key in it, in libcrypto
+        self._lock = threading.Lock()  # of revoked.json and ca.crl
 
     def issue(self, wanted: Wanted, serial: str) -> bytes:
-        """Make a certificate and enter it into the index. Returns it in DER. Raises Refusal."""
-        extensions = {**DEFAULT_EXTENSIONS, **dict(wanted.extensions), **OWN_EXTENSIONS}
+        """Make a certificate. Returns it in DER. Raises Refusal."""
+        defaults = {oid: extension(line) for oid, line in DEFAULT_EXTENSIONS.items()}
+        own = {oid: extension(line) for oid, line in OWN_EXTENSIONS.items()}
+        extensions = {**defaults, **wanted.extensions, **own}
+        if SUBJECT_ALT_NAME in extensions:  # RFC 5280 section 4.2.1.6: critical without a subject, else not
+            parts = read_der(extensions[SUBJECT_ALT_NAME]).parts()
+            critical = [write_der(0x01, b"\xff")] if wanted.subject == NO_NAME else []
+            extensions[SUBJECT_ALT_NAME] = sequence(parts[0].whole, *critical, parts[-1].whole)
         try:
-            output = self._sign(wanted, list(extensions.values()), serial, "sub", 90)
-        except DemoError as error:
+            certificate = make_certificate(wanted._replace(extensions=extensions), serial, 90, self._signer("sub"))
+        except (ValueError, IndexError) as error:
             raise Refusal("badCertTemplate", f"no certificate can be made of this: {error}") from error
-        # notAfter=2027-01-31 23:59:59Z, subject=/CN=..., and the PEM block
-        until, name, pem = output.split("\n", 2)
-        row = ["V", re.sub("[^0-9]", "", until)[2:] + "Z", "", serial, "unknown", name[8:] or serial]
-        with self._lock:
-            (self.directory / "issued" / f"{serial}.pem").write_text(pem)
-            with (self.directory / "index.txt").open("a") as index:
-                index.write("\t".join(row) + "\n")
-        return first_pem(pem)
+        (self.directory / "issued" / f"{serial}.pem").write_text(pem("CERTIFICATE", certificate))
+        return certificate
 
-    def _sign(self, wanted: Wanted, extensions: list[str], serial: str, issuer: str, days: int) -> str:
-        """Make a certificate. Returns the end of its validity, its subject, its PEM.
+    def _signer(self, name: str) -> Signer:
+        """One of the CA's identities, to sign with."""
+        fields = read_der(read_pem(self.directory / f"{name}.pem")).parts()[0].parts()
+        return Signer(self.objects[f"{name}.key"], fields[5].whole, key_identifier(fields[6].whole))
 
-        issuer "": self-signed; then wanted.public_key is the private key.
-        """
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix="work-") as work:
-            config, key, csr = (str(Path(work, name)) for name in ("openssl.cnf", "key.pem", "subject.csr"))
-            Path(key).write_text(wanted.public_key)
-            Path(config).write_text(
-                "\n".join(
-                    ["openssl_conf = start", "[start]", "oid_section = types", "[types]"]
-                    + [f"{type_alias(oid)} = {oid}" for oid in wanted.types]
-                    + ["[req]", "distinguished_name = req", "[extensions]", *extensions, ""]
-                )
-            )
-            subject = ["-subj", wanted.subject or "/"]
-            source = ["-new", *subject]
-            if not wanted.subject.isascii():
-                # `openssl x509 -subj` takes Latin-1, `openssl req -utf8 -subj` everything; the key does not matter
-                self._openssl(config, "req", "-new", "-key", "cmp.key", "-utf8", *subject, "-out", csr)
-                source = ["-req", "-in", csr]
-            return self._openssl(
-                config, "x509", *source, "-set_serial", f"0x{serial}", "-days", str(days),
-                "-extfile", config, "-extensions", "extensions",
-                *(["-key", key] if not issuer else ["-force_pubkey", key]),
-                *(["-CA", f"{issuer}.pem", "-CAkey", f"{issuer}.key"] if issuer else []),
-                "-enddate", "-dateopt", "iso_8601", "-subject", "-nameopt", "compat",
-            )  # fmt: skip
-
-    def revoke(self, serial: str, reason: str) -> None:
-        """Revoke in the index, and make a new CRL. Raises Refusal."""
-        with self._lock:
-            if self.is_revoked(serial):
-                raise Refusal("certRevoked", "the certificate is already revoked")
-            self._openssl("ca.cnf", "ca", "-revoke", f"issued/{serial}.pem", "-crl_reason", reason)
-            self._make_crl()
-
-    def _make_crl(self) -> None:
-        self._openssl("ca.cnf", "ca", "-gencrl", "-out", "ca.crl.new")
-        (self.directory / "ca.crl.new").replace(self.directory / "ca.crl")
-
-    def index(self) -> list[list[str]]:
-        """The index of `openssl ca`: status, end of validity, revocation, serial number, file, subject."""
-        return [line.split("\t") for line in (self.directory / "index.txt").read_text().splitlines()]
+    def issued(self) -> list[str]:
+        """The serial numbers of all certificates, oldest first."""
+        paths = (self.directory / "issued").iterdir()
+        return [path.stem for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
 
     def has_issued(self, serial: str) -> bool:
         """Whether there is a certificate with this serial number."""
         return (self.directory / "issued" / f"{serial}.pem").exists()
 
-    def is_revoked(self, serial: str) -> bool:
-        """Whether the certificate with this serial number is revoked."""
-        return any(row[0] == "R" and row[3] == serial.upper() for row in self.index())
+    def revoked(self) -> dict[str, tuple[int, float]]:
+        """The serial numbers of all revoked certificates, with CRLReason and time."""
+        found: dict[str, tuple[int, float]] = json.loads((self.directory / "revoked.json").read_text())
+        return found
 
-    def load(self) -> dict[str, int]:
-        """The certificates and the CMP signer's key ("key"), as objects of libcrypto. Raises DemoError."""
-        kinds = {f"{name}.pem": ("d2i_X509", name) for name in ("root", "sub", "cmp", "stranger")}
-        kinds["cmp.key"] = ("d2i_AutoPrivateKey", "key")
-        objects = {}
-        for file, (function, name) in kinds.items():
-            try:
-                found = from_der(function, first_pem((self.directory / file).read_text()))
-            except (OSError, ValueError, IndexError) as error:
-                raise DemoError(f"{self.directory}: {error}") from error
-            if not found:
-                raise DemoError(f"{self.directory}: {file} cannot be read")
-            objects[name] = found
-        return objects
+    def revoke(self, serial: str, reason: int) -> None:
+        """Revoke, and make a new CRL. Raises Refusal."""
+        with self._lock:
+            revoked = self.revoked()
+            if serial in revoked:
+                raise Refusal("certRevoked", "the certificate is already revoked")
+            self._write_revoked({**revoked, serial: (reason, time.time())})
+
+    def _write_revoked(self, revoked: dict[str, tuple[int, float]]) -> None:
+        """Write revoked.json, and the CRL: TBSCertList, RFC 5280 section 5.1."""
+        signer = self._signer("sub")
+        entries = []
+        for serial, (reason, when) in revoked.items():
+            extensions = [extension(f"CRLReason = DER:0a01{reason:02x}")] if reason else []  # RFC 5280 section 5.3.1
+            entries.append(sequence(integer(int(serial, 16)), utc_time(when), *map(sequence, extensions)))
+        number = extension(f"crlNumber = DER:{integer(len(revoked) + 1).hex()}")
+        content = sequence(
+            integer(1),  # version 2
+            ECDSA_WITH_SHA256,
+            signer.name,
+            utc_time(time.time()),
+            utc_time(time.time() + 30 * DAY),
+            sequence(*entries) if entries else b"",
+            write_der(0xA0, sequence(extension(AUTHORITY + signer.identifier.hex()), number)),
+        )
+        crl = pem("X509 CRL", sign("X509_CRL", content, signer.key))
+        for name, text in (("ca.crl", crl), ("revoked.json", json.dumps(revoked))):
+            (self.directory / f"{name}.new").write_text(text)
+            (self.directory / f"{name}.new").replace(self.directory / name)
 
     def set_up(self) -> None:
-        """Make the directory, whole or not at all. The CRL is made last: a directory that has it is complete.
+        """Make the directory, whole or not at all, and load it. revoked.json is made last.
 
         Raises:
-            DemoError: something else is in the directory, or it cannot be made.
+            DemoError: something else is in the directory, or it cannot be made or read.
         """
         directory = self.directory
-        if (directory / "ca.crl").exists():
-            return
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if any(directory.iterdir()):
-                raise DemoError(f"{directory} is neither empty nor a complete demo CA")
-        except OSError as error:
-            raise DemoError(f"{directory}: {error.strerror or error}") from error
-        try:
-            self._fill()
-        except BaseException:  # Ctrl-C, too
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+        if not (directory / "revoked.json").exists():
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if any(directory.iterdir()):
+                    raise DemoError(f"{directory} is neither empty nor a complete demo CA")
+            except OSError as error:
+                raise DemoError(f"{directory}: {error.strerror or error}") from error
+            try:
+                self._fill()
+            except BaseException:  # Ctrl-C, too
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+        for name in ("root.pem", "sub.pem", "sub.key", "cmp.pem", "cmp.key"):
+            function = "d2i_AutoPrivateKey" if name.endswith(".key") else "d2i_X509"
+            try:
+                found = from_der(function, read_pem(directory / name))
+            except (OSError, ValueError, IndexError) as error:
+                raise DemoError(f"{directory}: {error}") from error
+            if not found:
+                raise DemoError(f"{directory}: {name} cannot be read")
+            self.objects[name] = found
 
     def _fill(self) -> None:
         """Make everything that belongs into the directory."""
@@ -993,56 +902,77 @@ class Store:
         directory.chmod(0o700)
         (directory / "held").mkdir()
         (directory / "issued").mkdir()
-        (directory / "ca.cnf").write_text(CA_CONFIG)
-        (directory / "index.txt").touch()
-        (directory / "index.txt.attr").write_text("unique_subject = no\n")
-        (directory / "crlnumber").write_text("01\n")
         ca = ["basicConstraints = critical,CA:TRUE", "keyUsage = critical,keyCertSign,cRLSign"]
         leaf = ["basicConstraints = critical,CA:FALSE", "keyUsage = critical,digitalSignature"]
-        self._identity("root", "Demo Root CA", "", ca)
-        self._identity("stranger", "A Stranger", "", ca)
+        self._identity("root", "Demo Root CA", "root", ca)
         self._identity("sub", "Demo Issuing CA", "root", ["basicConstraints = critical,CA:TRUE,pathlen:0", ca[1]])
-        # issued by the root: a client that gets the issuing CA in the caPubs only can verify it, too
+        # issued by the root: a client that does not know the issuing CA yet can verify it, too
         self._identity("cmp", "Demo CMP Signer", "root", leaf)
         self._identity("ra", "Demo RA", "sub", [*leaf, "subjectAltName = DNS:ra.example"])
         server = ["extendedKeyUsage = serverAuth", "subjectAltName = DNS:localhost,IP:127.0.0.1"]
         self._identity("tls", "localhost", "sub", [*leaf, *server])
         shutil.copyfile(directory / "root.pem", directory / "trusted.pem")
-        self._make_crl()
+        self._write_revoked({})
 
-    def _identity(self, name: str, common_name: str, issuer: str, extensions: list[str]) -> None:
+    def _identity(self, name: str, common_name: str, issuer: str, lines: list[str]) -> None:
         """Make a key and its certificate, followed by the issuing CA's if that has issued it."""
-        key, certificate = self.directory / f"{name}.key", self.directory / f"{name}.pem"
-        self._openssl("ca.cnf", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", key.name)
-        key.chmod(0o600)
-        public_key = key.read_text() if not issuer else self._openssl("ca.cnf", "pkey", "-in", key.name, "-pubout")
-        wanted = Wanted(f"/C=DE/O=Demo/CN={common_name}", public_key=public_key)
-        identifiers = ["subjectKeyIdentifier = hash"] + ["authorityKeyIdentifier = keyid:always"] * bool(issuer)
-        output = self._sign(wanted, extensions + identifiers, new_serial(), issuer, 3650)
+        key = self.objects[f"{name}.key"] = libcrypto().EVP_PKEY_Q_keygen(None, None, b"EC", b"P-256")
+        file = self.directory / f"{name}.key"
+        file.touch(mode=0o600)
+        file.write_text(pem("EC PRIVATE KEY", to_der("i2d_PrivateKey", key)))
+        public_key = to_der("i2d_PUBKEY", key)
+        subject = demo_name(common_name)
+        signer = Signer(key, subject, key_identifier(public_key)) if issuer == name else self._signer(issuer)
+        wanted = Wanted(subject, public_key, {line: extension(line) for line in lines}, (common_name,))
+        certificate = pem("CERTIFICATE", make_certificate(wanted, new_serial(), 3650, signer))
         chain = (self.directory / "sub.pem").read_text() if issuer == "sub" else ""
-        certificate.write_text(output.split("\n", 2)[2] + chain)
+        (self.directory / f"{name}.pem").write_text(certificate + chain)
 
-    def _openssl(self, config: str, *arguments: str) -> str:
-        """Run the openssl program in the directory. Returns what it prints. Raises DemoError."""
-        try:
-            run = subprocess.run(
-                [self.openssl, *arguments],
-                cwd=self.directory,
-                env={**os.environ, "OPENSSL_CONF": config},  # not the one of this machine: anything may stand there
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=60,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise DemoError(f"cannot run {self.openssl}: {error}") from error
-        if run.returncode:
-            message = run.stderr.decode(errors="replace").strip()
-            raise DemoError(clean(f"openssl {arguments[0]}: {message}"))
-        return run.stdout.decode(errors="replace")
+
+def make_certificate(wanted: Wanted, serial: str, days: int, signer: Signer) -> bytes:
+    """A TBSCertificate, RFC 5280 section 4.1, that libcrypto signs. Raises ValueError, IndexError."""
+    extensions = {
+        KEY_IDENTIFIER: extension(SUBJECT + key_identifier(wanted.public_key).hex()),
+        **wanted.extensions,
+        AUTHORITY_KEY_IDENTIFIER: extension(AUTHORITY + signer.identifier.hex()),
+    }
+    content = sequence(
+        write_der(0xA0, integer(2)),  # version 3
+        integer(int(serial, 16)),
+        ECDSA_WITH_SHA256,
+        signer.name,
+        sequence(utc_time(time.time()), utc_time(time.time() + days * DAY)),
+        wanted.subject,
+        wanted.public_key,
+        write_der(0xA3, sequence(*extensions.values())),
+    )
+    return sign("X509", content, signer.key)
+
+
+def extension(line: str) -> bytes:
+    """An extension in DER, of a line of openssl's extension files."""
+    name, _, value = line.partition(" = ")
+    made = libcrypto().X509V3_EXT_nconf(None, None, name.encode(), value.encode())
+    try:
+        return to_der("i2d_X509_EXTENSION", made)
+    finally:
+        libcrypto().X509_EXTENSION_free(made)
+
+
+def key_identifier(public_key: bytes) -> bytes:
+    """SHA-1 of the key, RFC 5280 section 4.2.1.2. Raises ValueError, IndexError."""
+    return hashlib.sha1(read_der(public_key).parts()[1].content[1:], usedforsecurity=False).digest()
+
+
+def demo_name(common_name: str) -> bytes:
+    """C=DE, O=Demo, CN=... as a Name in DER."""
+    values = ((6, 0x13, "DE"), (10, 0x0C, "Demo"), (3, 0x0C, common_name))
+    parts = (sequence(bytes([6, 3, 0x55, 4, arc]), write_der(tag, text.encode())) for arc, tag, text in values)
+    return sequence(*(write_der(0x31, part) for part in parts))
 
 
 def serial_hex(number: int) -> str:
-    """A serial number as openssl prints it and keeps it in the index: whole bytes."""
+    """A serial number as openssl prints it: whole bytes."""
     digits = f"{number:X}"
     return digits.zfill(len(digits) + len(digits) % 2)
 
@@ -1052,9 +982,14 @@ def new_serial() -> str:
     return serial_hex(secrets.randbits(126) | 1 << 126)
 
 
-def first_pem(text: str) -> bytes:
-    """The content of the first block of a PEM file."""
-    return base64.b64decode(text.split("-----")[2])
+def read_pem(path: Path) -> bytes:
+    """The content of the first block of a PEM file. Raises OSError, ValueError, IndexError."""
+    return base64.b64decode(path.read_text().split("-----")[2])
+
+
+def pem(label: str, der: bytes) -> str:
+    """A block of a PEM file."""
+    return f"-----BEGIN {label}-----\n{base64.encodebytes(der).decode()}-----END {label}-----\n"
 
 
 # --- libcrypto
@@ -1068,7 +1003,7 @@ FailInfo = enum.IntEnum(
     "signerNotTrusted transactionIdInUse unsupportedVersion notAuthorized systemUnavail systemFailure duplicateCertReq",
     start=0,
 )
-ACCEPTED, GRANTED_WITH_MODS, REJECTION, WAITING = range(4)  # PKIStatus, in the same section
+ACCEPTED, _, REJECTION, WAITING = range(4)  # PKIStatus, in the same section
 TRANSACTION_OPEN = -2  # OSSL_CMP_PKISTATUS_trans
 
 P, I, S = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p  # noqa: E741
@@ -1089,15 +1024,19 @@ FUNCTIONS: tuple[tuple[Any, Sequence[Any], Sequence[str]], ...] = (
     (ctypes.c_uint, (), ["OPENSSL_version_major"]),
     (None, (), ["ERR_clear_error"]),
     (None, (P,), ["OSSL_CMP_MSG_free", "OSSL_CMP_SRV_CTX_free"]),
-    (I, (S,), ["OBJ_txt2nid"]),
-    (S, (I,), ["OBJ_nid2sn"]),
-    (P, (), ["OPENSSL_sk_new_null", "X509_STORE_new"]),
+    (None, (P,), ["X509_free", "X509_CRL_free", "X509_NAME_free", "X509_EXTENSION_free"]),
+    (P, (), ["OPENSSL_sk_new_null", "X509_STORE_new", "EVP_sha256"]),
+    (P, (P, S, S, S), ["EVP_PKEY_Q_keygen", "X509V3_EXT_nconf"]),
     (P, (P,), ["X509_get_subject_name", "OSSL_CMP_SRV_CTX_get0_cmp_ctx"]),
-    (P, (P, PP, ctypes.c_long), ["d2i_X509", "d2i_AutoPrivateKey", "d2i_OSSL_CMP_MSG"]),
+    (P, (P, PP, ctypes.c_long), ["d2i_OSSL_CMP_MSG", "d2i_X509", "d2i_X509_CRL", "d2i_X509_NAME"]),
+    (P, (P, PP, ctypes.c_long), ["d2i_AutoPrivateKey"]),
     (I, (P,), ["X509_up_ref", "OSSL_CMP_CTX_get_status"]),
     (I, (P, P), ["OPENSSL_sk_push", "X509_NAME_cmp", "X509_STORE_add_cert", "OSSL_CMP_CTX_set1_subjectName"]),
     (I, (P, P), ["OSSL_CMP_CTX_set1_cert", "OSSL_CMP_CTX_set1_pkey", "OSSL_CMP_CTX_set0_trustedStore"]),
-    (I, (P, PP), ["i2d_OSSL_CMP_MSG"]),
+    (I, (P, PP), ["i2d_OSSL_CMP_MSG", "i2d_X509", "i2d_X509_CRL", "i2d_X509_EXTENSION"]),
+    (I, (P, PP), ["i2d_PrivateKey", "i2d_PUBKEY"]),
+    (I, (P, P, P), ["X509_sign", "X509_CRL_sign"]),
+    (S, (P, S, I), ["X509_NAME_oneline"]),
     (I, (P, S, I), ["OSSL_CMP_CTX_set1_referenceValue", "OSSL_CMP_CTX_set1_secretValue"]),
     (I, (P, LOG_CALLBACK), ["OSSL_CMP_CTX_set_log_cb"]),
     (I, (P, I), ["OSSL_CMP_SRV_CTX_set_accept_raverified", "OSSL_CMP_SRV_CTX_set_grant_implicit_confirm"]),
@@ -1111,11 +1050,7 @@ FUNCTIONS: tuple[tuple[Any, Sequence[Any], Sequence[str]], ...] = (
 @functools.cache
 def libcrypto() -> Any:
     """The system's OpenSSL 3 or 4. Raises DemoError if there is none, or one without CMP."""
-    names = ["libcrypto.so.3", "libcrypto.so.4"]
-    names += ["libcrypto.3.dylib", "/opt/homebrew/opt/openssl@3/lib/libcrypto.3.dylib"]
-    if sys.platform != "darwin":  # macOS kills processes that load Apple's own libcrypto
-        names.append(ctypes.util.find_library("crypto") or "libcrypto.so")
-    for name in names:
+    for name in ("libcrypto.so.3", "libcrypto.so.4"):
         try:
             library = ctypes.CDLL(name)
             for result, arguments, functions in FUNCTIONS:
@@ -1137,14 +1072,28 @@ def from_der(function: str, data: bytes) -> int | None:
     return result
 
 
-def message_der(message: int) -> bytes:
-    """An OSSL_CMP_MSG as DER. Raises ValueError."""
-    length = libcrypto().i2d_OSSL_CMP_MSG(message, None)
+def to_der(function: str, item: int) -> bytes:
+    """An object as DER, by one of the i2d functions. Raises ValueError."""
+    length = getattr(libcrypto(), function)(item, None)
     if length <= 0:
-        raise ValueError("OpenSSL cannot encode the message")
+        raise ValueError(f"OpenSSL cannot encode this: {function}")
     buffer = ctypes.create_string_buffer(length)
-    libcrypto().i2d_OSSL_CMP_MSG(message, ctypes.byref(P(ctypes.addressof(buffer))))
+    getattr(libcrypto(), function)(item, ctypes.byref(P(ctypes.addressof(buffer))))
     return buffer.raw
+
+
+def sign(kind: str, content: bytes, key: int) -> bytes:
+    """Let libcrypto sign the content of a certificate ("X509") or a CRL ("X509_CRL"). Raises ValueError."""
+    library = libcrypto()
+    item = from_der(f"d2i_{kind}", sequence(content, ECDSA_WITH_SHA256, write_der(0x03, b"\0")))
+    if not item:
+        raise ValueError("OpenSSL cannot read it")
+    try:
+        if not getattr(library, f"{kind}_sign")(item, key, library.EVP_sha256()):
+            raise ValueError("OpenSSL cannot sign it")
+        return to_der(f"i2d_{kind}", item)
+    finally:
+        getattr(library, f"{kind}_free")(item)
 
 
 def certificate_stack(certificates: Iterable[int]) -> int:
@@ -1216,6 +1165,21 @@ def write_der(tag: int, content: bytes) -> bytes:
     return bytes([tag, length] if length < 0x80 else [tag, 0x80 | len(octets), *octets]) + content
 
 
+def sequence(*parts: bytes) -> bytes:
+    """A SEQUENCE of these elements."""
+    return write_der(0x30, b"".join(parts))
+
+
+def integer(value: int) -> bytes:
+    """An INTEGER that is not negative."""
+    return write_der(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def utc_time(seconds: float) -> bytes:
+    """A time since the epoch as UTCTime: until 2049, RFC 5280 section 4.1.2.5."""
+    return write_der(0x17, time.strftime("%y%m%d%H%M%SZ", time.gmtime(seconds)).encode())
+
+
 def dotted(oid: bytes) -> str:
     """The content of an OBJECT IDENTIFIER in dotted form. Raises ValueError."""
     arcs, value = [], 0
@@ -1248,24 +1212,20 @@ def parser() -> argparse.ArgumentParser:
     )
     add("what", metavar="WHAT", nargs="?", help="all, a serial number, a transaction ID or a name")
     add("--port", type=int, default=8080)
-    add("--openssl", default="openssl", help="the program that makes the certificates")
     add("--tls", action="store_true", help="HTTPS")
     add("--hold", action="store_true", help="let requests wait until they are approved")
     add("--polls", type=int, default=0, metavar="N", help="let requests wait for N polls")
     add("--check-after", type=int, default=1, metavar="S", help="tell those who wait to poll in S seconds")
     add("--reject", choices=FailInfo.__members__, default="", metavar="FAILINFO", help="reject requests")
     add("--text", default="", help="the statusString of the rejection")
-    add("--junk", action="store_true", help="send needless certificates in the extraCerts")
-    add("--ca-pubs-only", action="store_true", help="send the issuing CA in the caPubs only")
     return result
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the CA until Ctrl-C."""
-    ca = DemoCA(arguments.directory, port=arguments.port, openssl=arguments.openssl, tls=arguments.tls)
+    ca = DemoCA(arguments.directory, port=arguments.port, tls=arguments.tls)
     ca.hold, ca.polls, ca.check_after = arguments.hold, arguments.polls, arguments.check_after
     ca.reject, ca.status_text = arguments.reject, arguments.text
-    ca.junk, ca.ca_pubs_only = arguments.junk, arguments.ca_pubs_only
     LOG.addHandler(logging.StreamHandler(sys.stdout))
     LOG.setLevel(logging.INFO)
     with ca:

@@ -3,8 +3,12 @@
     python3 tests                       all of them, on all cores
     python3 tests -x -k chain           arguments go to pytest
     python3 tests --servers             the tests with other makers' CMP servers, tests/servers, instead
+    python3 tests --clients             the tests with the package registries' ACME clients, tests/clients, instead
+    python3 tests --docker              acme2certifier in a Docker container; further arguments go to pytest
     python3 tests --lint                ruff and mypy instead of the tests
+    python3 tests --cluster             two hosts with one cmp_tmp_dir, in namespaces; further arguments go to pytest
     python3 tests --windows             the handler in a Python for Windows, by wine; further arguments go to pytest
+    python3 tests --mutants             how much the tests notice: see tests/mutants.py, or add --help
 
 Works from any directory, as any user. The packages of the extra `test` in pyproject.toml go into
 `.venv-tests`, the OpenSSL binaries that the machine has not got into `.cache`; both are made once, and later
@@ -14,7 +18,6 @@ runs find them. What will be fetched and what the machine lacks is said before a
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import os
 import re
@@ -23,6 +26,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cluster
+import docker_image
 import openssl_versions
 import programs
 import windows
@@ -52,8 +57,19 @@ def main(arguments: list[str]) -> int:
             return lint()
         if arguments[:1] == ["--servers"]:
             arguments = prepare_servers(arguments[1:])
+        elif arguments[:1] == ["--clients"]:
+            arguments = prepare_clients(arguments[1:])
+        elif arguments[:1] == ["--cluster"]:
+            arguments = prepare_cluster(arguments[1:])
         elif arguments[:1] == ["--windows"]:
             arguments = prepare_windows(arguments[1:])
+        elif arguments[:1] == ["--docker"]:
+            arguments = prepare_docker(arguments[1:])
+        elif arguments[:1] == ["--mutants"]:
+            announce(fetched_packages(), missing_venv(), {})
+            make_venv()
+            name_other_openssl()
+            os.execv(PYTHON, [str(PYTHON), str(ROOT / "tests" / "mutants.py"), *arguments[1:]])
         else:
             announce_tests(arguments)
             make_venv()
@@ -74,6 +90,21 @@ def prepare_servers(arguments: list[str]) -> list[str]:
     name_other_openssl()
     fetch.prepare()
     return ["tests/servers", "--numprocesses=3", "--dist=loadfile", *arguments]
+
+
+def prepare_clients(arguments: list[str]) -> list[str]:
+    """Fetch the ACME clients that can be had, and give pytest's arguments for the tests with them."""
+    from clients import fetch  # only here: it is no part of the other runs
+
+    plans, optional = fetch.announcement()
+    announce([*fetched_packages(), *plans], missing_venv(), optional)
+    make_venv()
+    failures = fetch.prepare()
+    if failures and IN_CI:
+        raise Missing("; ".join(failures))
+    for failure in failures:
+        print(f"python3 tests: not tested here: {failure}", file=sys.stderr)
+    return ["tests/clients", "--numprocesses=4", "--dist=load", *arguments]
 
 
 def announce_tests(arguments: list[str]) -> None:
@@ -143,8 +174,8 @@ def make_venv() -> None:
 
 def made_of() -> str:
     """What the virtual environment is to be made from: the list, and this Python."""
-    text = (ROOT / "pyproject.toml").read_bytes()
-    return f"{hashlib.sha256(text).hexdigest()} {sys.base_prefix} {sys.version}"
+    packages = requirements((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return f"{' '.join(packages)} {sys.base_prefix} {sys.version}"
 
 
 def made_from() -> str:
@@ -195,6 +226,27 @@ def prepare_windows(arguments: list[str]) -> list[str]:
     make_venv()
     windows.make()
     return [str(windows.CASES), *arguments]
+
+
+def prepare_cluster(arguments: list[str]) -> list[str]:
+    """Make what the tests with several hosts need, and say how to run them. Raises Missing."""
+    if cluster.hindrance():  # the tests are skipped, and say why
+        announce(fetched_packages(), missing_venv(), {})
+        make_venv()
+    else:
+        announce([*fetched_packages(), *cluster.plans()], {**missing_venv(), **cluster.missing()}, {})
+        make_venv()
+        cluster.make()
+    return [str(cluster.CASES), *arguments]
+
+
+def prepare_docker(arguments: list[str]) -> list[str]:
+    """Make what the tests in a container need, and say how to run them. Raises Missing, with why no daemon can run."""
+    docker_image.needs_root()
+    announce([*fetched_packages(), *docker_image.plans()], {**missing_venv(), **docker_image.missing()}, {})
+    make_venv()
+    docker_image.make()
+    return [str(docker_image.CASES), *arguments]
 
 
 def run_pytest(arguments: list[str]) -> int:

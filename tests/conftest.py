@@ -6,6 +6,7 @@ import base64
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,15 +25,32 @@ import cmp_ca_handler
 import programs
 from cmp_ca_handler import CAhandler
 from demo_ca import DemoCA
+from other_cas import make_stranger
 from proxy import Proxy
 
-collect_ignore = ["servers"]  # they need Java: `python3 tests --servers` names them
+collect_ignore = ["clients", "servers"]  # they fetch what they need: `python3 tests --clients`, `--servers`
 OPENSSL = shutil.which("openssl") or "openssl"
 # The system's openssl, and the newer ones that `python3 tests` fetched.
 BINARIES = [OPENSSL, *filter(None, os.environ.get("CMP_TEST_OPENSSL", "").split(os.pathsep))]
 # Only root may mount file systems and give files away. CI runs as root.
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems and give files away")
-binaries = pytest.mark.parametrize("openssl", BINARIES, ids=[Path(path).name for path in BINARIES])
+
+
+def of_binaries(paths: list[str]) -> pytest.MarkDecorator:
+    """One case of a test for each."""
+    return pytest.mark.parametrize("openssl", paths, ids=[Path(path).name for path in paths])
+
+
+def by_version(path: str) -> list[int]:
+    """What sorts binaries by their version."""
+    run = subprocess.run([path, "version"], capture_output=True, text=True)
+    return [int(number) for number in re.findall(r"\d+", run.stdout)[:3]]
+
+
+# The oldest and the newest lie on the two sides of each difference that the handler knows (3.3 and 3.5). All of them
+# are for tests of what versions say or do differently.
+ENDS = list(dict.fromkeys([min(BINARIES, key=by_version), max(BINARIES, key=by_version)]))
+binaries, every_binary = of_binaries(ENDS), of_binaries(BINARIES)
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -76,22 +94,22 @@ def bundle_certificates(bundle: str) -> list[x509.Certificate]:
 
 @pytest.fixture(scope="session")
 def ca_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo CA's keys and certificates, made once: each test starts from a copy."""
+    """The demo CA's keys and certificates, and a stranger's, made once: each test starts from a copy."""
     directory = tmp_path_factory.mktemp("demo-ca")
     with DemoCA(directory / "ca"):
-        pass
+        make_stranger(directory / "ca")
     return directory / "ca"
 
 
 @pytest.fixture
 def make_ca(ca_directory: Path, tmp_path: Path) -> Iterator[Callable[..., DemoCA]]:
-    """Start demo CAs: `make_ca(tls=True)`."""
+    """Start demo CAs: `make_ca(tls=True)`, `make_ca(JunkCA)`."""
     with contextlib.ExitStack() as stack:
 
-        def make(**options: Any) -> DemoCA:
+        def make(kind: type[DemoCA] = DemoCA, **options: Any) -> DemoCA:
             directory = tmp_path / f"ca-{len(list(tmp_path.glob('ca-*')))}"
             shutil.copytree(ca_directory, directory)
-            return stack.enter_context(DemoCA(directory, **options))
+            return stack.enter_context(kind(directory, **options))
 
         yield make
 
@@ -106,10 +124,10 @@ def ca(make_ca: Callable[..., DemoCA]) -> DemoCA:
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the handler remembers for a process's life, it is to forget for each test: their order must not matter."""
     for name, value in vars(cmp_ca_handler).copy().items():
-        # Not what is known of a binary: that is true of it in every test, and costs two processes.
-        if name[0] == "_" and name[1] != "_" and isinstance(value, (dict, list, set)) and name != "_binaries":
+        if name[0] == "_" and name[1] != "_" and isinstance(value, (dict, list, set)):
             monkeypatch.setattr(cmp_ca_handler, name, type(value)())
-        if hasattr(value, "cache_clear"):
+        # Not what is known of a binary: that is true of it in every test, and costs two processes.
+        if hasattr(value, "cache_clear") and name != "_described":
             value.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Run a part of the tests on every Python and OpenSSL that can be found, and print the table of docs/compatibility.md.
+"""Run a part of the tests on every Python and OpenSSL that can be found, and print which passed.
 
     python3 tests/matrix.py                                  all of them, about twenty minutes with two cores
     python3 tests/matrix.py --python 3.9 --openssl 4.0       one combination

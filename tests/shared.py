@@ -110,17 +110,30 @@ def on_wire(path: Path) -> Asked:
     return Asked(subject, fields[0xA6].content, [extension.whole for extension in extensions], popo.tag)
 
 
+def save_request(ca: DemoCA, path: Path) -> None:
+    """Let the CA save the first request that it gets, to a file that is not there yet."""
+    answer = ca.answer
+
+    def saving(data: bytes) -> bytes:
+        if not path.exists():
+            path.write_bytes(data)
+        return answer(data)
+
+    ca.answer = saving  # type: ignore[method-assign]
+
+
 class Wire:
     """Sends CSRs to a CA that says no, and returns what it got."""
 
     def __init__(self, ca: DemoCA, handlers: Handlers, directory: Path) -> None:
         self.ca, self.handlers, self.saved = ca, handlers, directory / "ir.der"
         ca.reject = "badRequest"  # spares the issuing
+        save_request(ca, self.saved)
 
     def handler(self, **changes: str | None) -> CAhandler:
         # the RA's certificate has a subjectAltName of its own, which openssl would like to add
         kinds = "DNS, IP, email, URI, otherName, dirName, RID"
-        changes = {"reqout": str(self.saved), "san_types": kinds, **changes}
+        changes = {"san_types": kinds, **changes}
         return self.handlers(self.ca.options("certificate"), **changes)
 
     def __call__(self, handler: CAhandler, csr: str) -> Asked:
@@ -290,11 +303,12 @@ def age(path: Path, seconds: float) -> None:
 
 def unlocked(transaction: Path) -> bool:
     """Whether nobody holds it. A process that ends has no command line any more, but still its files for a moment."""
-    with (transaction / "lock").open() as file:
+    with next(transaction / name for name in ("waiting", "enrolling") if (transaction / name).exists()).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        fcntl.flock(file, fcntl.LOCK_UN)  # at once, also where another thread forks in this moment
     return True
 
 

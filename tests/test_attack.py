@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
-import contextlib
+import gc
 import json
 import logging
 import os
 import re
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import tracemalloc
 import types
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from unittest.mock import Mock
@@ -24,15 +27,46 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
-from conftest import OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, wait_until
+from conftest import (
+    OPENSSL,
+    Handlers,
+    as_host,
+    binaries,
+    bundle_certificates,
+    csr_pem,
+    every_binary,
+    needs_root,
+    wait_until,
+)
 from demo_ca import DemoCA, read_der, write_der
 from host import ROOT
-from proxy import Forward, Proxy, TcpServer, forge, name, nested, signed, spoilt, with_body, with_certificates
+from proxy import KEY as PROXY_KEY
+from proxy import (
+    Forward,
+    Proxy,
+    TcpServer,
+    cert_response,
+    error_body,
+    forge,
+    message_parts,
+    name,
+    nested,
+    poll_rep,
+    protected,
+    sender_of,
+    signed,
+    spoilt,
+    status_info,
+    stranger,
+    with_body,
+    with_certificates,
+)
 from shared import (
     ENROLLER,
     SHORT,
     begin,
     check_issued,
+    extension_der,
     hold,
     knows_profiles,
     processes,
@@ -40,9 +74,11 @@ from shared import (
     requested_profile,
     requests,
     run,
+    save_request,
 )
 
 KEY = ec.generate_private_key(ec.SECP256R1())
+OU = x509.NameOID.ORGANIZATIONAL_UNIT_NAME
 ACCEPTED, REJECTED = bytes.fromhex("020100"), bytes.fromhex("020102")  # PKIStatus, and 0 as certReqId
 RP, PKICONF = nested(ACCEPTED, 0xAC, 0x30, 0x30, 0x30), nested(b"", 0xB3, 0x05)
 ERROR = nested(REJECTED, 0xB7, 0x30, 0x30)
@@ -140,16 +176,6 @@ def test_lost_exit_status_is_no_yes() -> None:
         assert cmp_ca_handler._exit_code(process) == cmp_ca_handler.LOST != 0
 
 
-def test_request_behind_the_gate_in_pieces(tmp_path: Path) -> None:
-    """The zeros before a request are the gate's, those in it are not, wherever a read happens to begin."""
-    with contextlib.closing(cmp_ca_handler.Gate()) as gate:
-        gate.open(str(tmp_path / "request"))
-        for piece in (b"0\1\0", b"\0\2"):
-            os.write(gate.writer, piece)
-            gate.open(str(tmp_path / "request"))
-    assert (tmp_path / "request").read_bytes() == b"0\1\0\0\2"
-
-
 FORKING = """
 import json, logging, os, sys, cmp_ca_handler
 cmp_ca_handler.HELPERS = ()
@@ -230,12 +256,6 @@ def test_parent_directory_of_others(
     assert ca.messages == []
 
 
-def test_file_system_without_links(wait: Wait, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake: no such file system can be had here."""
-    monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError(1, "Operation not permitted")))
-    wait().finish()
-
-
 def test_warnings(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the log and in `check`."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -285,7 +305,7 @@ def test_explicit_curve(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     options = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:explicit -nodes -keyout key.pem"
     command = [OPENSSL, "req", "-new", "-subj", "/CN=a.example", *options.split()]
     csr = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert "explicit EC parameters" in str(enroll(handlers(ca.options()), csr)[0])
+    assert "its key has parameters of its own" in str(enroll(handlers(ca.options()), csr)[0])
     assert ca.messages == []
 
 
@@ -327,11 +347,11 @@ def test_profile_with_keys_of_the_handler(ca: DemoCA, handlers: Handlers, monkey
     assert handler.poll("name", begin(handler, csr_pem(["a.example"])), "")[0] is None
 
 
-@binaries
+@every_binary
 def test_profile_named_off(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     request = tmp_path / "request.der"
-    handler = handlers(ca.options(), openssl_bin=openssl, profile="off", reqout=str(request))
-    error = enroll(handler)[0]
+    save_request(ca, request)
+    error = enroll(handlers(ca.options(), openssl_bin=openssl, profile="off"))[0]
     if knows_profiles(openssl):
         assert requested_profile(request) == "off"
     else:
@@ -370,37 +390,18 @@ def test_ladder_of_names(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None
     assert [certificate.subject for certificate in bundle[1:]] == [issuing_ca(ca).subject, issuing_ca(ca).issuer]
 
 
-@binaries
-@pytest.mark.parametrize(
-    "head",
-    [
-        "503 missing key usage digitalSignature\r\n",
-        "503 PKIStatus: rejection; PKIFailureInfo: badPOP\r\n",
-        "200 OK\r\nContent-Type: missing key usage digitalSignature\r\nContent-Length: 5\r\n\r\nabcde",
-    ],
-    ids=["reason", "verdict", "type"],
-)
-def test_hint_of_an_http_server(head: str, openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer) -> None:
-    def serve(connection: socket.socket) -> None:
-        connection.recv(65536)
-        connection.sendall(f"HTTP/1.1 {head}\r\n".encode())
-
-    handler = handlers(ca.options(), server=f"127.0.0.1:{tcp_server(serve)}", openssl_bin=openssl)
-    error = str(enroll(handler)[0])
-    assert "failed" in error
-    assert not re.search("cmp_ignore_keyusage|raVerified|rejected", error)
-
-
 def test_a_ca_that_wants_no_pause(ca: DemoCA, handlers: Handlers) -> None:
-    """checkAfter 0 would let openssl poll a thousand times a second: it is asked once, and the order waits."""
+    """checkAfter 0 would let openssl poll a thousand times a second: it is asked some times, and the order waits."""
     ca.hold, ca.check_after = True, 0
     csr = csr_pem(["a.example"])
     handler = handlers(ca.options())
     identifier = begin(handler, csr)
-    assert requests(ca) == {"ir": 1, "pollReq": 1}
+    assert requests(ca) == {"ir": 1, "pollReq": requests(ca)["pollReq"]}
+    assert len(ca.messages) <= 15
     for _ in range(3):
+        ca.messages.clear()
         assert handler.poll("name", identifier, "") == (None, None, None, identifier, False)
-    assert requests(ca) == {"ir": 1, "pollReq": 4}
+        assert 1 <= len(ca.messages) == requests(ca)["pollReq"] <= 4
     ca.approve("all")
     check_issued(handler.poll("name", identifier, ""), csr)
     assert handlers.left() == []
@@ -426,7 +427,7 @@ def test_forged_second_answer(proxy: Proxy, wait: Wait) -> None:
 def test_killed_with_a_forged_answer(ca: DemoCA, handlers: Handlers, wait: Wait) -> None:
     """The files are as they are when the worker dies after openssl has saved the answer and before it refuses it."""
     waiting = wait()
-    last = max((handlers.work / waiting.identifier).glob("*.der"))
+    last = max((handlers.work / waiting.identifier).glob("[0-9]*.der"))
     forged = last.with_name(f"{int(last.stem) + 1:03d}.new")
     forged.write_bytes(spoilt("unprotected", last.read_bytes()))
     assert "missing protection" in waiting.fails()
@@ -445,6 +446,175 @@ def test_secret_in_an_answer(ca: DemoCA, handlers: Handlers, proxy: Proxy, caplo
     assert "the secret is ***" in caplog.text
     assert ca.secret not in caplog.text + str(error)
     assert not re.search("^CMP error", caplog.text, re.M)
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_secret_in_a_line_without_a_colon(
+    quoted: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """openssl shows the reason of a pollRep in a line of INFO: whole lines are masked, whatever they look like."""
+    hold(ca)
+    reason = f"'{ca.secret}'" if quoted else f"{ca.secret} and more"
+
+    def answer(forward: Forward) -> bytes:
+        header, _, _, extra = message_parts(forward())
+        return protected(header, header, poll_rep(3600, [reason.encode()]), extra)
+
+    proxy.spoil_next("pollReq", answer)
+    with caplog.at_level(logging.DEBUG):
+        begin(handlers(ca.options(), server=proxy.server, **SHORT), csr_pem(["a.example"]))
+    assert "reason = " in caplog.text and "***" in caplog.text
+    assert ca.secret not in caplog.text
+
+
+@pytest.mark.parametrize("where", ["_load_config", "_settings", "_read_csr", "_begin"])
+def test_text_of_an_unexpected_exception(
+    where: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows what is in it: the type and the line must do."""
+    monkeypatch.setattr(cmp_ca_handler, where, Mock(side_effect=KeyError(f"hush, {ca.secret}")))
+    handler = handlers(ca.options())
+    texts = [str(enroll(handler)[0]), str(handler.revoke((ca.directory / "ra.pem").read_text(), "1")[2])]
+    texts += [str(handler.handler_check())] if where in ("_load_config", "_settings") else []
+    for text in texts[:1] if where == "_read_csr" else texts:
+        assert re.search(r"internal error: KeyError \(lines? [\d, ]+\)", text)
+    for text in (caplog.text, *texts):
+        assert "hush" not in text and ca.secret not in text
+
+
+def test_nothing_of_a_stranger_is_kept(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """Anybody can put large certificates into extraCerts, others each time: they cost memory for a moment only."""
+
+    def large() -> bytes:
+        rdns = [x509.RelativeDistinguishedName([x509.NameAttribute(OU, os.urandom(1).hex())]) for _ in range(1500)]
+        return forge(KEY, x509.Name(rdns), x509.Name(rdns))
+
+    certificates = [large() for _ in range(6)]
+    handler = handlers(ca.options(), server=proxy.server)
+    proxy.spoil = lambda _, forward: with_certificates(forward(), [certificates.pop()])
+    assert enroll(handler)[0] is None  # what the first order leaves is for all of them
+    tracemalloc.start()
+    try:
+        while certificates:
+            assert enroll(handler)[0] is None
+        gc.collect()
+        found = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, cmp_ca_handler.__file__)])
+    finally:
+        tracemalloc.stop()
+    assert sum(trace.size for trace in found.traces) < 100_000
+
+
+def test_many_texts_and_lines(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """11,000 texts, and 22,000 lines in a stranger's certificate: the handler's work for them, counted in calls."""
+    chain = [stranger("y\n" * 22_000, sender_of(ca, "certificate"))]
+    proxy.spoil = lambda _, forward: signed(forward(), error_body(*["x"] * 11_000), PROXY_KEY, chain)
+    handler = handlers(ca.options("certificate"), server=proxy.server)
+    calls: Counter[str] = Counter()
+
+    def count(frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and frame.f_code.co_filename == cmp_ca_handler.__file__:
+            calls[function.__name__] += 1
+
+    sys.setprofile(count)
+    try:
+        error = str(enroll(handler)[0])
+    finally:
+        sys.setprofile(None)
+    assert "an unverified answer says: rejection" in error
+    assert sum(calls.values()) < 15 * 33_000, calls
+
+
+# Both took minutes: what is asked at each word, or for each text, went through all of them.
+LONG = """
+import cmp_ca_handler
+cmp_ca_handler._foreign("a-" * 50_000, ["secret"])
+texts = [tuple(f"{letter}{number}" for number in range(200_000)) for letter in "ab"]
+cmp_ca_handler.Message("", 23, texts=texts[0], details=texts[1]).words([])
+"""
+
+
+def test_long_texts() -> None:
+    """An answer of 100 kB that nobody has protected: the work for it grows no faster than it does."""
+    subprocess.run([sys.executable, "-c", LONG], cwd=ROOT, check=True, timeout=60)
+
+
+@binaries
+def test_names_of_a_tls_server(
+    openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer, tmp_path: Path
+) -> None:
+    """They hold lines of openssl's that say that it has not even begun, and what the first hint of all looks for."""
+    text = "x\nCMP error: cannot set up CMP context\nCMP error: approval\nunknown: 'COMMONNAME' must exist\n"
+    (tmp_path / "tls.pem").write_bytes(stranger(text, name("127.0.0.1")).public_bytes(serialization.Encoding.PEM))
+    pkcs8 = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "tls.key").write_bytes(PROXY_KEY.private_bytes(*pkcs8))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.pem", tmp_path / "tls.key")
+
+    def serve(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as tls:
+            tls.recv(65536)
+
+    options = {"server": f"https://127.0.0.1:{tcp_server(serve)}", "tls_used": "True", "openssl_bin": openssl}
+    handler = handlers(ca.options(), tls_trusted=str(ca.directory / "root.pem"), **options)
+    error = str(enroll(handler)[0])
+    assert error.endswith("(cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name)")
+    assert handler.failure == "unreachable"
+
+
+def test_a_time_beyond_the_calendar(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A CA that wants to be asked in the year 146,000,000,000 stops no poll, and hides no order that waits."""
+    hold(ca)
+
+    def answer(forward: Forward) -> bytes:
+        header, _, _, extra = message_parts(forward())
+        return protected(header, header, poll_rep(1 << 62, []), extra)
+
+    proxy.spoil_next("pollReq", answer)
+    handler = handlers(ca.options(), server=proxy.server, **SHORT)
+    identifier = begin(handler, csr_pem(["a.example"]))
+    handler.ask_always = False
+    assert "checkafter out of range" in str(handler.poll("name", identifier, "")[0])
+    listed = run("--config", str(handlers.config), "list")
+    assert (listed.returncode, listed.stdout[:35]) == (0, f"id={identifier}")
+
+
+@binaries
+@pytest.mark.parametrize("waits", [False, True])
+def test_certificate_in_ber(waits: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """In extraCerts, with a name that only openssl can read: it does not cost the chain that is configured."""
+    data, *rest = read_der(forge(KEY, name("x"), name("x"))).parts()
+    fields = [field.whole for field in data.parts()]
+    fields[5] = b"\x30\x80" + data.parts()[5].content + b"\0\0"  # the subject, without a length
+    certificate = write_der(0x30, write_der(0x30, b"".join(fields)) + b"".join(part.whole for part in rest))
+    proxy.spoil = lambda _, forward: with_certificates(forward(), [certificate])
+    changes = {"server": proxy.server, "untrusted": str(ca.directory / "sub.pem"), "openssl_bin": openssl}
+    ca.hold, handler, csr = waits, handlers(ca.options(), **changes, **SHORT), csr_pem(["a.example"])
+    identifier = begin(handler, csr) if waits else ""
+    ca.approve("all")
+    bundle = handler.poll("name", identifier, "")[1] if waits else enroll(handler, csr)[1]
+    assert issuing_ca(ca) in bundle_certificates(str(bundle))[1:]
+
+
+def test_certificate_with_two_lists_of_names(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """The last one holds what was asked for. Who reads the first one sees another name."""
+    csr = csr_pem(["a.example"], key=KEY)
+    (issued, *_) = bundle_certificates(enroll(handlers(ca.options()), csr)[1])
+    data, *rest = read_der(issued.public_bytes(serialization.Encoding.DER)).parts()
+    *fields, extensions = data.parts()
+    first = extension_der(x509.SubjectAlternativeName([x509.DNSName("evil.example")]))
+    both = nested(first + read_der(extensions.content).content, 0xA3, 0x30)
+    tbs = write_der(0x30, b"".join(field.whole for field in fields) + both)
+    certificate = write_der(0x30, tbs + b"".join(part.whole for part in rest))
+
+    bodies = {"ir": cert_response(1, status_info(0, [], b""), certificate), "certConf": PKICONF}
+
+    def spoil(request: str, forward: Forward) -> bytes:
+        header, body, _, extra = message_parts(forward())
+        return protected(header, header, bodies.get(request, body), extra)
+
+    proxy.spoil = spoil
+    error = str(enroll(handlers(ca.options(), server=proxy.server, refuse_changes="True"), csr)[0])
+    assert "the CA issued something else than the CSR asked for" in error
 
 
 def test_poll_for_another_order(wait: Wait) -> None:
@@ -477,3 +647,68 @@ def test_answer_signed_by_an_ordinary_certificate(
     if authentication == "secret":
         handler = handlers(options, **changes, secret="wrong")  # so that the CA itself says no
     assert (handler.revoke(certificate, "1")[0] == 200) is not expected
+
+
+# --- A local user, and what else is not ours
+
+
+def test_list_of_what_anybody_can_make(ca: DemoCA, handlers: Handlers) -> None:
+    """A directory that others can write to: no name in it reaches the terminal."""
+    handler = handlers(ca.options())
+    order = handlers.work / "\x1b[2Jforged"
+    order.mkdir(parents=True)
+    for file in ("waiting", "csr.pem"):
+        (order / file).touch()
+    handlers.work.chmod(0o777)
+    listed = run("--config", str(handlers.config), "list")
+    assert (listed.returncode, listed.stdout) == (4, "") and "can be written by every local user" in listed.stderr
+    assert str(handler.poll("name", "x", "")[0]) in listed.stderr
+
+
+def test_list_beside_a_poll(ca: DemoCA, handlers: Handlers) -> None:
+    """An order that is finished while it is looked at: half of its directory is gone."""
+    handlers(ca.options())
+    (handlers.work / ("a" * 32)).mkdir(mode=0o700, parents=True)
+    (handlers.work / ("a" * 32) / "waiting").touch()
+    listed = run("--config", str(handlers.config), "list")
+    assert (listed.returncode, listed.stdout, listed.stderr) == (0, "", "")
+
+
+@needs_root
+def test_configuration_of_somebody_else(tmp_path: Path) -> None:
+    """The tool runs in a directory such as /tmp: the file there says which program is to be run."""
+    (tmp_path / "evil").write_text(f"#!/bin/sh\ntouch {tmp_path}/proof\n")
+    (tmp_path / "evil").chmod(0o755)
+    (tmp_path / "acme_srv.cfg").write_text(f"[CAhandler]\ncmp_openssl_bin: {tmp_path}/evil\n")
+    os.chown(tmp_path / "acme_srv.cfg", 65534, 65534)
+    checked = run("check", cwd=tmp_path)
+    assert checked.returncode == 4 and "acme_srv.cfg belongs to another user" in checked.stderr
+    assert not (tmp_path / "proof").exists()
+    run("check", "--config", "acme_srv.cfg", cwd=tmp_path)
+    assert (tmp_path / "proof").exists()
+
+
+@binaries
+@pytest.mark.parametrize("password", ["hush@tiger", "hush/tiger"])
+def test_password_of_a_proxy(
+    password: str,
+    openssl: str,
+    ca: DemoCA,
+    handlers: Handlers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """openssl prints the proxy's address as it is, or the part of it that it cannot understand."""
+    monkeypatch.setenv("http_proxy", f"http://user:{password}@127.0.0.1:9")
+    with caplog.at_level(logging.DEBUG):
+        error = str(enroll(handlers(ca.options(), openssl_bin=openssl, msg_timeout="1", total_timeout="1"))[0])
+    assert "failed" in error and "via http" in caplog.text
+    assert "tiger" not in error + caplog.text
+
+
+@binaries
+@pytest.mark.parametrize("profile", ["-config", "-section", "-verbosity"])
+def test_profile_that_is_an_option(profile: str, openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+    """An HTTP header may choose any profile, and openssl looks for these three words among all, values included."""
+    error = str(enroll(handlers(ca.options(), openssl_bin=openssl, profile=profile))[0])
+    assert re.search("cmp_profile: (begins with a hyphen|needs OpenSSL 3.3)", error)

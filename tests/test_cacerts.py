@@ -65,14 +65,14 @@ def test_a_ca_that_sends_none(openssl: str, ca: DemoCA, handlers: Handlers) -> N
 
 def test_wrong_secret(ca: DemoCA, handlers: Handlers) -> None:
     code, out, err = cacerts(handlers, ca.options(), secret="another")
-    assert (code, out) == (1, "")
+    assert (code, out) == (4, "")
     assert "check cmp_ref and cmp_secret" in err
     assert "another" not in err
 
 
 def test_faulty_configuration(ca: DemoCA, handlers: Handlers) -> None:
     code, out, err = cacerts(handlers, ca.options(), server=None)
-    assert (code, out) == (1, "")
+    assert (code, out) == (4, "")
     assert "cmp_server is missing" in err
     assert ca.messages == []
 
@@ -85,5 +85,5 @@ def test_old_openssl(lacking: str, ca: DemoCA, handlers: Handlers, tmp_path: Pat
     program.write_text(f'#!/bin/sh\n{hide}\nexec {OPENSSL} "$@"\n')
     program.chmod(0o755)
     code, out, err = cacerts(handlers, ca.options(), openssl_bin=str(program))
-    assert (code, out) == (1, "")
+    assert (code, out) == (4, "")
     assert "cannot ask for CA certificates" in err

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from unittest.mock import Mock as Mocked
 
 import pytest
 from cryptography import x509
@@ -19,6 +20,7 @@ from cryptography.x509.name import _ASN1Type
 import cmp_ca_handler
 from conftest import OPENSSL, Handlers, Mock, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA
+from other_cas import CaPubsCA, JunkCA
 
 DEMO = ["CN=a.example", "CN=Demo Issuing CA,O=Demo,C=DE", "CN=Demo Root CA,O=Demo,C=DE"]
 
@@ -34,9 +36,12 @@ def subjects(bundle: str | None) -> list[str]:
 
 @binaries
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-@pytest.mark.parametrize("trick", ["junk", "ca_pubs_only"])
-def test_demo_ca(trick: str, authentication: str, openssl: str, ca: DemoCA, handlers: Handlers) -> None:
-    setattr(ca, trick, True)  # a stranger, the root, and the issuing CA twice; or nothing but caPubs
+@pytest.mark.parametrize("kind", [JunkCA, CaPubsCA])
+def test_demo_ca(
+    kind: type[DemoCA], authentication: str, openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers
+) -> None:
+    """extraCerts with a stranger, the root, and the issuing CA twice; or nothing but caPubs."""
+    ca = make_ca(kind)
     error, bundle, _, _ = handlers(ca.options(authentication), openssl_bin=openssl).enroll(csr_pem(["a.example"]))
     assert error is None
     assert subjects(bundle) == DEMO
@@ -207,15 +212,6 @@ def test_issuers_in_cmp_untrusted(
     error, bundle, _, _ = handler.enroll(csr_pem([], "leaf", key=LEAF.key))
     assert error is None
     assert pem([bundle or ""]) == pem([LEAF_SUB, SUB_ROOT, ROOT_ROOT])
-
-
-def test_issuers_in_der(serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path) -> None:
-    der = x509.load_pem_x509_certificate(SUB_ROOT.encode()).public_bytes(serialization.Encoding.DER)
-    (tmp_path / "sub.der").write_bytes(der)
-    handler = handlers(serve(LEAF_SUB, []).options(), untrusted=str(tmp_path / "sub.der"))
-    error, bundle, _, _ = handler.enroll(csr_pem([], "leaf", key=LEAF.key))
-    assert error is None
-    assert pem([bundle or ""]) == pem([LEAF_SUB, SUB_ROOT])
 
 
 @pytest.mark.parametrize("trusted", ["", "no certificate at all\n", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END"])
@@ -427,20 +423,6 @@ def test_many_false_issuers(
     assert commands().count("verify") <= 6
 
 
-def test_the_right_one_among_many(serve: Callable[..., Mock], handlers: Handlers, counted: Counted) -> None:
-    """They can copy a key identifier, but where it is the hash of the key, as usual, it tells the right one."""
-    program, commands = counted()
-    identifier = x509.SubjectKeyIdentifier.from_public_key(KNOWN.key.public_key()).digest
-    real = KNOWN._replace(identifier=identifier)
-    false = [certificate(IMPOSTOR._replace(identifier=identifier), EVIL, number=n) for n in range(1, 151)]
-    leaf, sub = certificate(LEAF, real), certificate(real, GOOD_ROOT)
-    server = serve(leaf, [*false, EVIL_ROOT, sub])
-    error, bundle, _, _ = handlers(server.options(), openssl_bin=program).enroll(csr_pem([], "leaf", key=LEAF.key))
-    assert error is None
-    assert pem([bundle or ""]) == pem([leaf, sub])
-    assert commands().count("verify") <= 6
-
-
 def test_many_cross_certificates(serve: Callable[..., Mock], handlers: Handlers, counted: Counted) -> None:
     """All of them are genuine, and none of them leads anywhere."""
     program, commands = counted()
@@ -458,13 +440,16 @@ def test_a_mesh_of_known_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
     """Links that are remembered cost no process, but there are 11! ways through this mesh. Here all are said to be."""
     mesh = [authority(f"mesh {n}", f"{n}".encode()) for n in range(12)]
     ders = [pem_der(certificate(a, b)) for a in mesh for b in mesh if a != b]
-    pool = cmp_ca_handler.Pool([], [], [cmp_ca_handler._certificate(der) for der in ders])
-    monkeypatch.setattr(cmp_ca_handler.Links, "verified", lambda *_: True)
-    links = cmp_ca_handler.Links.__new__(cmp_ca_handler.Links)
-    finder = cmp_ca_handler.PathFinder(pool, links)
+    finder = cmp_ca_handler.ChainFinder.__new__(cmp_ca_handler.ChainFinder)
+    finder.sent = [cmp_ca_handler._certificate(der) for der in ders]
+    finder.named, finder.anchors, finder.configured, finder.protected = [], set(), set(), set()
+    looked = Mocked(return_value=True)
+    monkeypatch.setattr(cmp_ca_handler.ChainFinder, "signed_by", looked)
     leaf = cmp_ca_handler._certificate(pem_der(certificate(LEAF, mesh[0])))
-    assert 1 < len(finder.best([leaf]).certificates) <= 10
-    assert -2000 < finder.steps < 0
+    chain, anchored, ends = finder.best(leaf)
+    assert 1 < len(chain) <= 10
+    assert (anchored, ends) == (False, False)
+    assert 0 < looked.call_count < 1000
 
 
 def pem_der(text: str) -> bytes:
@@ -510,7 +495,7 @@ def test_two_keys_of_one_identifier(serve: Callable[..., Mock], handlers: Handle
 
 
 def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Mock], handlers: Handlers) -> None:
-    monkeypatch.setattr(cmp_ca_handler, "_links", {(str(n).encode(), b"") for n in range(5000)})
+    monkeypatch.setattr(cmp_ca_handler, "_links", {str(n).encode() for n in range(5000)})
     server = serve(LEAF_KNOWN, [CA_PEM, ROOT_PEM])
     assert handlers(server.options()).enroll(csr_pem([], "leaf", key=LEAF.key))[0] is None
     assert len(cmp_ca_handler._links) < 5
@@ -589,10 +574,17 @@ DEEP = authority("deep ca", b"deep")
             [],
             [certificate(IMPOSTOR, IMPOSTOR)],
             0,
-            "has not signed it: certificate signature failure)",
+            "(certificate signature failure) that is there has not signed it)",
+        ),
+        (
+            LEAF_KNOWN,
+            [],
+            [certificate(KNOWN._replace(identifier=b"another"), GOOD_ROOT)],
+            0,
+            f"(the CN=ca that is there has another key: its key identifier is {b'another'.hex()}, not {b'ca'.hex()})",
         ),
     ],
-    ids=["no issuer", "two missing", "no root", "expired", "another root", "another issuer"],
+    ids=["no issuer", "two missing", "no root", "expired", "another root", "another issuer", "another identifier"],
 )
 def test_warning(
     leaf: str,
@@ -626,7 +618,9 @@ def test_file_format(
     serve: Callable[..., Mock],
     handlers: Handlers,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A file for the chain is PEM, or one certificate in DER. What openssl alone can read makes no chain."""
     (tmp_path / "sub.pem").write_text(CA_PEM)
     commands = {
         "trusted": "x509 -in sub.pem -trustout -addtrust serverAuth -out file",
@@ -644,4 +638,5 @@ def test_file_format(
         assert "untrusted" in error
     else:
         assert error is None
-        assert pem([bundle or ""]) == pem([LEAF_KNOWN, CA_PEM])
+        assert pem([bundle or ""]) == pem([LEAF_KNOWN, *([CA_PEM] if form != "pkcs12" else [])])
+        assert any("make it PEM" in warning for warning in warnings(caplog)) == (form == "pkcs12")

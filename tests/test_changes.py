@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 
 import pytest
 from cryptography import x509
@@ -40,13 +41,13 @@ def alter(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the warnings say about certificates: the end of the line, behind the issuer."""
+    """What the warnings say about certificates: the end of the line, behind the serial."""
     messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    return [message.split("CN=Demo Issuing CA: ")[-1] for message in messages if WARNING in message]
+    return [re.sub(rf'^{WARNING}: subject="[^"]*" serial=\w+: ', "", text) for text in messages if WARNING in text]
 
 
 def read_csr(pem: str) -> cmp_ca_handler.CSR:
-    return cmp_ca_handler._csr(pem, cmp_ca_handler.CHECKED_KINDS)
+    return cmp_ca_handler._read_csr(pem, cmp_ca_handler.CHECKED_KINDS)
 
 
 CHANGED = {
@@ -81,7 +82,7 @@ UNCHANGED = {
     "as asked": (["DNS:a.tld"], "", []),
     "letters": (["DNS:A.tld", "email:Me@a.tld"], "", [SAN + "DNS:a.TLD,email:me@A.tld"]),
     "another order": (["DNS:a.tld", "DNS:b.tld", "IP:10.0.0.1"], "", [SAN + "IP:10.0.0.1,DNS:b.tld,DNS:a.tld"]),
-    "CN as a name": (["DNS:a.tld"], "www.a.tld", [SAN + "DNS:a.tld,DNS:www.a.tld"]),
+    "CN as a name": (["DNS:a.tld"], "build-server", [SAN + "DNS:a.tld,DNS:build-server"]),
     "CN alone": ([], "www.a.tld", [SAN + "DNS:www.a.tld"]),
     "CN stays": ([], "www.a.tld", []),
     "CN is no host": (["DNS:a.tld"], "Build server 3", []),
@@ -217,6 +218,20 @@ def test_another_subject(ca: DemoCA, handlers: Handlers) -> None:
     algorithm = cmp_ca_handler._sequence(leaf.key)[0].raw
     compressed = demo_ca.write_der(0x30, algorithm + demo_ca.write_der(0x03, point))
     assert cmp_ca_handler._changes(csr, leaf._replace(key=compressed), "") == ""
+    odd = demo_ca.write_der(0x30, algorithm + demo_ca.write_der(0x03, point[:1] + bytes([point[1] ^ 1]) + point[2:]))
+    assert cmp_ca_handler._changes(csr, leaf._replace(key=odd), "") == "another key"
+
+
+@pytest.mark.parametrize("length", [2, 20, 33, 65])
+def test_key_that_is_the_beginning_of_another(length: int, ca: DemoCA, handlers: Handlers) -> None:
+    """Whole keys are compared, not as far as the shorter one goes."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    bundle = handlers(ca.options()).enroll(csr_pem(["a.tld"], key=key))[1]
+    leaf = cmp_ca_handler._certificate(cmp_ca_handler._decode(leaf_pem(bundle), "CERTIFICATE"))
+    algorithm, bits = cmp_ca_handler._sequence(leaf.key)
+    cut = demo_ca.write_der(0x30, algorithm.raw + demo_ca.write_der(0x03, bits.value[:length]))
+    csr = read_csr(csr_pem(["a.tld"], key=key))
+    assert cmp_ca_handler._changes(csr, leaf._replace(key=cut), "") == "another key"
 
 
 def leaf_pem(bundle: str | None) -> str:

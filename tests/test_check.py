@@ -16,7 +16,7 @@ from typing import Any, Callable
 import pytest
 
 import demo_ca
-from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, nobody_at
+from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, every_binary, needs_root, nobody_at
 from demo_ca import DemoCA, read_der
 from host import HANDLER
 from proxy import Proxy, TcpServer, spoilt
@@ -40,10 +40,10 @@ class Checked:
         self.code, self.output = result.returncode, result.stdout
         assert result.stderr == ""
         lines = result.stdout.splitlines()
-        self.proven = next((line.partition("proven: ")[2] for line in lines if "proven: " in line), "")
+        self.proven = next((line[7:].strip() for line in lines if line.startswith("proven ")), "")
         self.errors = [line for line in lines if line.startswith("error: ")]
         self.warnings = [line for line in lines if line.startswith("warning: ")]
-        assert self.code == bool(self.errors)
+        assert self.code == (4 if self.errors else 0)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def connect(desk: Desk) -> Callable[..., Checked]:
 # --- check --connect --------------------------------------------------------------------------------------------------
 
 
-@binaries
+@every_binary
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 def test_all_is_well(authentication: str, openssl: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
     checked = connect(ca.options(authentication), openssl)
@@ -75,7 +75,7 @@ def test_all_is_well(authentication: str, openssl: str, ca: DemoCA, connect: Cal
     assert [message.request for message in ca.messages] == ["genm"] and ca.issued() == []
 
 
-@binaries
+@every_binary
 def test_all_is_well_with_tls(openssl: str, make_ca: MakeCA, connect: Callable[..., Checked]) -> None:
     """OpenSSL 3.5 and later use it for https:// without cmp_tls_used, too."""
     options = make_ca(tls=True).options()
@@ -135,11 +135,11 @@ def test_what_is_wrong(
 
 @pytest.mark.parametrize("who", ["server", "proxy"])
 def test_nobody_is_there(who: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
-    """Said at once: openssl would try again until its time is up, and not say why."""
+    """What cannot be reached is neither right nor wrong."""
     with nobody_at() as port:
         checked = connect(ca.options(), **{who: f"127.0.0.1:{port}"})
-    assert len(checked.errors) == 1 and f"cmp_{who}: 127.0.0.1:" in checked.errors[0]
-    assert "does not answer: Connection refused" in checked.errors[0]
+    assert len(checked.errors) == 1 and "nothing answers there: check cmp_server" in checked.errors[0]
+    assert checked.proven == EVERYTHING.replace("yes", "not reached"), checked.output
 
 
 @binaries
@@ -161,14 +161,14 @@ def test_what_nobody_has_protected_proves_nothing(
     """Not with cmp_unprotected_errors either, which lets openssl take it."""
     section = mock(pair.certificate, *unprotected.split()).options()
     checked = connect(section, openssl, unprotected_errors=believed)
-    assert (checked.code, checked.proven) == (1, "address: yes, path: yes, trust: no, credentials: no"), checked.output
+    assert (checked.code, checked.proven) == (4, "address: yes, path: yes, trust: no, credentials: no"), checked.output
 
 
 @binaries
 def test_a_wrong_mac_proves_nothing(openssl: str, mock: StartMock, pair: Pair, connect: Callable[..., Checked]) -> None:
     section = mock(pair.certificate, "-send_error").options()
     checked = connect(section, openssl, secret="another", unprotected_errors="True")
-    assert (checked.code, checked.proven) == (1, "address: yes, path: yes, trust: no, credentials: no"), checked.output
+    assert (checked.code, checked.proven) == (4, "address: yes, path: yes, trust: no, credentials: no"), checked.output
 
 
 @binaries
@@ -192,7 +192,7 @@ def test_an_answer_that_somebody_has_changed(
     proxy = Proxy(ca, tcp_server)
     proxy.spoil_next("genm", lambda forward: spoilt(how, forward()))
     checked = connect({**ca.options(), "cmp_server": proxy.server}, openssl)
-    assert checked.code == 1 and "trust: no, credentials: no" in checked.proven, checked.output
+    assert checked.code == 4 and "trust: no, credentials: no" in checked.proven, checked.output
 
 
 class StrictCA(DemoCA):
@@ -218,7 +218,7 @@ def test_a_ca_that_wants_the_reference_as_the_sender(
         sender: list[str | Path] = ["-subj", f"/CN={ca.ref}", "-out", tmp_path / "sender.pem"]
         run_openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "/dev/null", *sender)
         alone = connect(ca.options(), openssl)
-        assert alone.code == 1 and "check cmp_ref and cmp_secret" in alone.errors[0], alone.output
+        assert alone.code == 4 and "check cmp_ref and cmp_secret" in alone.errors[0], alone.output
         changes = {"cert": "sender.pem", "issuer": ca.options()["cmp_recipient"]}
         both = connect(ca.options(), openssl, **changes)
         assert (both.code, both.proven) == (0, EVERYTHING), both.output
@@ -245,7 +245,7 @@ def test_the_nearest_file_is_read(ca: DemoCA, desk: Desk, tmp_path: Path) -> Non
         assert result.stdout.startswith(f"file      {expected}\n"), result.stdout + result.stderr
 
 
-def test_the_file_that_acme2certifier_finds_is_named(tmp_path: Path, ca: DemoCA, desk: Desk) -> None:
+def test_the_file_that_acme2certifier_finds_is_read(tmp_path: Path, ca: DemoCA, desk: Desk) -> None:
     """Its helper, here the one of an old release in a tree, looks for itself."""
     tree = tmp_path / "host" / "acme_srv"
     tree.mkdir(parents=True)
@@ -258,14 +258,14 @@ def test_the_file_that_acme2certifier_finds_is_named(tmp_path: Path, ca: DemoCA,
     shutil.move(tmp_path / "acme_srv.cfg", tree / "conf")
     (tmp_path / "empty").mkdir()
     result = run("check", cwd=tmp_path / "empty", PYTHONPATH=str(tree.parent))
-    assert result.stdout.startswith(f"file      {tree}/conf/acme_srv.cfg\n"), result.stdout + result.stderr
-    assert result.returncode == 0
+    assert result.stdout.startswith("file      that of acme2certifier\n"), result.stdout + result.stderr
+    assert ca.server in result.stdout and result.returncode == 0
 
 
 def test_a_file_that_is_not_there(desk: Desk) -> None:
     result = desk("check")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "error: [Errno 2] No such file or directory: 'acme_srv.cfg'\n"
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: No such file or directory: acme_srv.cfg\n"
 
 
 FILES = {
@@ -298,26 +298,12 @@ def checked_with_helper(directory: Path, *arguments: str) -> subprocess.Complete
 
 
 def test_yaml(ca: DemoCA, tmp_path: Path) -> None:
-    """acme2certifier reads YAML, in which some of what a CA gives out is a number."""
-    options = {"cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": "work", **ca.options()}
-    lines = [f'  {key}: "{value}"\n' for key, value in options.items() if key != "cmp_ref"]
-    for reference, other in (("0123", True), ("12:34", True), ('"0123"', False), ("1234", False)):
-        text = "CAhandler:\n" + "".join(lines) + f"  cmp_ref: {reference}\n"
-        (tmp_path / "acme_srv.cfg").write_text(text)
-        checked = Checked(checked_with_helper(tmp_path))
-        assert checked.errors == ["error: cmp_ref: YAML reads another value there: write it in quotes"] * other
-
-
-def test_numbers_of_yaml(tmp_path: Path) -> None:
-    """acme2certifier reads YAML, and YAML reads numbers: the real fault, and no other."""
-    (tmp_path / "acme_srv.yaml").write_text(
-        "CAhandler:\n  cmp_server: 127.0.0.1:1\n  cmp_ref: 0123\n  cmp_secret: 12:34\n  cmp_days: 90\n"
-    )
-    command = [sys.executable, str(HANDLER), "--config", str(tmp_path / "acme_srv.yaml"), "check"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: cmp_ref, cmp_secret: YAML reads another value there: write it in quotes"]
-    assert "12:34" not in result.stdout + result.stderr and "754" not in result.stdout + result.stderr
+    """acme2certifier reads YAML, too."""
+    options = {"handler_module": str(HANDLER), "cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": "work", **ca.options()}
+    lines = [f'  {key}: "{value}"\n' for key, value in options.items()]
+    (tmp_path / "acme_srv.cfg").write_text("CAhandler:\n" + "".join(lines))
+    checked = Checked(checked_with_helper(tmp_path))
+    assert checked.errors == [] and f"cmp_server:              {ca.server}" in checked.output
 
 
 @pytest.mark.parametrize(
@@ -361,26 +347,92 @@ def test_other_sections(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> No
     assert len(found) == bool(expected) and expected in "".join(found), checked.output
 
 
-@pytest.mark.parametrize("key", ["handler_module", "handler_file"])
-@pytest.mark.parametrize(
-    "module, warned",
-    [
-        (str(HANDLER), False),
-        ("copy.py", False),
-        ("acme2certifier.cahandlers.cmp_ca_handler", False),
-        ("other.py", True),
-        ("nowhere/cmp_ca_handler.py", True),
-        ("acme2certifier.cahandlers.openssl_ca_handler", True),
-    ],
-)
-def test_another_handler(key: str, module: str, warned: bool, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+BUNDLED = "acme2certifier.cahandlers.cmp_ca_handler"
+OTHER_HANDLERS: dict[str, tuple[dict[str, str], str]] = {
+    "by path": ({"handler_module": str(HANDLER)}, ""),
+    "a copy": ({"handler_module": "copy.py"}, ""),
+    "in handler_file": ({"handler_file": "copy.py"}, ""),
+    "the one of acme2certifier": ({"handler_module": BUNDLED}, "set handler_module: cmp_ca_handler"),
+    "an old handler_file": ({"handler_file": "other.py"}, "delete handler_file"),
+    "another module": ({"handler_module": "acme2certifier.cahandlers.openssl_ca_handler"}, "not this file"),
+    "no file": ({"handler_module": "nowhere/cmp_ca_handler.py"}, "loads no CA handler (handler_module: nowhere/"),
+    "none at all": ({}, "loads no CA handler (handler_module: not set)"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_HANDLERS)
+def test_another_handler(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """acme2certifier itself says which file it loads: where that is another one, nothing else counts."""
     shutil.copy(HANDLER, tmp_path / "copy.py")
     (tmp_path / "other.py").write_text("class CAhandler: pass\n")
-    desk.configure({key: module, **ca.options()})
-    warnings = [
-        warning for warning in Checked(desk("check")).warnings if f"{key}: {module} is not this file" in warning
-    ]
-    assert len(warnings) == warned
+    entries, expected = OTHER_HANDLERS[case]
+    desk.configure({**entries, **ca.options()})
+    checked = Checked(checked_with_helper(tmp_path))
+    assert len(checked.errors) == bool(expected) and expected in "".join(checked.errors), checked.output
+    assert ("no errors found" in checked.output) != bool(expected)
+
+
+def test_a_module_named_cmp_ca_handler(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """What `convert` prints: this file is on the path of Python's modules."""
+    desk.configure({"handler_module": "cmp_ca_handler", **ca.options()})
+    assert Checked(checked_with_helper(tmp_path)).errors == []
+
+
+@pytest.mark.parametrize("section", ["DEFAULT", "Directory"])
+def test_a_server_name_with_a_scheme(section: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """acme2certifier puts a scheme before it."""
+    desk.configure(ca.options())
+    with (tmp_path / "acme_srv.cfg").open("a") as file:
+        file.write(f"[{section}]\nserver_name: http://acme.example\n")
+    assert any("server_name is a name without http://" in w for w in Checked(desk("check")).warnings)
+
+
+@needs_root
+def test_a_full_disk(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """An error of `check`, and of an enrolment that names the path: try again later."""
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", full], check=True)
+    try:
+        (full / "ballast").write_bytes(bytes(40000))
+        desk.configure(ca.options(), tmp_dir=str(full))
+        checked = Checked(desk("check"))
+        assert f"cmp_tmp_dir {full}: No space left on device: make room there" in "".join(checked.errors)
+        (tmp_path / "www.csr").write_text(csr_pem(["www.example"]))
+        enrolled = desk("enroll", "www.csr")
+        assert enrolled.returncode == 5 and str(full) in enrolled.stderr and "make room" in enrolled.stderr
+        assert ca.messages == []
+    finally:
+        subprocess.run(["umount", full], check=True)
+
+
+@binaries
+def test_the_sender_to_expect(openssl: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
+    """The verified sender is a line to paste, with which the same check succeeds; a MAC proves no name."""
+    checked = connect(ca.options("certificate"), openssl, expect_sender=None)
+    line = next(line for line in checked.output.splitlines() if line.startswith("sender "))
+    key, name = line.split(None, 1)[1].split(": ", 1)
+    assert (key, checked.proven) == ("cmp_expect_sender", EVERYTHING)
+    again = connect(ca.options("certificate"), openssl, expect_sender=name)
+    assert (again.code, again.proven) == (0, EVERYTHING), again.output
+    assert "\nsender " not in connect(ca.options(), openssl).output
+
+
+def test_the_messages_of_openssl(ca: DemoCA, desk: Desk) -> None:
+    """`check --connect -v` and `cacerts -v` show them."""
+    desk.configure(ca.options())
+    for words in (["check", "--connect", "-v"], ["-v", "cacerts"]):
+        assert "openssl cmp: received GENP" in desk(*words).stderr
+    assert "openssl cmp:" not in desk("check", "--connect").stderr
+
+
+def test_a_quoted_secret_in_a_variable(ca: DemoCA, desk: Desk) -> None:
+    """`docker run --env-file` keeps the quotes."""
+    desk.configure(ca.options(), secret=None, secret_variable="RA_SECRET")
+    for quote in "'\"":
+        checked = Checked(desk("check", RA_SECRET=f"{quote}demo-secret{quote}"))
+        assert any("the secret stands in quotes" in w for w in checked.warnings) and "demo-secret" not in checked.output
+    assert not any("quotes" in w for w in Checked(desk("check", RA_SECRET="demo-secret")).warnings)
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------------
@@ -415,34 +467,6 @@ def test_what_is_no_secret_is_shown(ca: DemoCA, desk: Desk) -> None:
     assert f"cmp_server:              {ca.server}" in result.stdout
 
 
-# --- The RA's certificate ---------------------------------------------------------------------------------------------
-
-
-def issue(directory: Path, ca: DemoCA, name: str, *extensions: str) -> dict[str, str | None]:
-    """A certificate and a key by themselves, with these extensions."""
-    added = [word for extension in extensions for word in ("-addext", extension)]
-    files: list[str | Path] = ["-keyout", directory / f"{name}.key", "-out", directory / f"{name}.pem"]
-    run_openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "90", "-subj", f"/CN={name}", *added, *files)
-    return {"cert": f"{name}.pem", "key": f"{name}.key"}
-
-
-def test_key_usage_of_the_ra(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
-    """openssl signs with it all the same, but the demo CA, for one, does not take that."""
-    for usage, warned in (("keyEncipherment", True), ("digitalSignature", False)):
-        desk.configure(ca.options("certificate"), **issue(tmp_path, ca, "ra", f"keyUsage={usage}"))
-        warnings = [w for w in Checked(desk("check")).warnings if "lacks the key usage digitalSignature" in w]
-        assert len(warnings) == warned
-
-
-def test_extended_key_usage_is_named(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
-    usage = ["keyUsage=digitalSignature", "extendedKeyUsage=serverAuth"]
-    desk.configure(ca.options("certificate"), **issue(tmp_path, ca, "ra", *usage))
-    assert "TLS Web Server Authentication" in Checked(desk("check")).output
-    tls = {f"tls_{key}": value for key, value in issue(tmp_path, ca, "tls", *usage).items()}
-    desk.configure(ca.options(), tls_used="True", tls_trusted="tls.pem", **tls)
-    assert any("not for clients" in warning for warning in Checked(desk("check")).warnings)
-
-
 @pytest.mark.parametrize("openssl", BINARIES[:2])
 def test_pkcs12(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """A PKCS #12 file holds the certificate and the key: one pass phrase opens both."""
@@ -454,7 +478,7 @@ def test_pkcs12(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     assert (checked.code, checked.proven) == (0, EVERYTHING), checked.output
     assert "hush" not in checked.output
     desk.configure(ca.options("certificate"), cert="ra.p12", key="ra.p12", keypass="wrong")
-    assert "cmp_keypass does not open it" in Checked(desk("check")).errors[0]
+    assert "check cmp_keypass" in Checked(desk("check")).errors[0]
 
 
 # --- Output -----------------------------------------------------------------------------------------------------------
@@ -475,7 +499,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_ca_is_asked(
     (tmp_path / "www.csr").write_text(pair.csr)
     desk.configure(ca.options())
     result = desk("enroll", "www.csr", "-o", "nowhere/www.pem")
-    assert result.returncode == 1 and "nowhere/www.pem" in result.stderr
+    assert result.returncode == 2 and "nowhere/www.pem" in result.stderr
     assert ca.messages == []
 
 
@@ -495,7 +519,7 @@ def test_a_failure_leaves_the_file_as_it_was(ca: DemoCA, desk: Desk, pair: Pair,
     (tmp_path / "old.pem").write_text("the old one\n")
     desk.configure(ca.options(), secret="wrong")
     for name in ("old.pem", "new.pem"):
-        assert desk("enroll", "www.csr", "-o", name).returncode == 1
+        assert desk("enroll", "www.csr", "-o", name).returncode == 4
     assert (tmp_path / "old.pem").read_text() == "the old one\n" and not (tmp_path / "new.pem").exists()
     desk.configure(ca.options())
     assert desk("enroll", "www.csr", "-o", "old.pem").returncode == 0
@@ -549,7 +573,7 @@ def test_no_value_ends_in_a_traceback(
         Path("acme_srv.cfg").write_text(f"[CAhandler]\n{text}[Certificate]\nenrollment_timeout: {value}\n", "utf-8")
         code = cmp_ca_handler.main(["--config", "acme_srv.cfg", "check", "--connect"])
         output = capsys.readouterr()
-        assert code == 1 and "error: " in output.out + output.err, (value, output)
+        assert code in (4, 5) and "error: " in output.out + output.err, (value, output)
         assert "internal error" not in output.out + output.err and "Traceback" not in output.err, (value, output)
 
 

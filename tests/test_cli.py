@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import shutil
 import subprocess
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from conftest import OPENSSL, bundle_certificates, csr_pem, nobody_at, wait_until
+from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA
 from host import HANDLER
 from shared import Desk, run
@@ -30,6 +27,7 @@ DOCUMENT_COMMAND = (
 )
 DOCUMENT_SECTION = """\
 [CAhandler]
+handler_module: cmp_ca_handler
 cmp_openssl_bin: acme_srv/cmp/WindowsCMPOpenSSL/openssl.exe
 cmp_server: 192.168.14.137:8080
 cmp_path: pkix/
@@ -45,7 +43,9 @@ cmp_ignore_keyusage: True
 def section_of(text: str) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(text)
-    return dict(parser["CAhandler"])
+    section = dict(parser["CAhandler"])
+    assert section.pop("handler_module") == "cmp_ca_handler"
+    return section
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_convert_gives_the_documents_section() -> None:
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if not line.startswith("#")] == DOCUMENT_SECTION.splitlines()
     assert "set by the handler itself: -cmd -newkey -popo -subject -extracertsout -certout" in result.stdout
-    assert "better cmp_secret_variable" in result.stdout
+    assert "this file contains the secret; use cmp_secret_variable: NAME instead" in result.stdout
 
 
 def test_convert_without_a_configuration_file() -> None:
@@ -104,7 +104,7 @@ def test_convert_reports_unknown_options() -> None:
 @pytest.mark.parametrize("words", ["", "ls -l", "openssl req -new", "openssl cmp -server 'x"])
 def test_convert_what_is_no_cmp_command(words: str) -> None:
     result = run("convert", stdin=words)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (4, "")
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
 
@@ -134,7 +134,7 @@ def test_from_a_working_command_line_to_a_certificate(ca: DemoCA, desk: Desk) ->
     assert desk("revoke", "www.pem", "--reason", "superseded").returncode == 0
     assert ca.is_revoked(f"{leaf.serial_number:X}".zfill(32))
     again = desk("revoke", "www.pem")
-    assert again.returncode == 1 and "alreadyRevoked" in again.stderr
+    assert again.returncode == 1 and "certRevoked" in again.stderr and "urn:" not in again.stderr
     assert os.listdir(desk.directory / "work") == []
 
 
@@ -164,18 +164,6 @@ def test_der_files(ca: DemoCA, desk: Desk) -> None:
     assert len(bundle_certificates(desk("enroll", "www.der").stdout)) == 3
 
 
-def expired(desk: Desk, ca: DemoCA) -> dict[str, str | None]:
-    """An RA certificate that is valid no more."""
-    key = serialization.load_pem_private_key(Path(ca.options("certificate")["cmp_key"]).read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "old")])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.serial_number(1).not_valid_before(datetime(2020, 1, 1)).not_valid_after(datetime(2020, 2, 1))
-    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    (desk.directory / "old.pem").write_bytes(pem)
-    return {"cert": "old.pem"}
-
-
 def other_key(desk: Desk, ca: DemoCA) -> dict[str, str | None]:
     return {"key": str(Path(ca.options("certificate")["cmp_key"]).with_name("tls.key"))}
 
@@ -186,23 +174,12 @@ def encrypted_key(desk: Desk, ca: DemoCA) -> dict[str, str | None]:
     return {"key": "locked.key", "keypass": "pass:wrong-one"}
 
 
+# What handler_check() says, which test_configuration.py is about, is what `check` prints.
 BROKEN: dict[str, tuple[Any, str]] = {
     "typo": ({"trsted": "x.pem"}, "did you mean cmp_trusted?"),
-    "missing file": ({"trusted": "nowhere.pem"}, "nowhere.pem is not a file"),
-    "unset variable": ({"secret": "env:NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
-    "no server": ({"server": None}, "cmp_server is missing"),
-    "no credentials": ({"cert": None, "key": None}, "no credentials"),
-    "no openssl": ({"openssl_bin": "/nowhere/openssl"}, "is not an executable program"),
     "no cmp": ({"openssl_bin": "/bin/true"}, "has no cmp command"),
-    "switch with a value": ({"ignore_keyusage": "1"}, "set it to True or False"),
-    "value that is a switch": ({"server": "True"}, "needs a value"),
-    "recipient": ({"recipient": "Demo Issuing CA"}, "is not a distinguished name"),
-    "time-out": ({"total_timeout": "soon"}, "must be a number of seconds"),
-    "directory": ({"tmp_dir": "/dev/null"}, "cmp_tmp_dir"),
-    "server option": ({"port": "80"}, "is not for enrolling"),
-    "expired": (expired, "has expired"),
     "not a pair": (other_key, "does not belong to"),
-    "pass phrase": (encrypted_key, "cannot be opened"),
+    "pass phrase": (encrypted_key, "check cmp_keypass"),
 }
 
 
@@ -213,24 +190,10 @@ def test_check_finds(case: str, ca: DemoCA, desk: Desk) -> None:
         changes = changes(desk, ca)
     desk.configure(ca.options("certificate"), **changes)
     result = desk("check")
-    assert result.returncode == 1
+    assert result.returncode == 4
     errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and expected in errors[0]
     assert result.stderr == "" and "wrong-one" not in result.stdout
-
-
-def test_check_names_every_fault(ca: DemoCA, desk: Desk) -> None:
-    desk.configure(ca.options(), trsted="x", trusted="nowhere", server=None)
-    errors = [line for line in desk("check").stdout.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
-
-
-def test_check_connect_says_that_nobody_answers(ca: DemoCA, desk: Desk) -> None:
-    desk.configure(ca.options())
-    ca.stop()
-    with nobody_at(ca.port):
-        result = desk("check", "--connect")
-    assert result.returncode == 1 and "does not answer" in result.stdout
 
 
 def test_check_fits_a_terminal(ca: DemoCA, desk: Desk) -> None:
@@ -243,6 +206,105 @@ def test_check_fits_a_terminal(ca: DemoCA, desk: Desk) -> None:
     assert max(map(len, run("--help").stdout.splitlines())) <= 80
 
 
+def test_options_before_and_after_the_command(make_ca: Callable[..., DemoCA], desk: Desk) -> None:
+    """`--config` and `--section` work on both sides; so does --json."""
+    desk.configure(make_ca().options())
+    with (desk.directory / "acme_srv.cfg").open("a") as file:
+        file.write("[CAhandler:second]\ncmp_path: another/\n")
+    named = ["--config", "acme_srv.cfg", "--section", "CAhandler:second", "--json"]
+    for words in ([*named, "check"], ["check", *named]):
+        result = subprocess.run(
+            [sys.executable, "-S", str(HANDLER), *words], cwd=desk.directory, capture_output=True, text=True, timeout=60
+        )
+        told = json.loads(result.stdout)
+        assert told["ok"] and " -path another/ " in told["command"] and result.returncode == 0, result.stdout
+
+
+def test_convert_without_dashes() -> None:
+    """As the words stand in a shell's history."""
+    result = run("convert", "openssl", "cmp", "-cmd", "ir", "-server", "127.0.0.1:80", "-v", "-section", "x")
+    assert "no option -v" in result.stderr
+    result = run("convert", "openssl", "cmp", "-cmd", "ir", "-server", "127.0.0.1:80", "-config", "", "-section", "x")
+    expected = {"cmp_openssl_bin": "openssl", "cmp_server": "127.0.0.1:80", "cmp_section": "x"}
+    assert (result.returncode, section_of(result.stdout)) == (0, expected), result.stderr
+
+
+def test_convert_does_not_take_a_variable_for_a_value() -> None:
+    """A shell would put its value there."""
+    for word in ("$SECRET", '"${SECRET}"', "pass:$SECRET"):
+        result = run("convert", stdin=f"openssl cmp -server 127.0.0.1:80 -ref 1 -secret {word}")
+        assert result.returncode == 4 and result.stdout == ""
+        assert "is a variable of the shell" in result.stderr and "env:NAME" in result.stderr
+
+
+def test_convert_reports_an_environment_before_the_command() -> None:
+    result = run("convert", stdin="OPENSSL_CONF=/x HTTP_PROXY=hush openssl cmp -server 127.0.0.1:80")
+    assert "OPENSSL_CONF=: set this variable for acme2certifier's process, too" in result.stderr
+    assert "HTTP_PROXY=: set this variable" in result.stderr and "hush" not in result.stderr
+
+
+def test_a_csr_in_utf_16(ca: DemoCA, desk: Desk) -> None:
+    """Exchange and PowerShell write these."""
+    desk.configure(ca.options())
+    for encoding in ("utf-16", "utf-8-sig"):
+        (desk.directory / "www.csr").write_text(csr_pem(["www.example"]), encoding=encoding)
+        assert desk("enroll", "www.csr").returncode == 0
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    """The places that were looked at, and both ways to name another one."""
+    environment = {key: value for key, value in os.environ.items() if key != "ACME_SRV_CONFIGFILE"}
+    command = [sys.executable, "-S", str(HANDLER), "check"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    words = [f"{tmp_path}/acme_srv.cfg", f"{tmp_path}/acme_srv/acme_srv.cfg", "--config", "ACME_SRV_CONFIGFILE"]
+    assert result.returncode == 4 and [word for word in words if word not in result.stderr] == []
+
+
+def test_list(ca: DemoCA, desk: Desk) -> None:
+    """The orders that wait, for people and for programs: identifier, names, since when, next question, transaction."""
+    desk.configure(ca.options(), total_timeout="5")
+    assert (desk("list").returncode, desk("list").stdout, desk("list", "--json").stdout) == (0, "", "[]\n")
+    ca.hold = True
+    (desk.directory / "www.csr").write_text(csr_pem(["www.example"]))
+    waiting = desk("enroll", "www.csr", "--json")
+    told = json.loads(waiting.stdout)
+    assert (waiting.returncode, told["status"]) == (3, "waiting")
+    (order,) = json.loads(desk("list", "--json").stdout)
+    assert order.keys() == {"id", "names", "since", "next", "transaction"}
+    assert (order["id"], order["names"]) == (told["id"], "DNS:www.example")
+    line = desk("list").stdout
+    assert line.startswith(f"id={told['id']} names=DNS:www.example since=") and len(line.splitlines()) == 1
+
+
+# What was typed -> the exit code, as `--help` tells it.
+CODES: dict[str, tuple[dict[str, str | None], str, int]] = {
+    "done": ({}, "enroll www.csr", 0),
+    "the CA's no": ({}, "enroll refused.csr", 1),
+    "an unusable CSR": ({}, "enroll bad.csr", 1),
+    "wrong usage": ({}, "enroll", 2),
+    "no such file": ({}, "enroll nowhere.csr", 2),
+    "waiting": ({"total_timeout": "5"}, "enroll waiting.csr", 3),
+    "wrong configuration": ({"trusted": "nowhere.pem"}, "enroll www.csr", 4),
+    "wrong secret": ({"secret": "another-one"}, "enroll www.csr", 4),
+    "nobody there": ({"server": "127.0.0.1:9", "total_timeout": "5"}, "enroll www.csr", 5),
+}
+
+
+@pytest.mark.parametrize("case", CODES)
+def test_exit_codes_of_an_enrolment(case: str, ca: DemoCA, desk: Desk) -> None:
+    """A script can act on them; --json tells the same in words."""
+    changes, words, code = CODES[case]
+    desk.configure(ca.options(), **changes)
+    for name in ("www", "waiting", "refused"):
+        (desk.directory / f"{name}.csr").write_text(csr_pem([f"{name}.example"]))
+    (desk.directory / "bad.csr").write_text("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END")
+    ca.hold, ca.reject = case == "waiting", "badCertTemplate" if case == "the CA's no" else ""
+    result = desk(*words.split(), "--json")
+    assert result.returncode == code, result.stderr
+    if result.stdout:
+        assert json.loads(result.stdout)["status"] == {0: "done", 3: "waiting"}.get(code, "failed")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -250,7 +312,7 @@ def test_check_fits_a_terminal(ca: DemoCA, desk: Desk) -> None:
         (("nonsense",), 2),
         (("--help",), 0),
         (("--version",), 0),
-        (("enroll", "nowhere.csr"), 1),
+        (("enroll", "nowhere.csr"), 2),
         (("poll", "../x"), 1),
     ],
 )
@@ -270,20 +332,7 @@ def test_sections_of_several_cas(make_ca: Callable[..., DemoCA], desk: Desk) -> 
     assert desk("--section", "CAhandler:second", "enroll", "www.csr").returncode == 0
     assert (len(first.issued()), len(second.issued())) == (0, 1)
     missing = desk("--section", "CAhandler:third", "check")
-    assert missing.returncode == 1 and "no section [CAhandler:third]" in missing.stderr
-
-
-def test_copied_into_an_old_host(ca: DemoCA, desk: Desk) -> None:
-    """`python3 acme_srv/ca_handler.py check` in a host's tree finds the host's configuration beside it."""
-    host = desk.directory / "acme_srv"
-    host.mkdir()
-    shutil.copy(HANDLER, host / "ca_handler.py")
-    desk.configure(ca.options())
-    shutil.move(str(desk.directory / "acme_srv.cfg"), host / "acme_srv.cfg")
-    command = [sys.executable, "-S", "acme_srv/ca_handler.py", "check"]
-    environment = {key: value for key, value in os.environ.items() if key != "ACME_SRV_CONFIGFILE"}
-    result = subprocess.run(command, cwd=desk.directory, env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and ca.server in result.stdout, result.stdout + result.stderr
+    assert missing.returncode == 4 and "no section [CAhandler:third]" in missing.stderr
 
 
 def test_loading_is_cheap() -> None:

@@ -1,26 +1,33 @@
-"""Where acme2certifier really runs: threads, the poller beside a client that comes back, a container's volume."""
+"""Where acme2certifier really runs: threads, HTTPS, the poller beside a waiting client, a container's volume."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
+import programs
+from conftest import OPENSSL, bundle_certificates, csr_pem, free_port, listens, needs, wait_until
 from demo_ca import DemoCA
-from host import GUNICORN, HANDLER, ROOT, Host, write_configuration
+from host import GUNICORN, HANDLER, PROGRAMS, ROOT, Host, write_configuration
 from shared import BY_PATH, LOAD_CONFIG, check_chain
 
 pytestmark = pytest.mark.e2e
 HOST = ROOT / "tests" / "host.py"
+PAGE = ROOT / "docs" / "deployment.md"
 NOTHING: Mapping[str, str] = {}
+WAITS = "CMP enrolment.* waits"  # what the handler logs
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +82,7 @@ def test_certbot_waits_for_an_approval(ca: DemoCA, tmp_path: Path) -> None:
     with Host(tmp_path, options, {"Order": {"retry_after_timeout": "2"}}) as host:
         with ThreadPoolExecutor(1) as pool:
             ordered = pool.submit(host.certbot, "certonly", "-d", "slow.example.com")
-            wait_until(lambda: host.log("waits for the CA"), "the note that the order waits", 60)
+            wait_until(lambda: host.log(WAITS), "the note that the order waits", 60)
             assert not ordered.done()
             ca.approve("all")
             wait_until(lambda: "certificate issued" in host.tool("a2c-cert-poll").stdout, "the CA's answer", 60)
@@ -83,6 +90,137 @@ def test_certbot_waits_for_an_approval(ca: DemoCA, tmp_path: Path) -> None:
         assert result.returncode == 0, result.stdout + host.log()
         check_chain(host.certbot_chain("slow.example.com"), ca)
     assert [message.request for message in ca.messages].count("ir") == 1
+
+
+def test_cron_line_keeps_what_the_poller_says(ca: DemoCA, tmp_path: Path) -> None:
+    """`certificate issued` and the CA's refusals are in no other log: the page's line hands them to logger(1)."""
+    (line,) = re.findall(r"^\* \* \* \* \* www-data (.+)$", PAGE.read_text(encoding="utf-8"), re.M)
+    ca.hold = True
+    ca.check_after = 1
+    options = {**BY_PATH, **ca.options(), "cmp_total_timeout": "3", "cmp_msg_timeout": "3"}
+    logger = tmp_path / "bin" / "logger"
+    logger.parent.mkdir()
+    logger.write_text(f'#!/bin/sh\n[ "$*" = "-t a2c-cert-poll" ] && exec cat >> {tmp_path}/syslog\n')
+    logger.chmod(0o755)
+    with Host(tmp_path, options, {"Order": {"retry_after_timeout": "2"}}) as host, ThreadPoolExecutor(1) as pool:
+        ordered = pool.submit(host.certbot, "certonly", "-d", "slow.example.com")
+        wait_until(lambda: host.log(WAITS), "the note that the order waits", 60)
+        names = ("ACME_SRV_CONFIGFILE", "ACME2CERTIFIER_I_KNOW_THE_RISK", "PYTHONDONTWRITEBYTECODE")
+        text = "".join(f"{name}='{host.environment[name]}'\n" for name in names)
+        (tmp_path / "environment").write_text(text)
+        line = line.replace("/opt/acme2certifier/venv/bin", str(PROGRAMS))
+        line = line.replace("/etc/acme2certifier", str(tmp_path))
+        ca.approve("all")
+
+        def kept() -> str:
+            path = f"{logger.parent}:/usr/bin:/bin"  # all that cron gives, and our logger
+            done = subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, env={"PATH": path}, capture_output=True)
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            return (tmp_path / "syslog").read_text()
+
+        wait_until(lambda: "certificate issued" in kept(), "the CA's answer", 60)
+        assert ordered.result().returncode == 0, host.log()
+        assert not host.log("certificate issued")
+
+
+# --- HTTPS in front -------------------------------------------------------------------------------------------------
+
+# What a Debian's nginx.conf has around a site, with every file in a directory of the test's.
+AROUND = """\
+daemon off;
+master_process off;
+pid {directory}/pid;
+error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {directory};
+    proxy_temp_path {directory};
+    fastcgi_temp_path {directory};
+    uwsgi_temp_path {directory};
+    scgi_temp_path {directory};
+{site}
+}}
+"""
+
+
+def site_of_the_page(changes: Mapping[str, str]) -> str:
+    """nginx's site as docs/deployment.md shows it: but for what `changes` names, each of which it has to hold."""
+    (site,) = re.findall(r"^```nginx\n(.+?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    for old, new in changes.items():
+        assert old in site, old
+        site = site.replace(old, new)
+    return str(site)
+
+
+class Front:
+    """nginx before a host, on a port of its own: a context manager."""
+
+    def __init__(self, directory: Path, host: Host, ca: DemoCA, port: int, leave_out: str = "") -> None:
+        directory.mkdir()
+        self.port, self.log = port, directory / "log"
+        self.root = directory / "root.pem"
+        self.root.write_bytes((ca.directory / "root.pem").read_bytes())
+        changes = {
+            "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
+            "    listen [::]:443 ssl;\n": "",
+            "/etc/nginx/acme.pem": f"{ca.directory}/tls.pem",
+            "/etc/nginx/acme.key": f"{ca.directory}/tls.key",
+            "http://127.0.0.1:8000": host.url,
+            "acme.example.com": "localhost",
+            **({leave_out: ""} if leave_out else {}),
+        }
+        (directory / "conf").write_text(AROUND.format(directory=directory, site=site_of_the_page(changes)))
+        arguments = ["-e", "stderr", "-p", str(directory), "-c", str(directory / "conf")]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen([programs.find("nginx"), *arguments], stdout=log, stderr=log)
+
+    def __enter__(self) -> Front:
+        wait_until(lambda: listens(self.port) or self.process.poll() is not None, "the start of nginx")
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def new_order(self) -> str:
+        """The address for orders, from the directory."""
+        trust = ssl.create_default_context(cafile=str(self.root))
+        with urllib.request.urlopen(f"https://localhost:{self.port}/directory", context=trust, timeout=60) as answer:
+            return str(json.load(answer)["newOrder"])
+
+
+@needs("nginx")
+def test_https_in_front(ca: DemoCA, tmp_path: Path) -> None:
+    """certbot orders through the site of the page; without its X-Forwarded-Proto clients are sent to http://."""
+    port = free_port()
+    named = {"DEFAULT": {"debug": "False", "server_name": f"localhost:{port}"}}
+    with Host(tmp_path, {**BY_PATH, **ca.options()}, named) as host, Front(tmp_path / "nginx", host, ca, port) as front:
+        assert front.new_order() == f"https://localhost:{port}/acme/neworders"
+        host.url = f"https://localhost:{port}"
+        host.environment["REQUESTS_CA_BUNDLE"] = str(front.root)
+        ordered = host.certbot("certonly", "-d", "a.example.com")
+        assert ordered.returncode == 0, ordered.stdout + host.log()
+        check_chain(host.certbot_chain("a.example.com"), ca)
+
+
+@needs("nginx")
+@pytest.mark.parametrize(
+    ("name", "left_out", "address"),
+    [
+        ("localhost:{}", "        proxy_set_header X-Forwarded-Proto https;\n", "http://localhost:{}/acme/neworders"),
+        ("https://localhost:{}", "", "https://https://localhost:{}/acme/neworders"),
+    ],
+    ids=["no header", "scheme in server_name"],
+)
+def test_https_in_front_needs_both(name: str, left_out: str, address: str, ca: DemoCA, tmp_path: Path) -> None:
+    """What the page says of the header and of server_name: without either, the directory's addresses are of no use."""
+    port = free_port()
+    named = {"DEFAULT": {"debug": "False", "server_name": name.format(port)}}
+    section = {**BY_PATH, **ca.options()}
+    with Host(tmp_path, section, named) as host, Front(tmp_path / "nginx", host, ca, port, left_out) as front:
+        assert front.new_order() == address.format(port)
 
 
 # --- A container ----------------------------------------------------------------------------------------------------
@@ -165,14 +303,16 @@ def test_container_is_replaced_while_an_order_waits(ca: DemoCA, var_www: Path, t
 
     first = Container(var_www / "first", volume)
     without = first.run("check")
-    assert (without.returncode, "CMP_SECRET is not set" in without.stdout) == (1, True), without.stdout
+    assert without.returncode and "CMP_SECRET is not set" in without.stdout, without.stdout
     checked = first.run("check", "--connect", environment=secret)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     waiting = first.run("enroll", str(volume / "www.csr"), environment=secret)
     assert waiting.returncode == 3, waiting.stderr
     if os.geteuid() == 0:  # what happens to whoever forgets `-u www-data`
         as_root = first.run("check", environment=secret, as_root=True)
-        assert as_root.returncode == 1 and f"{volume}/cmp belongs to another user" in as_root.stdout
+        assert as_root.returncode and "acme_srv.cfg belongs to another user: run this as www-data" in as_root.stderr, (
+            as_root.stderr
+        )
     shutil.rmtree(first.home)
 
     second = Container(var_www / "second", volume)

@@ -15,8 +15,10 @@ from conftest import BINARIES
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = ROOT / "docs" / "options.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+# What the page quotes of openssl, whose words the handler knows by a pattern, and of acme2certifier.
+OF_OTHERS = {"could not read private key", "Certificate poll failed: None"}
 EXAMPLES = sorted((ROOT / "examples").glob("*.cfg"))
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Keys that the pages spell wrong on purpose, to show what the handler says to it.
 MISSPELT = {"cmp_secert", "cmp_trsted"}
@@ -68,30 +70,34 @@ def known(options: set[str]) -> set[str]:
         since = re.findall(r"(\d)\.(\d+)", cells[2]) if len(cells) >= 4 else []  # "3.4", "3.0 to 3.4"
         if since and tuple(map(int, since[-1])) > newest_version():
             newer.update(re.findall(r"`cmp_([\w-]+)`", cells[0]))
-    return options | newer | cmp_ca_handler.OUR_KEYS
+    return options | newer | cmp_ca_handler.OURS
 
 
-@pages
-def test_links(page: Path) -> None:
+def of_kind(kind: str) -> set[str]:
+    """The options of which the handler's table says so."""
+    return {key for key, option in cmp_ca_handler.OPTIONS.items() if option.kind == kind}
+
+
+def test_links() -> None:
     """A relative link leads to a file, its anchor to a heading."""
-    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
-    assert links or page.name == "CHANGELOG.md"
-    for link in links:
-        if re.match("https?:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = (page.parent / path).resolve() if path else page
-        assert target.exists(), link
-        if anchor:
-            assert anchor in anchors(target), link
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+        assert links or page.name == "CHANGELOG.md", page
+        for link in links:
+            if re.match("https?:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), (page, link)
+            assert not anchor or anchor in anchors(target), (page, link)
 
 
-@pages
-def test_keys(page: Path, known: set[str]) -> None:
+def test_keys(known: set[str]) -> None:
     """A key is ours, or an option of openssl."""
-    text = re.sub(r"\S*cmp_ca_handler\S*", "", page.read_text())
-    named = set(re.findall(r"(?<![\w/.-])cmp_[a-z][\w-]*", text)) - MISSPELT - NO_KEYS
-    assert {key for key in named if key[4:] not in known} == set()
+    for page in PAGES:
+        text = re.sub(r"\S*cmp_ca_handler\S*", "", page.read_text())
+        named = set(re.findall(r"(?<![\w/.-])cmp_[a-z][\w-]*", text)) - MISSPELT - NO_KEYS
+        assert {key for key in named if key[4:] not in known} == set(), page
 
 
 def test_every_option_has_its_row(options: set[str]) -> None:
@@ -105,8 +111,9 @@ def test_every_option_has_its_row(options: set[str]) -> None:
                 assert key not in verdicts, key
                 verdicts[key] = cells[3]
     assert options - set(verdicts) == set()
-    assert {key for key in options if verdicts[key].strip() == "set"} == options & cmp_ca_handler.RUNTIME_KEYS
-    assert {key for key in options if verdicts[key].strip() == "refused"} == options & cmp_ca_handler.FORBIDDEN_KEYS
+    assert {key for key in options if verdicts[key].strip() == "set"} == options & of_kind("run")
+    mock = set().union(*(cmp_ca_handler._binary(binary).mock_server for binary in BINARIES))
+    assert {key for key in options if verdicts[key].strip() == "refused"} == options & of_kind("other") | mock
 
 
 def test_since() -> None:
@@ -131,33 +138,45 @@ def test_protected_keys() -> None:
         prose(ROOT / "docs" / "configuration.md").partition("What no profile may set:")[2].partition("\nWhich ")[0]
     )
     listed = set(re.findall(r"`cmp_([\w-]+)`", section)) | {"ref_variable", "secret_variable"}
-    unsettable = cmp_ca_handler.RUNTIME_KEYS | cmp_ca_handler.FORBIDDEN_KEYS
-    assert listed == cmp_ca_handler.PROTECTED_KEYS - unsettable
+    fixed = {key for key, option in cmp_ca_handler.OPTIONS.items() if option.fixed}
+    assert listed == fixed - of_kind("run") - of_kind("other")
 
 
-def test_hints_and_troubleshooting_agree() -> None:
-    """Each hint has an entry: a heading with openssl's words, the hint as a quotation, lines with the words."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    entries = re.findall(r"^### (.+)\n\n> (.+)\n\n```text\n((?:.+\n)+)```\n", text, re.M)
-    documented = {"|".join(re.findall(r"`([^`]+)`", heading)): (hint, shown) for heading, hint, shown in entries}
-    assert {words: hint for words, (hint, _) in documented.items()} == dict(cmp_ca_handler.HINTS)
-    for words, (_, shown) in documented.items():
-        assert shown.count("\n") == len(words.split("|")), words
+def literal_words(pattern: str) -> list[str]:
+    """Of each alternative of a hint's pattern the words before anything special."""
+    alternatives = re.split(r"\|(?![^(]*\))", pattern.replace("(code=|http code )", "code="))
+    return [re.split(r"[(.\\]|\d", alternative)[0].strip() for alternative in alternatives]
 
 
-def test_troubleshooting_shows_its_headings() -> None:
-    """The words of a heading stand in the line below it; "..." is whatever differs."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    entries = re.findall(r"^### `([^`]+)`\n\n```text\n(.+)\n```", text, re.M)
-    assert len(entries) >= 20
-    for heading, line in entries:
-        assert all(part.strip() in line for part in heading.split("...")), heading
+def test_troubleshooting_has_every_hint() -> None:
+    """The words that a hint is for stand on the page, for whoever searches there."""
+    text = TROUBLESHOOTING.read_text(encoding="utf-8").lower()
+    hints = [line.split(" -> ")[0] for line in cmp_ca_handler.HINTS.strip().splitlines()]
+    assert len(hints) > 50
+    assert [words for hint in hints for words in literal_words(hint) if words.lower() not in text] == []
 
 
-@pages
-def test_named_tests_exist(page: Path) -> None:
-    """`test_x.py::test_y` is a test."""
-    for name, function in re.findall(r"((?:servers/)?test_\w+\.py)::(test_\w+)", page.read_text()):
+def test_troubleshooting_quotes_the_handler() -> None:
+    """The first column has the handler's own words, or those of other programs; "..." is whatever differs."""
+    source = (ROOT / "cmp_ca_handler.py").read_text(encoding="utf-8").lower()
+    page = prose(TROUBLESHOOTING).partition("## No line of the handler")[0]
+    quoted = {
+        words
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for words in re.findall(r"`([^`]+)`", line.split(" | ")[0])
+    }
+    assert len(quoted) > 80
+    parts = {part.strip() for words in quoted - OF_OTHERS for part in words.split("...")}
+    assert {part for part in parts if part.lower() not in source} == set()
+
+
+def test_named_tests_exist() -> None:
+    """`test_x.py` is a file of tests, `test_x.py::test_y` is a test."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert (ROOT / "tests" / name).exists(), name
+    for name, function in re.findall(r"((?:(?:clients|servers)/)?test_\w+\.py)::(test_\w+)", text):
         path = ROOT / "tests" / name
         assert path.exists(), name
         assert re.search(rf"^ *def {function}\(", path.read_text(), re.M), f"{name}::{function}"
@@ -174,7 +193,8 @@ def test_examples_have_keys_that_exist(example: Path, known: set[str]) -> None:
     assert keys <= known
 
 
-@pages
-def test_no_path_of_a_machine(page: Path) -> None:
+def test_no_path_of_a_machine() -> None:
     """Paths are neutral."""
-    assert not re.search(r"/(?:root|home|work|Users)/|/tmp/(?!request\.der|signer\.pem)\w", page.read_text())
+    for page in PAGES:
+        found = re.search(r"/(?:root|home|work|Users)/|/tmp/(?!request\.der|signer\.pem)\w", page.read_text())
+        assert not found, (page, found)

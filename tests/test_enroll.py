@@ -17,7 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem, wait_until
+from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem, every_binary, wait_until
 from demo_ca import DemoCA
 from shared import ISSUERS, enrolled, recorder, script
 from soak import children
@@ -29,7 +29,7 @@ def public_key(owner: x509.Certificate | x509.CertificateSigningRequest) -> byte
     return owner.public_key().public_bytes(encoding, form)
 
 
-@binaries
+@every_binary
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 def test_every_kind(
@@ -48,7 +48,7 @@ def test_every_kind(
     assert handlers.left() == []
 
 
-@binaries
+@every_binary
 def test_tls_without_a_client_certificate_is_no_warning(
     openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -62,15 +62,6 @@ def test_tls_server_that_is_not_trusted(make_ca: Callable[..., DemoCA], handlers
     error = handlers(ca.options(), tls_trusted=str(ca.directory / "stranger.pem")).enroll(as_host(csr_pem(["a.b"])))[0]
     assert error and "certificate verify failed" in error and ca.server in error
     assert (ca.messages, handlers.left()) == ([], [])
-
-
-def test_credentials_from_environment_variables(
-    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CMPV2_REF", ca.ref)
-    monkeypatch.setenv("CMPV2_SECRET", ca.secret)
-    handler = handlers(ca.options(), ref=None, secret=None, ref_variable="CMPV2_REF", secret_variable="CMPV2_SECRET")
-    assert len(enrolled(handler, csr_pem(["a.example"]))) == 3
 
 
 FORMS: dict[str, Callable[[str], str]] = {
@@ -88,17 +79,6 @@ def test_forms_of_a_csr(form: str, ca: DemoCA, handlers: Handlers) -> None:
     pem = csr_pem(["a.example"])
     certificate = enrolled(handlers(ca.options()), FORMS[form](pem))[0]
     assert public_key(certificate) == public_key(x509.load_pem_x509_csr(pem.encode()))
-
-
-@binaries
-@pytest.mark.parametrize("algorithm", ["rsa:2048", "ec:P-256", "ec:P-521", "ed25519", "ed448"])
-def test_key_types(algorithm: str, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
-    command = [OPENSSL, "req", "-new", "-nodes", "-subj", "/CN=a.example", "-keyout", str(tmp_path / "key.pem")]
-    name, _, curve = algorithm.partition(":")
-    command += ["-newkey", "ec", "-pkeyopt", f"ec_paramgen_curve:{curve}"] if name == "ec" else ["-newkey", algorithm]
-    pem = subprocess.run(command, check=True, capture_output=True).stdout
-    certificate = enrolled(handlers(ca.options(), openssl_bin=openssl), pem.decode())[0]
-    assert public_key(certificate) == public_key(x509.load_pem_x509_csr(pem))
 
 
 @pytest.mark.parametrize("command, exchanges", [("cr", ["cr", "certConf"]), ("p10cr", ["p10cr", "certConf"])])
@@ -183,9 +163,9 @@ def test_one_log_line_per_certificate(ca: DemoCA, handlers: Handlers, caplog: py
     messages = [r.getMessage() for r in caplog.records if r.name == "test" and r.levelno == logging.INFO]
     (line,) = [message for message in messages if "issued" in message]
     for word in (
-        "subject=CN=a.example",
+        'subject="CN=a.example"',
         f"serial={leaf.serial_number:x}",
-        "issuer=C=DE, O=Demo, CN=Demo Issuing CA",
+        'issuer="C=DE, O=Demo, CN=Demo Issuing CA"',
         "chain=3",
     ):
         assert word in line
@@ -319,6 +299,9 @@ def test_old_cmpossl(
     underscore = "_" if "2020" in request.node.name else ""
     assert f" -msg{underscore}timeout 4 " in call
     assert f" -total{underscore}timeout 10 " in call
+    assert "-san_nodefault" not in call  # with -sans it would only make a warning
+    enrolled(handler, csr_pem([], "Build server"))
+    call = [line for line in log.read_text().splitlines() if "-server" in line][-1]
     assert ("-san_nodefault" in call) == ("2020" in request.node.name)
 
 

@@ -30,7 +30,7 @@ CONFIGURATIONS = {
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], ["-secret env:", "cmp_secret: demo-secret", "INFO certificate issued: subject=CN=www.example.com"]),
+        ([], ["-secret env:", "cmp_secret: demo-secret", 'INFO certificate issued: subject="CN=www.example.com"']),
         (
             ["--pending"],
             ["no error, no certificate, rejected False", "approved: 1", "certConf", "the bundle: ['issued']"],

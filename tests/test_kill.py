@@ -136,13 +136,13 @@ def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:
         if name != identifier:
             path.mkdir()
             if name[0] != "2":  # killed before it could even lock it
-                (path / "lock").touch()
+                (path / "enrolling").touch()
                 (path / "csr.pem").touch()
         age(path, seconds)
     locking = (
         "import fcntl, sys\nfcntl.flock(file := open(sys.argv[1], 'rb+'), 2)\nprint(1, flush=True)\nsys.stdin.read()"
     )
-    command = [sys.executable, "-c", locking, str(handlers.work / ("f" * 32) / "lock")]
+    command = [sys.executable, "-c", locking, str(handlers.work / ("f" * 32) / "enrolling")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == "1\n"
@@ -154,12 +154,13 @@ def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:
 
 
 def test_sweep_of_an_enrolment_that_begins_to_wait(ca: DemoCA, handlers: Handlers) -> None:
-    """The sweep saw no `waiting`, then the enrolment began to wait and let go of its lock, then the sweep got it."""
+    """The sweep saw `enrolling`, then it was renamed to `waiting` and let go, then the sweep got its lock."""
     csr = csr_pem(["waiting.example"])
     handler = handlers(hold(ca).options(), **SHORT)
     identifier = begin(handler, csr)
     settings = cmp_ca_handler._settings(handler.section)
-    cmp_ca_handler._sweep_enrolment(settings, identifier, handler.logger)  # what comes after the first look
+    with pytest.raises(cmp_ca_handler.CMPError):  # what comes after the first look
+        cmp_ca_handler._sweep_killed(settings, identifier, "enrolling", handler.logger)
     ca.approve("all")
     check_issued(handler.poll("name", identifier, ""), csr)
 
@@ -175,20 +176,21 @@ def test_sweep_names_what_is_allowed_here_alone(
     age(handlers.work / identifier, 4000)
     monkeypatch.setattr(cmp_ca_handler, "_swept", {})
     begin(handlers(options, san_types="URI", **SHORT), csr_pem(["later.example"]))
-    (line,) = [record.getMessage() for record in caplog.records if "was killed" in record.getMessage()]
-    assert "URI:spiffe://a.example/x, CMP transaction " in line
+    (line,) = [record.getMessage() for record in caplog.records if "killed process" in record.getMessage()]
+    assert 'subject="URI:spiffe://a.example/x"' in line or "subject=URI:spiffe://a.example/x" in line
 
 
 def test_sweep_of_a_revocation(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing was issued in it, so nobody has to look for a certificate at the CA."""
     handler = handlers(ca.options())
     settings = cmp_ca_handler._settings(handler.section)
-    transaction = cmp_ca_handler._begin(settings, handler.logger)
+    transaction = cmp_ca_handler._begin(settings, "revoking", handler.logger)
     transaction.write("old.pem", "")
     cmp_ca_handler._unlock(transaction.lock)
-    cmp_ca_handler._sweep_enrolment(settings, transaction.identifier, handler.logger)
-    (line,) = [record.getMessage() for record in caplog.records if "was killed" in record.getMessage()]
-    assert line == f"deleted {transaction.path}, left by a revocation that was killed: revoke again"
+    cmp_ca_handler._sweep_killed(settings, transaction.identifier, "revoking", handler.logger)
+    (line,) = [record.getMessage() for record in caplog.records if "killed process" in record.getMessage()]
+    assert f"directory={transaction.path} " in line
+    assert line.endswith("the CA may have revoked or not: revoke again")
     assert handlers.left() == []
 
 

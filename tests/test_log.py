@@ -28,6 +28,15 @@ def lines(caplog: pytest.LogCaptureFixture, wanted: str) -> list[str]:
     return found
 
 
+def pairs(line: str) -> dict[str, str]:
+    """What stands behind the colon of a line: `key=value`, in quotes where it is more than one word."""
+    rest = line.partition(": ")[2]
+    pattern = r'(\w+)=(?:"((?:[^"\\]|\\.)*)"|([^\s"]+))(?: |$)'
+    found = {m[1]: re.sub(r"\\(.)", r"\1", m[2]) if m[3] is None else m[3] for m in re.finditer(pattern, rest)}
+    assert re.sub(pattern, "", rest) == ""
+    return found
+
+
 @pytest.fixture(autouse=True)
 def from_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "test")
@@ -40,21 +49,34 @@ def test_issued_and_revoked(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCa
     assert bundle and certificate
     leaf = bundle_certificates(bundle)[0]
     (line,) = lines(caplog, "certificate issued|" + alert())
-    found = re.search(r"subject=CN=a\.example serial=(\w+) .* notAfter=(\S+) .*transaction=(\w+) ", line)
-    assert found, line
-    assert found.group(1) == f"{leaf.serial_number:x}"
-    assert found.group(2) == f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
-    assert {message.transaction.lower() for message in ca.messages} == {found.group(3).lower()}
+    assert line.startswith("certificate issued: ")
+    found = pairs(line)
+    assert float(found.pop("seconds")) < 60
+    assert found.pop("transaction").lower() in {message.transaction.lower() for message in ca.messages}
+    assert found == {
+        "subject": "CN=a.example",
+        "serial": f"{leaf.serial_number:x}",
+        "issuer": "C=DE, O=Demo, CN=Demo Issuing CA",
+        "notAfter": f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
+        "chain": "3",
+        "server": ca.server,
+    }
     assert handler.revoke(certificate, "superseded") == (200, None, None)
-    assert len(lines(caplog, f"revoked at .*serial={leaf.serial_number:x}|" + alert())) == 1
+    (line,) = lines(caplog, "certificate revoked|" + alert())
+    assert line.startswith("certificate revoked: ")
+    kept = {key: found[key] for key in ("serial", "issuer", "server")}
+    assert pairs(line) == {**kept, "reason": "superseded"}
 
 
 def test_refused(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     ca.reject = "badCertTemplate"
     assert handlers(ca.options()).enroll(as_host(csr_pem(["a.example"])))[0]
     (line,) = lines(caplog, alert())
-    about = f"DNS:a\\.example, CMP transaction {ca.messages[0].transaction}"
-    assert re.search(f"^CMP enrolment of {about} failed: ", line, re.I)
+    assert line.startswith("CMP enrolment failed: ")
+    found = pairs(line)
+    assert found.pop("transaction").lower() == ca.messages[0].transaction.lower()
+    assert "rejected the request: badCertTemplate" in found.pop("error")
+    assert found == {"class": "refused", "subject": "DNS:a.example", "server": ca.server}
 
 
 def test_waiting(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
@@ -64,21 +86,29 @@ def test_waiting(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixtur
     handler = handlers(ca.options(), total_timeout="3", msg_timeout="3")
     identifier = handler.enroll(as_host(csr_pem([], "a.example")))[3]
     assert identifier
-    about = rf"\(CN=a\.example, CMP transaction {ca.messages[0].transaction}\)"
-    (line,) = lines(caplog, "waits for the CA|" + alert())
-    assert re.search(rf"^CMP enrolment {identifier} waits for the CA: .*{about}$", line, re.I)
+    about = {"id": identifier, "subject": "CN=a.example", "server": ca.server}
+    (line,) = lines(caplog, "CMP enrolment waits|" + alert())
+    assert line.startswith("CMP enrolment waits: ")
     assert not re.search(alert(), line)
+    found = pairs(line)
+    transaction = found.pop("transaction")
+    assert transaction.lower() == ca.messages[0].transaction.lower()
+    assert found == {**about, "reason": "the CA has not decided"}
     handler.poll("", identifier, "")
     assert lines(caplog, alert()) == []
     ca.refuse("all")
     handler.ask_always = True
     assert handler.poll("", identifier, "")[4]
     (line,) = lines(caplog, alert())
-    assert re.search(rf"^CMP poll of {identifier} {about}: ", line, re.I)
+    assert line.startswith("CMP poll failed: ")
+    found = pairs(line)
+    assert "rejected the request" in found.pop("error")
+    assert found == {"class": "refused", **about, "transaction": transaction}
 
 
 def test_configuration(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     """Before the CSR is read nobody knows the subject, but it is a failure all the same."""
     assert handlers(ca.options(), trsted="x").enroll(as_host(csr_pem(["a.example"])))[0]
     (line,) = lines(caplog, alert())
-    assert "did you mean cmp_trusted?" in line
+    assert line.startswith("CMP enrolment failed: class=configuration ")
+    assert "did you mean cmp_trusted?" in pairs(line)["error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import cmp_ca_handler
 from host import ROOT
 
 # In a process of its own, for it builds what lies in the working directory.
@@ -42,3 +44,12 @@ def test_source_archive_is_whole(built: Path) -> None:
     tree = [ROOT / name for name in ("cmp_ca_handler.py", "pyproject.toml", "README.md", "LICENSE", ".gitignore")]
     tree += [path for name in (".ci", "docs", "examples", "tests") for path in (ROOT / name).rglob("*")]
     assert names == {str(path.relative_to(ROOT)) for path in tree if path.is_file() and "__pycache__" not in path.parts}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    """In the handler, in pyproject.toml, and on top of the changes, with its date."""
+    version = cmp_ca_handler.__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    changes = (ROOT / "docs" / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d[\d.]+)\] - \d{4}-\d\d-\d\d$", changes, re.M)
+    assert released[0] == version

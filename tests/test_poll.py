@@ -165,7 +165,7 @@ def test_not_asked_before_its_time(ca: DemoCA, handlers: Handlers) -> None:
     before = tree(handlers.work)
     assert handler.poll("name", identifier, "") == (None, None, None, identifier, False)
     assert (requests(ca), tree(handlers.work)) == (asked, before)
-    for path in (handlers.work / identifier).glob("*.der"):
+    for path in (handlers.work / identifier).glob("[0-9]*.der"):
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 3601))
     check_issued(handler.poll("name", identifier, ""), csr)
 
@@ -396,41 +396,21 @@ def test_forged_rejection(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
 # --- Identifiers, locks, configuration, damage
 
 
-@pytest.mark.parametrize(
-    "identifier",
-    [
-        "",
-        None,
-        7,
-        "0" * 32,
-        "unknown",
-        ".",
-        "..",
-        "../x",
-        "/etc",
-        "a/b",
-        "a\0b",
-        "-rf",
-        "x" * 10_000,
-        "{}/",
-        "{}\n",
-        "{}/../{}",
-    ],
-    ids=lambda value: ascii(value)[:20],
-)
-def test_bad_identifier(identifier: Any, ca: DemoCA, handlers: Handlers) -> None:
+BAD_IDENTIFIERS: list[Any] = ["", None, 7, "0" * 32, "unknown", ".", "..", "../x", "/etc", "a/b", "a\0b", "-rf"]
+BAD_IDENTIFIERS += ["x" * 10_000, "{}/", "{}\n", "{}/../{}"]  # {}: one that is good
+
+
+def test_bad_identifier(ca: DemoCA, handlers: Handlers) -> None:
+    """What is no order of this directory is an error, on one line, and nothing is changed."""
     handler = handlers(hold(ca).options(), **SHORT)
     good = begin(handler, csr_pem(["a.example"]))
-    if isinstance(identifier, str):
-        identifier = identifier.replace("{}", good)
     before = tree(handlers.directory)
-    error, bundle, certificate, same, rejected = handler.poll("name", identifier, "")
-    assert error
-    assert "internal" not in error
-    assert len(error) < 400
-    assert "\n" not in error
-    assert (bundle, certificate, same, rejected) == (None, None, identifier, False)
-    assert tree(handlers.directory) == before
+    for bad in BAD_IDENTIFIERS:
+        identifier = bad.replace("{}", good) if isinstance(bad, str) else bad
+        error, bundle, certificate, same, rejected = handler.poll("name", identifier, "")
+        assert error and "internal" not in error and "\n" not in error and len(error) < 400, ascii(bad)
+        assert (bundle, certificate, same, rejected) == (None, None, identifier, False)
+        assert tree(handlers.directory) == before, ascii(bad)
 
 
 def test_one_poll_at_a_time(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
@@ -455,8 +435,7 @@ def test_one_poll_at_a_time(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> Non
             assert entered.wait(30)
             before = tree(handlers.work)
             for result in (list(handler.poll("name", identifier, "")), poll_elsewhere(identifier)):
-                assert "in progress" in str(result[0])
-                assert result[1:] == [None, None, identifier, False]
+                assert result == [None, None, None, identifier, False]
             assert tree(handlers.work) == before
         finally:
             release.set()
@@ -530,7 +509,8 @@ sys.stdin.read()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "locked\n"
-        assert "in progress" in str(handler.poll("name", identifier, "")[0])
+        assert handler.poll("name", identifier, "") == (None, None, None, identifier, False)
+        assert handler.failure == "busy"
         process.kill()
     check_issued(handler.poll("name", identifier, ""), csr)
     assert handlers.left() == []

@@ -38,6 +38,7 @@ from shared import (
     in_csr,
     name_der,
     oid,
+    save_request,
     wire,
 )
 
@@ -61,6 +62,7 @@ def csr_der(subject: bytes, extensions: list[bytes]) -> bytes:
 
 ALL_NAMES = x509.SubjectAlternativeName(
     [
+        x509.DNSName("a.example"),
         x509.DNSName("*.a.example"),
         x509.IPAddress(ip_address("192.0.2.1")),
         x509.IPAddress(ip_address("2001:db8::1")),
@@ -95,9 +97,13 @@ def test_request_equals_csr(extensions: str, openssl: str, wire: Wire) -> None:
     assert len([extension for extension in asked.extensions if SAN in extension]) == 1
 
 
-def test_no_names_of_the_registration_authority(wire: Wire) -> None:
-    der = csr_der(name_der([[("2.5.4.3", UTF8, "a.example")]]), [])
-    assert wire(wire.handler(), base64url(der)).extensions == []
+@binaries
+@pytest.mark.parametrize("subject, expected", [("Build server", []), ("a.example", ["a.example"])])
+def test_no_names_of_the_registration_authority(subject: str, expected: list[str], openssl: str, wire: Wire) -> None:
+    """Only the CN, where it is a host's: clients look at subjectAltNames alone."""
+    der = csr_der(name_der([[(CN, UTF8, subject)]]), [])
+    names = [extension_der(x509.SubjectAlternativeName([x509.DNSName(name)])) for name in expected]
+    assert wire(wire.handler(openssl_bin=openssl), base64url(der)).extensions == names
 
 
 # --- Subjects -------------------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ SUBJECTS: dict[str, Subject] = {
     "repeated": [[(OU, UTF8, "a")], [(OU, UTF8, "a")]],
     "type without a name": [[(UNNAMED, UTF8, "x")], [(CN, UTF8, "a")]],
     "PrintableString": [[(CN, PRINTABLE, "a.example")]],
-    "TeletexString": [[(CN, TELETEX, "M\xfcller")]],
+    "TeletexString": [[(O, TELETEX, "M\xfcller")]],
     "BMPString": [[(CN, BMP, "Müller")]],
     "UniversalString": [[(CN, UNIVERSAL, "Müller")]],
     "64 characters": [[(CN, UTF8, "x" * 64)]],
@@ -145,9 +151,9 @@ def test_subject_byte_for_byte(subject: str, openssl: str, wire: Wire) -> None:
 
 
 def has_one_name(subject: Subject) -> bool:
-    """A second CN is refused, and so is one with a NUL."""
+    """A second CN is refused, and so is one with a NUL, or one that may be a host's."""
     names = [text for rdn in subject for kind, _, text in rdn if kind == CN]
-    return len(names) < 2 and not any("\0" in name for name in names)
+    return len(names) < 2 and not any(set(name) & set("\0.:\u3002\uff0e\uff61") for name in names)
 
 
 subjects = st.lists(st.lists(attributes(), min_size=1, max_size=3), min_size=1, max_size=4).filter(has_one_name)
@@ -168,23 +174,24 @@ LONG = "x" * 60 + ".example"
 
 @binaries
 @pytest.mark.parametrize(
-    "names, configured, expected",
+    "names, configured, expected",  # without a subject the names have to be critical (RFC 5280, 4.2.1.6)
     [
         (["a.example", "b.example"], None, [[(CN, UTF8, "a.example")]]),
         (["*.a.example"], None, [[(CN, UTF8, "*.a.example")]]),
         ([LONG], None, []),
-        ([], None, []),
+        ([], None, [[(CN, UTF8, "192.0.2.1")]]),
         (["a.example"], "/", []),
         (["a.example"], "C=DE, CN=fixed", [[(C, PRINTABLE, "DE")], [(CN, UTF8, "fixed")]]),
         (["a.example"], "/C=DE/CN=a\\/b", [[(C, PRINTABLE, "DE")], [(CN, UTF8, "a/b")]]),
     ],
-    ids=["first name", "wildcard", "too long", "no DNS name", "none wanted", "configured", "slash form"],
+    ids=["first name", "wildcard", "too long", "address", "none wanted", "configured", "slash form"],
 )
 def test_empty_subject(names: list[str], configured: str | None, expected: Subject, openssl: str, wire: Wire) -> None:
     extension = x509.SubjectAlternativeName([x509.DNSName(n) for n in names]) if names else IP_ONLY
     der = csr_der(name_der([]), [extension_der(extension)])
     asked = wire(wire.handler(openssl_bin=openssl, subject=configured), base64url(der))
-    assert asked == in_csr(der)._replace(subject=name_der(expected))
+    critical = [] if expected else [extension_der(extension, critical=True)]
+    assert asked == in_csr(der)._replace(subject=name_der(expected), extensions=critical or in_csr(der).extensions)
 
 
 def test_configured_subject_is_for_empty_ones_only(wire: Wire) -> None:
@@ -192,17 +199,11 @@ def test_configured_subject_is_for_empty_ones_only(wire: Wire) -> None:
     assert wire(wire.handler(subject="CN=fixed"), base64url(der)) == in_csr(der)
 
 
-@pytest.mark.parametrize(
-    "configured, expected",
-    [
-        ("C=DE, O=Demo\\, Inc., CN=a/b", [[(C, PRINTABLE, "DE")], [(O, UTF8, "Demo, Inc.")], [(CN, UTF8, "a/b")]]),
-        ("CN=Müller\\+x", [[(CN, UTF8, "Müller+x")]]),
-        ("/C=DE/CN=x", [[(C, PRINTABLE, "DE")], [(CN, UTF8, "x")]]),
-    ],
-)
-def test_recipient_on_the_wire(configured: str, expected: Subject, wire: Wire) -> None:
-    wire(wire.handler(recipient=configured), csr_pem(["a.example"]))
+def test_recipient_on_the_wire(wire: Wire) -> None:
+    """A country is a PrintableString, everything else a UTF8String; test_names.py has every way of writing a name."""
+    wire(wire.handler(recipient="C=DE, O=Demo\\, Inc., CN=a/b"), csr_pem(["a.example"]))
     recipient = read_der(wire.saved.read_bytes()).parts()[0].parts()[2]
+    expected = [[(C, PRINTABLE, "DE")], [(O, UTF8, "Demo, Inc.")], [(CN, UTF8, "a/b")]]
     assert read_der(recipient.content).whole == name_der(expected)
 
 
@@ -232,6 +233,7 @@ def test_broken_signature_never_reaches_the_ca(
 
 def test_p10cr_sends_the_csr_itself(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     pem = csr_pem(["a.example"], "a/b+c")
-    assert handlers(ca.options(), cmd="p10cr", reqout=str(tmp_path / "p10cr.der")).enroll(pem)[0] is None
+    save_request(ca, tmp_path / "p10cr.der")
+    assert handlers(ca.options(), cmd="p10cr").enroll(pem)[0] is None
     body = read_der((tmp_path / "p10cr.der").read_bytes()).parts()[1]
     assert base64url(read_der(body.content).whole) == as_host(pem)

@@ -1,4 +1,4 @@
-"""`python3 tests` on a machine that lacks something: it says all of it at once, and makes nothing."""
+"""`python3 tests` and `.ci/run` say what the machine lacks, all of it at once, and how the tests went."""
 
 from __future__ import annotations
 
@@ -63,3 +63,63 @@ def test_needs(ci: str, skipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mark.kwargs["reason"] == "lego not found (on Debian: apt-get install lego)"
     with pytest.raises(AssertionError, match=r"packages\.txt"):
         needs("no-such-program")
+
+
+# A python3 that runs no tests. Each line of `failing` lets one call of them fail: it is pytest's record of what failed.
+PYTHON = f"""\
+#!/bin/sh
+[ "$1" = tests ] || exec '{sys.executable}' "$@"
+[ "$2" = --lint ] && exit
+read -r failed <../failing || exit 0
+sed -i 1d ../failing
+mkdir -p .cache/pytest/v/cache
+echo "$failed" >.cache/pytest/v/cache/lastfailed
+exit 1
+"""
+
+
+@pytest.fixture
+def ci(tree: Path) -> Path:
+    """A tree whose .ci/run finds every program; none of them is real but python3, for what is no test."""
+    (tree / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tree / ".ci")
+    (tree / "tests" / "packages.txt").write_text("")
+    (tree / "tests" / "windows.py").write_text("def missing():\n    return {}\n")
+    for name in ("openssl", "javac", "mvn"):
+        (tree.parent / "bin" / name).symlink_to("/bin/true")
+    (tree.parent / "bin" / "python3").write_text(PYTHON)
+    (tree.parent / "bin" / "python3").chmod(0o755)
+    return tree
+
+
+def run_ci(ci: Path, *failing: str) -> subprocess.CompletedProcess[str]:
+    (ci.parent / "failing").write_text("".join(f"{line}\n" for line in failing))
+    environment = {**os.environ, "PATH": os.pathsep.join([str(ci.parent / "bin"), os.environ["PATH"]])}
+    return subprocess.run([ci / ".ci" / "run"], env=environment, capture_output=True, text=True)
+
+
+ONE, TWO = (
+    '{"tests/test_a.py::test_x[a b]": true}',
+    '{"tests/test_a.py::test_x": true, "tests/test_b.py::test_y": true}',
+)
+
+
+@pytest.mark.parametrize(
+    ("failing", "count", "outcome"),
+    [([], 0, "passed"), ([ONE], 1, "passed"), ([TWO], 2, "passed"), ([TWO, ONE], 0, "failed")],
+    ids=["none", "one", "two", "one that fails twice"],
+)
+def test_ci_counts_what_passed_only_at_the_second_try(failing: list[str], count: int, outcome: str, ci: Path) -> None:
+    """Its last line but one, after the names; also where the run has failed."""
+    done = run_ci(ci, *failing)
+    *names, counted, last = done.stdout.splitlines()
+    assert (counted, last) == (f".ci/run: passed only at the second try: {count}", f".ci/run: {outcome}")
+    assert (done.returncode == 0) == (outcome == "passed")
+    assert [name for name in names if "test_x" in name or "test_y" in name] == names and len(names) == count
+
+
+def test_ci_and_a_broken_windows_module(ci: Path) -> None:
+    """What cannot say what it needs ends the run before the first test."""
+    (ci / "tests" / "windows.py").write_text("syntax error\n")
+    done = run_ci(ci)
+    assert done.returncode != 0 and "SyntaxError" in done.stderr

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import openssl_versions
-from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, needs
+from conftest import BINARIES, OPENSSL, Handlers, as_host, csr_pem, needs
 from demo_ca import DemoCA
 from shared import Desk
 
@@ -202,21 +202,6 @@ def test_provider_says_why(
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
-
-
-@binaries
-def test_pkcs12(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file for certificate, key and chain, and one pass phrase."""
-    monkeypatch.setenv("RA_PASS", "hush-hush")
-    section = ca.options("certificate")
-    command = [OPENSSL, "pkcs12", "-export", "-in", section["cmp_cert"], "-inkey", section["cmp_key"]]
-    command += ["-certfile", str(ca.directory / "sub.pem"), "-passout", "env:RA_PASS", "-out", str(tmp_path / "ra.p12")]
-    subprocess.run(command, check=True, capture_output=True)
-    file = str(tmp_path / "ra.p12")
-    assert issued(handlers, section, openssl_bin=openssl, cert=file, key=file, keypass="env:RA_PASS") == ""
-    monkeypatch.setenv("RA_PASS", "wrong")
-    error = issued(handlers, section, openssl_bin=openssl, cert=file, key=file, keypass="env:RA_PASS")
-    assert error and "hush" not in error
 
 
 def test_credentials_of_systemd(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:

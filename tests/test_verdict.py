@@ -11,8 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 import cmp_ca_handler
-import demo_ca
-from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem
+from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, every_binary
 from demo_ca import DemoCA, read_der, write_der
 from proxy import (
     FORGED,
@@ -45,7 +44,7 @@ def with_protection(answer: bytes, body: bytes) -> bytes:
     return write_der(0x30, header + body + protection)
 
 
-@binaries
+@every_binary
 @pytest.mark.parametrize("text", ["\nCMP error: ", "\n"])
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 def test_text_that_swallows_lines(
@@ -64,7 +63,7 @@ def test_text_that_swallows_lines(
     assert handlers.left() == [identifier]
 
 
-@binaries
+@every_binary
 @pytest.mark.parametrize("attack", ["unprotected", "wrong MAC", "unknown signer", "ordinary certificate"])
 def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """Whatever is configured, and however little openssl says, only an authentic refusal ends an order that waits."""
@@ -108,8 +107,8 @@ def test_still_waiting_says_somebody_else(how: str, ca: DemoCA, handlers: Handle
     directory = handlers.work / identifier
 
     def forge_answer(_: Forward) -> bytes:
-        recorded = cmp_ca_handler._response(str(max(directory.glob("*.der"))))
-        request = cmp_ca_handler._response(str(max(directory.glob("*.req"))))
+        recorded = cmp_ca_handler._saved_message(str(max(directory.glob("[0-9]*.der"))))
+        request = cmp_ca_handler._saved_message(str(max(directory.glob("*.req"))))
         assert recorded and request
         forged = answers[0].replace(recorded.nonces[1], request.nonces[0])
         assert forged != answers[0]
@@ -124,28 +123,21 @@ def test_still_waiting_says_somebody_else(how: str, ca: DemoCA, handlers: Handle
 
 
 @binaries
-@pytest.mark.parametrize("attack", ["unprotected", "wrong MAC", "unknown signer"])
-def test_already_revoked_says_somebody_else(
-    attack: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
-) -> None:
+def test_already_revoked_says_somebody_else(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """acme2certifier would take the certificate for revoked."""
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, unprotected_errors="True")
     certificate = str(handler.enroll(as_host(csr_pem(["a.example"])))[2])
     info = REJECTED + bytes.fromhex("0303050020")  # certRevoked
     body = nested(info, 0xAC, 0x30, 0x30, 0x30)  # rp
-    forgers: dict[str, Callable[[bytes], bytes]] = {
-        "unprotected": lambda answer: with_body(answer, body),
-        "wrong MAC": lambda answer: with_protection(answer, body),
-        "unknown signer": lambda answer: signed(answer, body, KEY, [stranger("x", sender_of(ca, "secret"))]),
-    }
-    proxy.spoil = lambda _, forward: forgers[attack](forward())
+    chain = [stranger("x", sender_of(ca, "secret"))]  # unprotected, or with a wrong MAC: test_revocation
+    proxy.spoil = lambda _, forward: signed(forward(), body, KEY, chain)
     code, message, detail = handler.revoke(certificate, "superseded")
     assert (code, message) == (500, "urn:ietf:params:acme:error:serverInternal")
     assert "an unverified answer says: certRevoked" in str(detail)
 
 
-def answer(body: int, status: int | None = None, certificate: bytes = b"") -> cmp_ca_handler.Response:
-    return cmp_ca_handler.Response("001.der", body, status=status, certificate=certificate)
+def answer(body: int, status: int | None = None, certificate: bytes = b"") -> cmp_ca_handler.Message:
+    return cmp_ca_handler.Message("001.der", body, status=status, certificate=certificate)
 
 
 WAITS, ERROR_WAITS, GRANTS, REFUSES = answer(1, 3), answer(23, 3), answer(1, 0, b"certificate"), answer(1, 2)
@@ -170,14 +162,15 @@ POLL_REP, PKI_CONF = answer(26), answer(19)
         ([REFUSES], 0),
     ],
 )
-def test_order_of_answers(answers: list[cmp_ca_handler.Response], usable: int) -> None:
+def test_order_of_answers(answers: list[cmp_ca_handler.Message], usable: int) -> None:
     """What comes out of turn is not the CA's answer to what was asked, so it is not replayed."""
     assert cmp_ca_handler._usable(answers) == answers[:usable]
 
 
 def test_run_that_proves_nothing() -> None:
     """Where openssl did not end by itself, or not all it said is here, the line that matters may be missing."""
-    run = cmp_ca_handler.Run(1, f"CMP error: {FORGED}\n")
+    text = f"CMP error: {FORGED}\n"
+    run = cmp_ca_handler.Run(1, text, cmp_ca_handler._lines(text))
     assert run.only(cmp_ca_handler.AFTER_ACCEPTANCE)
     for change in ({"code": None}, {"code": -9}, {"code": cmp_ca_handler.LOST}, {"cut": True}, {"asleep": True}):
         assert not run._replace(**change).only(cmp_ca_handler.AFTER_ACCEPTANCE), change
@@ -295,38 +288,6 @@ def test_waiting_with(changes: dict[str, str], openssl: str, ca: DemoCA, handler
     assert handlers.left() == []
 
 
-@binaries
-def test_reqout_of_the_administrator(
-    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
-) -> None:
-    """It is served, and nothing else is lost by it: a CA without a pause, and one that is away for a while."""
-    ca.hold, ca.check_after = True, 0
-    saved = tmp_path / "request.der"
-    csr = csr_pem(["a.example"])
-    changes = {"openssl_bin": openssl, "reqout": str(saved), **SHORT}
-    handler = handlers({**ca.options(), "cmp_server": proxy.server}, **changes)
-    identifier = begin(handler, csr)
-    assert demo_ca.read_envelope(saved.read_bytes()).name == "ir"
-    for _ in range(2):
-        assert handler.poll("name", identifier, "") == (None, None, None, identifier, False)
-        assert demo_ca.read_envelope(saved.read_bytes()).name == "pollReq"
-    proxy.spoil = lambda _, forward: None
-    assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
-    proxy.spoil = lambda _, forward: forward()
-    ca.approve("all")
-    check_issued(handler.poll("name", identifier, ""), csr)
-    assert requests(ca)["ir"] == 1
-
-
-def test_reqout_names_more_files_than_requests(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
-    """A file for a request that was never made is not made either."""
-    paths = [tmp_path / name for name in ("ir", "certConf", "never")]
-    handler = handlers(ca.options(), reqout=",".join(map(str, paths)))
-    check_issued((*handler.enroll(csr := csr_pem(["a.example"])), False), csr)
-    assert [demo_ca.read_envelope(path.read_bytes()).name for path in paths[:2]] == ["ir", "certConf"]
-    assert not paths[2].exists()
-
-
 def test_an_openssl_that_saves_requests_and_no_answers(
     ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
 ) -> None:
@@ -349,7 +310,7 @@ def test_an_openssl_that_saves_requests_and_no_answers(
     assert requests(ca) == {"ir": 1, "pollReq": 1, "certConf": 1}
 
 
-@binaries
+@every_binary
 def test_waiting_with_more_than_the_status(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """CertResponse may end with rspInfo, an OCTET STRING where the certificate would be (RFC 4210, 5.3.4)."""
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
@@ -375,7 +336,7 @@ def test_confirmation_with_a_hash_algorithm() -> None:
             assert cmp_ca_handler._body(cmp_ca_handler.CERTCONF, content)["status"] == status
 
 
-@binaries
+@every_binary
 def test_a_recorded_first_answer(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """OpenSSL 3.5 takes it: the next poll goes on from what was there before."""
     answers: list[bytes] = []
@@ -403,7 +364,7 @@ def test_secret_that_is_wrong_for_a_while(openssl: str, ca: DemoCA, handlers: Ha
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), openssl_bin=openssl, **SHORT)
     identifier = begin(handler, csr)
-    newest = max((handlers.work / identifier).glob("*.der"))
+    newest = max((handlers.work / identifier).glob("[0-9]*.der"))
     newest.rename(newest.with_suffix(".new"))  # as a process leaves it that is killed in this moment
     error, *rest = handlers(ca.options(), openssl_bin=openssl, secret="wrong", **SHORT).poll("name", identifier, "")
     assert error
@@ -417,7 +378,7 @@ def test_the_thousandth_answer(ca: DemoCA, handlers: Handlers) -> None:
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), **SHORT)
     identifier = begin(handler, csr)
-    newest = max((handlers.work / identifier).glob("*.der"))
+    newest = max((handlers.work / identifier).glob("[0-9]*.der"))
     old = newest.with_name("999.der")
     newest.rename(old)
     content = old.read_bytes()
@@ -549,7 +510,7 @@ def test_a_flood(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, cap
         "pollReq", lambda forward: saying(forward(), nested(bytes.fromhex("02010002020e10") + text, 0xBA, 0x30, 0x30))
     )
     assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
-    newest = max((handlers.work / identifier).glob("*.der"))
+    newest = max((handlers.work / identifier).glob("[0-9]*.der"))
     chain = [stranger(lines, sender_of(ca, "secret"))]
     proxy.spoil_next("pollReq", lambda _: signed(newest.read_bytes(), error_body("x"), KEY, chain))
     assert handler.poll("name", identifier, "")[1:] == (None, None, identifier, False)
@@ -584,7 +545,7 @@ def test_revocation(how: str, code: int, openssl: str, ca: DemoCA, handlers: Han
     assert handlers.left() == []
 
 
-@binaries
+@every_binary
 def test_a_first_answer_to_another_request(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """A recorded ip with a certificate for the same key, as a renewal has it: it is no part of this order."""
     csr = csr_pem(["a.example"])

@@ -392,15 +392,16 @@ class Xipki(JavaServer):
             "cmp_recipient": "C=DE, O=Acme, CN=XiPKI CMP Signer",
             "cmp_digest": "sha256",
             "cmp_mac": "hmacWithSHA256",
+            "cmp_trusted": str(self.trusted),  # XiPKI signs its answers, to a shared secret too
+            "cmp_expect_sender": "C=DE, O=Acme, CN=XiPKI CMP Signer",
             **PATIENCE,
         }
         if authentication == "secret":
-            options.update(cmp_ref=self.ref, cmp_secret=self.secret, cmp_untrusted=str(self.trusted))
+            options.update(cmp_ref=self.ref, cmp_secret=self.secret)
         else:
             del options["cmp_mac"]
             name = f"{self.directory}/{authentication}"
-            options.update(cmp_cert=f"{name}.pem", cmp_key=f"{name}.key", cmp_trusted=str(self.trusted))
-            options["cmp_expect_sender"] = options["cmp_recipient"]
+            options.update(cmp_cert=f"{name}.pem", cmp_key=f"{name}.key")
         return options
 
     def upstream(self) -> Upstream:

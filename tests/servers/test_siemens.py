@@ -12,6 +12,7 @@ from cryptography import x509
 import cmp_ca_handler
 from conftest import Handlers, as_host, binaries, csr_pem
 from demo_ca import DemoCA
+from other_cas import ModifyingCA
 from servers.javaservers import SiemensRa, demo_upstream
 from servers.scenarios import REASONS, checked, csr_of_kind, enrol_many, enrolled, leaf_for_host, refused, version
 
@@ -21,7 +22,7 @@ SHORT = {"msg_timeout": "6", "total_timeout": "6"}  # for an order that waits: o
 
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoCA]:
-    with DemoCA(tmp_path_factory.mktemp("demo") / "ca") as running:
+    with ModifyingCA(tmp_path_factory.mktemp("demo") / "ca") as running:
         yield running
 
 
@@ -177,7 +178,7 @@ def test_revocation(openssl: str, ca: DemoCA, ra: SiemensRa, root: Path, handler
         chain = enrolled(handler, csr_pem(["www.example.com"]), root)
         code, kind, detail = handler.revoke(leaf_for_host(chain), reason)
         if reason in ("privilegeWithdrawn", "aACompromise"):
-            # The demo CA grants these with modifications, and the RA takes only "accepted" for a yes.
+            # This CA grants these with modifications, and the RA takes only "accepted" for a yes.
             assert (code, kind) == (500, "urn:ietf:params:acme:error:serverInternal") and detail
         else:
             assert (code, kind, detail) == (200, None, None)

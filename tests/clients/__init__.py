@@ -1,0 +1,1 @@
+"""Tests with the ACME clients of the package registries: `python3 tests --clients`."""
