@@ -1820,14 +1820,23 @@ keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public ke
 def _check_value(option: str, value: str) -> None:
     """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
     kind = _option(option).kind
-    for words, text in (line.split(" -> ") for line in VALUE_FAULTS.replace("\n    ", " ").strip().splitlines()):
-        names, regex = words.split(" ", 1)
-        if bool({kind, option} & {*names.strip("!").split("/")}) != names.startswith("!"):
-            found = re.search(regex, value, re.S | re.A)
+    for names, others, fault, text in _value_faults():
+        if (kind in names or option in names) != others:
+            found = fault.search(value)
             _check_none((found, _one_line(found.expand(text)) if found else ""))
     if kind in ("file", "files", "key"):
         for name in _file_list(option, _utf8(value)):
             _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
+
+
+@functools.lru_cache(maxsize=1)
+def _value_faults() -> list[tuple[set[str], bool, re.Pattern[str], str]]:
+    """The rows of VALUE_FAULTS: kinds and options, whether all others are meant, expression, text."""
+    rows = []
+    for line in VALUE_FAULTS.replace("\n    ", " ").strip().splitlines():
+        (names, fault), text = line.split(" -> ")[0].split(" ", 1), line.split(" -> ")[1]
+        rows.append((set(names.strip("!").split("/")), names[0] == "!", re.compile(fault, re.S | re.A), text))
+    return rows
 
 
 PKCS7 = "PKCS #7 (convert it: openssl pkcs7 -print_certs)"
