@@ -1930,7 +1930,7 @@ def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _unescaped(kind: str, text: str) -> str:
-    """The value of an attribute without the escapes of RFC 4514: `\\,` and `\\C3\\BC`. Raises CMPError."""
+    r"""The value of an attribute without the escapes of RFC 4514: `\,` and `\C3\BC`. Raises CMPError."""
     value = text.encode("utf-8", "surrogateescape")
     _check_none((b"\\" in ESCAPE.sub(b"", value), f"{kind}: write two backslashes for one in its value"))
     try:
