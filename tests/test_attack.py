@@ -256,7 +256,9 @@ def test_parent_directory_of_others(
     assert ca.messages == []
 
 
-def test_warnings(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_the_log_are_those_of_check(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the log and in `check`."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     handlers(ca.options(), expect_sender=None, **SHORT)

@@ -63,7 +63,7 @@ def test_a_ca_that_sends_none(openssl: str, ca: DemoCA, handlers: Handlers) -> N
     assert err == f"error: CMP server {ca.server} sends no certificates: ask the CA's operator\n"
 
 
-def test_wrong_secret(ca: DemoCA, handlers: Handlers) -> None:
+def test_cacerts_with_a_wrong_secret(ca: DemoCA, handlers: Handlers) -> None:
     code, out, err = cacerts(handlers, ca.options(), secret="another")
     assert (code, out) == (4, "")
     assert "check cmp_ref and cmp_secret" in err

@@ -297,10 +297,10 @@ SOURCES = ("untrusted", "trusted", "capubs", "extra")
 
 
 @pytest.mark.parametrize(
-    ("false", "real", "order"),
+    ("false", "real"),
     [
-        *((source, source, order) for source in SOURCES for order in (1, -1)),
-        *(("untrusted", "extra", 1), ("untrusted", "capubs", 1), ("capubs", "extra", 1), ("extra", "capubs", 1)),
+        *((source, source) for source in SOURCES),
+        *(("untrusted", "extra"), ("untrusted", "capubs"), ("capubs", "extra"), ("extra", "capubs")),
     ],
 )
 @pytest.mark.parametrize("scene", SCENES)
@@ -308,27 +308,27 @@ def test_choice(
     scene: str,
     false: str,
     real: str,
-    order: int,
     serve: Callable[..., Mock],
     handlers: Handlers,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The right ones in one source, the wrong ones in another, or in the same."""
+    """The right ones in one source, the wrong ones in another, or in the same, in either order."""
     leaf, good, bad = SCENES[scene]
     sources: dict[str, list[str]] = {source: [] for source in SOURCES}
     sources[real] += good
     sources[false] += bad
-    files = {}
-    for name, certificates in sources.items():
-        if certificates and name in ("untrusted", "trusted"):
-            (tmp_path / f"{name}.pem").write_text("".join(certificates[::order]))
-            files[name] = str(tmp_path / f"{name}.pem")
-    server = serve(leaf, sources["extra"][::order], sources["capubs"][::order])
-    error, bundle, _, _ = handlers(server.options(), **files).enroll(csr_pem([], "leaf", key=LEAF.key))
-    assert error is None
-    assert pem([bundle or ""]) == pem([leaf, *good])
-    assert verify(bundle, good[-1], OPENSSL, tmp_path) == ""
+    for order in (1, -1) if false == real else (1,):
+        files = {}
+        for name, certificates in sources.items():
+            if certificates and name in ("untrusted", "trusted"):
+                (tmp_path / f"{name}.pem").write_text("".join(certificates[::order]))
+                files[name] = str(tmp_path / f"{name}.pem")
+        server = serve(leaf, sources["extra"][::order], sources["capubs"][::order])
+        error, bundle, _, _ = handlers(server.options(), **files).enroll(csr_pem([], "leaf", key=LEAF.key))
+        assert error is None, order
+        assert pem([bundle or ""]) == pem([leaf, *good]), order
+        assert verify(bundle, good[-1], OPENSSL, tmp_path) == "", order
     assert [w for w in warnings(caplog) if "passed over a false" not in w] == []
     assert handlers.left() == []
 
@@ -586,7 +586,7 @@ DEEP = authority("deep ca", b"deep")
     ],
     ids=["no issuer", "two missing", "no root", "expired", "another root", "another issuer", "another identifier"],
 )
-def test_warning(
+def test_warning_about_the_end_of_a_chain(
     leaf: str,
     extra: list[str],
     configured: list[str],

@@ -133,7 +133,7 @@ def test_subject_that_is_configured_otherwise_since(
 
 
 @binaries
-def test_refused(
+def test_changed_names_are_refused_on_request(
     openssl: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     alter(monkeypatch, SAN + "DNS:a.tld,DNS:evil.example.org")

@@ -138,7 +138,7 @@ def test_from_a_working_command_line_to_a_certificate(ca: DemoCA, desk: Desk) ->
     assert os.listdir(desk.directory / "work") == []
 
 
-def test_waiting(ca: DemoCA, desk: Desk) -> None:
+def test_order_that_waits_on_the_command_line(ca: DemoCA, desk: Desk) -> None:
     ca.hold = True
     desk.configure(ca.options(), total_timeout="5")
     (desk.directory / "www.csr").write_text(csr_pem(["www.example"]))

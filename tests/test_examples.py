@@ -77,7 +77,7 @@ def test_demo_for_a_reader_who_has_seen_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_configuration(
+def test_example_configuration_enrols(
     name: str,
     make_ca: Callable[..., DemoCA],
     tmp_path: Path,

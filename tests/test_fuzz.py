@@ -531,7 +531,7 @@ def usable(changes: dict[str, str | None]) -> dict[str, str | None]:
     return result
 
 
-def test_configuration(fresh: Arena) -> None:
+def test_any_configuration(fresh: Arena) -> None:
     """Whatever stands in the [CAhandler] section."""
 
     @cases(150, 0.25)
@@ -683,7 +683,7 @@ REVOKED |= st.builds(lambda der, changes: as_base64url(changed(der, changes)), C
 REVOKED |= st.sampled_from(CSRS) | st.text(max_size=30)
 
 
-def test_revocation(fresh: Arena) -> None:
+def test_any_revocation(fresh: Arena) -> None:
     """Whatever a client can send to be revoked, and for whatever reason."""
 
     @cases(50, 0.05)

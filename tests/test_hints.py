@@ -202,7 +202,7 @@ def make_key(path: Path, *kind: str, openssl: str = OPENSSL) -> str:
 @every_binary
 @pytest.mark.parametrize("kind", [["RSA"], ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]], ids=["RSA", "EC"])
 @pytest.mark.parametrize("whose", ["", "tls_"])
-def test_another_key(
+def test_key_that_does_not_belong_to_the_certificate(
     whose: str, kind: list[str], openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
 ) -> None:
     ca = make_ca(tls=bool(whose))

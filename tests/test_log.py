@@ -68,7 +68,7 @@ def test_issued_and_revoked(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCa
     assert pairs(line) == {**kept, "reason": "superseded"}
 
 
-def test_refused(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_refusal_in_the_log(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     ca.reject = "badCertTemplate"
     assert handlers(ca.options()).enroll(as_host(csr_pem(["a.example"])))[0]
     (line,) = lines(caplog, alert())
@@ -79,7 +79,7 @@ def test_refused(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixtur
     assert found == {"class": "refused", "subject": "DNS:a.example", "server": ca.server}
 
 
-def test_waiting(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_waits_is_no_failure_in_the_log(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     """An order that waits, and goes on waiting, is nothing to be told of; the CA's no is."""
     ca.hold = True
     ca.check_after = 1
@@ -106,7 +106,7 @@ def test_waiting(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixtur
     assert found == {"class": "refused", **about, "transaction": transaction}
 
 
-def test_configuration(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_configuration_error_in_the_log(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     """Before the CSR is read nobody knows the subject, but it is a failure all the same."""
     assert handlers(ca.options(), trsted="x").enroll(as_host(csr_pem(["a.example"])))[0]
     (line,) = lines(caplog, alert())

@@ -191,7 +191,7 @@ def test_certificate_that_the_ca_has_not_issued(stranger: str, ca: DemoCA, handl
     assert handlers.left() == []
 
 
-def test_ca_away(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_revocation_while_the_ca_is_away(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     handler = handlers(ca.options(), msg_timeout="2", total_timeout="3")
     certificate = enrolled(handler)
     ca.stop()
