@@ -21,7 +21,7 @@ from demo_ca import DemoCA, read_der
 from host import HANDLER
 from proxy import Proxy, TcpServer, spoilt
 from proxy import name as common_name
-from shared import Desk, run, version
+from shared import SHORT, Desk, run, version
 
 EVERYTHING = "address: yes, path: yes, trust: yes, credentials: yes"
 MakeCA = Callable[..., DemoCA]
@@ -137,7 +137,7 @@ def test_what_is_wrong(
 def test_nobody_is_there(who: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
     """What cannot be reached is neither right nor wrong."""
     with nobody_at() as port:
-        checked = connect(ca.options(), **{who: f"127.0.0.1:{port}"})
+        checked = connect(ca.options(), **{who: f"127.0.0.1:{port}", **SHORT})
     assert len(checked.errors) == 1 and "nothing answers there: check cmp_server" in checked.errors[0]
     assert checked.proven == EVERYTHING.replace("yes", "not reached"), checked.output
 
@@ -189,9 +189,10 @@ def test_a_signed_refusal_does_not_prove_the_credentials(
 def test_an_answer_that_somebody_has_changed(
     how: str, openssl: str, ca: DemoCA, tcp_server: TcpServer, connect: Callable[..., Checked]
 ) -> None:
+    """It proves neither trust nor credentials."""
     proxy = Proxy(ca, tcp_server)
     proxy.spoil_next("genm", lambda forward: spoilt(how, forward()))
-    checked = connect({**ca.options(), "cmp_server": proxy.server}, openssl)
+    checked = connect({**ca.options(), "cmp_server": proxy.server}, openssl, **SHORT)
     assert checked.code == 4 and "trust: no, credentials: no" in checked.proven, checked.output
 
 

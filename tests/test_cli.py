@@ -286,7 +286,7 @@ CODES: dict[str, tuple[dict[str, str | None], str, int]] = {
     "waiting": ({"total_timeout": "5"}, "enroll waiting.csr", 3),
     "wrong configuration": ({"trusted": "nowhere.pem"}, "enroll www.csr", 4),
     "wrong secret": ({"secret": "another-one"}, "enroll www.csr", 4),
-    "nobody there": ({"server": "127.0.0.1:9", "total_timeout": "5"}, "enroll www.csr", 5),
+    "nobody there": ({"server": "127.0.0.1:9", "msg_timeout": "2", "total_timeout": "2"}, "enroll www.csr", 5),
 }
 
 
