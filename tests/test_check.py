@@ -560,15 +560,15 @@ KEYS = "server path proxy recipient secret ref cert key keypass trusted tls_trus
 
 @pytest.mark.parametrize("key", [*KEYS.split(), "secret_variable", "config", "\u00fc", "x y", "server2"])
 def test_no_value_ends_in_a_traceback(
-    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    key: str, web_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, for there are many; the file is really read."""
+    """In this process, for there are many; the file is really read, and the server says no at once."""
     import cmp_ca_handler
 
     monkeypatch.setattr(cmp_ca_handler, "HELPERS", ())
     monkeypatch.chdir(tmp_path)
     for value in VALUES:
-        section = {"openssl_bin": OPENSSL, "server": "127.0.0.1:1", "ref": "1", "secret": "hush", "msg_timeout": "1"}
+        section = {"openssl_bin": OPENSSL, "server": web_server, "ref": "1", "secret": "hush", "msg_timeout": "1"}
         section[key] = value
         text = "".join(f"cmp_{name}: {line}\n" for name, line in section.items())
         Path("acme_srv.cfg").write_text(f"[CAhandler]\n{text}[Certificate]\nenrollment_timeout: {value}\n", "utf-8")
