@@ -2816,7 +2816,7 @@ failed to validate newly enrolled -> cmp_out_trusted must hold the root of the i
 does not match the TLS certificate -> cmp_tls_key does not belong to cmp_tls_cert
 TLS client private key -> check cmp_tls_key and cmp_tls_keypass, and for a token its name, the PIN and the module
 wrong pbm value -> the shared secret does not fit: check cmp_ref and cmp_secret
-missing protection -> read what the answer says; many CAs answer so if they refuse the credentials or cmp_recipient
+missing protection -> read what the answer says; many CAs answer so if they refuse cmp_cert, cmp_secret or cmp_recipient
 unable to get local issuer certificate -> cmp_trusted must hold the CMP server's root, cmp_untrusted its intermediates
 unable to get issuer certificate -> cmp_trusted holds an intermediate: add its root, or cmp_partial_chain: True
 self-signed certificate -> cmp_trusted must hold the CA's own root certificate

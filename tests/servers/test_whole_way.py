@@ -62,5 +62,5 @@ def test_certbot_to_xipki(tmp_path: Path) -> None:
             leaf = leaf_of(chain, ca.directory / "root.pem")
             names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             assert sorted(names.get_values_for_type(x509.DNSName)) == ["example.com", "www.example.com"]
-            assert "chain=3" in host.log("certificate issued: subject=CN=www.example.com")
+            assert "chain=3" in host.log('certificate issued: subject="CN=www.example.com"')
         assert list(host.work.iterdir()) == []
