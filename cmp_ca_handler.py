@@ -9,8 +9,8 @@ acme2certifier loads `CAhandler` from this file. Every entry `cmp_X: value` of i
 cryptography; this file decides what to send, keeps secrets out of sight, and makes errors readable. It needs nothing
 but the standard library. For the command line: `python3 cmp_ca_handler.py --help`.
 
-It is to be read before it is trusted with the credentials of a CA, from top to bottom. Ten parts, each with its entry
-first; what a function calls stands below it, but for the command line, which is last and which nothing above calls.
+It is to be read before it is trusted with the credentials of a CA, from top to bottom. Nine parts follow, each with
+its entry first; a function stands below the first one that calls it. The command line is last: nothing above calls it.
 
     question                                                 where to look
     What becomes of an order?                                CAhandler.enroll, CAhandler.poll
@@ -21,6 +21,7 @@ first; what a function calls stands below it, but for the command line, which is
     What does the CA's answer mean, and who says so?         Exchange
     Which chain is served?                                   ChainFinder
     What is compared with the CSR?                           _changes
+    What does a revocation answer, a second one too?         CAhandler._revoke
     Which options are there, and what is special of each?    OPTIONS
     Who says that the configuration is right?                _findings, _dry_run
     Where could a secret come out?                           the comment above _secret
@@ -133,7 +134,8 @@ class CAhandler:
             self._helper = _acme2certifier_helper()
             self._config = _load_config(self._helper, self.logger)
             if "CAhandler" not in self._config:
-                raise CMPError("the configuration has no [CAhandler] section")
+                path = os.environ.get("ACME_SRV_CONFIGFILE") or "the configuration"
+                raise CMPError(f"{_one_line(path)} has no [CAhandler] section")
             self.section = _our_entries(self._config["CAhandler"])
         except Exception as err:
             self.config_error = self._failure("configuration", err)
@@ -162,6 +164,9 @@ class CAhandler:
                 except BaseException as err:
                     # A fault of ours does not cost what the CA has answered: it may have issued the certificate.
                     transaction.keep = transaction.answered()
+                    if transaction.keep and not isinstance(err, Exception):
+                        found = _pairs({"id": transaction.identifier, **about})
+                        self.logger.warning("interrupted; for an hour a poll can go on with it: %s", found)
                     if not transaction.keep or not isinstance(err, Exception):
                         raise
                     outcome = Outcome(waiting=True, text=self._failure("enrolment", err, about))
@@ -180,8 +185,8 @@ class CAhandler:
     def poll(self, cert_name: str, poll_identifier: str, csr: str) -> Polled:
         """Go on with an enrolment that the CA had not decided.
 
-        Returns (error, bundle, certificate, identifier, rejected). `rejected` is the CA's final no; a CA that
-        cannot be reached is an error, and the next poll tries again.
+        Returns (error, bundle, certificate, identifier, rejected). `rejected` is final: the CA's no, or a certificate
+        that is not taken. A CA that cannot be reached is an error, and the next poll tries again.
         """
         about: dict[str, object] = {}
         try:
@@ -193,9 +198,9 @@ class CAhandler:
                 raise CMPError(settings.directory_fault)
             kept = _kept_result(settings, poll_identifier)
             if kept:
-                leaf = _certificate(_decode(kept[: kept.index("-----END") + 8], "CERTIFICATE"))
-                if csr and not _same_key(_read_csr(csr, settings.san_types).key, leaf.key):
-                    raise CMPError("its certificate is for another CSR", REQUEST)
+                leaf = _certificate(_decode(kept.partition("-----END")[0] + "-----END", "CERTIFICATE"))
+                if csr and not _same_key(_read_csr(csr).key, leaf.key):
+                    raise CMPError("the poll identifier belongs to another CSR", REQUEST)
                 return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
             with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
                 outcome = self._poll(csr, transaction, about)
@@ -212,13 +217,13 @@ class CAhandler:
     def _poll(self, csr: str, transaction: Transaction, about: dict[str, object]) -> Outcome:
         """Ask the CA about a transaction that waits, if it is time. Raises CMPError where that is impossible."""
         transaction.keep = True
-        wanted = _read_csr(transaction.read("csr.pem"), transaction.settings.san_types)
+        wanted = _read_csr(transaction.read("csr.pem"))  # of the kinds that were allowed then
         about.update(subject=_wanted(wanted), server=transaction.settings.server)
         if csr and _decode(csr, CSR_LABEL) != wanted.der:
-            raise CMPError("the transaction is for another CSR", REQUEST)
+            raise CMPError("the poll identifier belongs to another CSR", REQUEST)
         answers = _usable(transaction.answers())
         if not answers:  # without them, openssl would begin a second transaction
-            raise CMPError(f"the saved answers in {transaction.path} are damaged: order the certificate again", DISK)
+            raise CMPError(f"{transaction.path} holds no answer that can be used: order the certificate again", DISK)
         about["transaction"] = answers[-1].transaction
         due = _due(answers)
         if due and not self.ask_always:
@@ -240,7 +245,9 @@ class CAhandler:
             code = str(rev_reason).strip() if rev_reason is not None else "unspecified"
             name = next((name for name, number in REASONS.items() if code in (name, str(number))), None)
             if name is None:
-                err = CMPError(f"unknown revocation reason {_one_line(code, 40)}", REQUEST)
+                err = CMPError(
+                    f"unknown revocation reason {_one_line(code, 40)}: 0 to 6, 8 to 10, or a name of RFC 5280", REQUEST
+                )
                 return (400, ACME_ERROR + "badRevocationReason", self._failure("revocation", err))
             try:
                 certificate = _certificate(_decode(cert, "CERTIFICATE"))
@@ -261,7 +268,7 @@ class CAhandler:
             if "rspout" in settings.binary.options:
                 arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
             run = _openssl_cmp(transaction, ["-oldcert", transaction.file("old.pem"), *arguments])
-            if not transaction.answers() and any(map(INVALID_CERTIFICATE.search, run.errors())):  # nothing was sent
+            if not transaction.answers() and any(map(INVALID_CERTIFICATE.search, run.errors())):  # not by openssl
                 run = _openssl_cmp(transaction, [*_by_serial(certificate, settings), *arguments])
             newest = next(reversed(transaction.answers()), None)
         _log_messages(self.logger, run, settings)
@@ -314,7 +321,8 @@ class CAhandler:
     def _refuse(self, leaf: Certificate, changes: str, settings: Settings) -> str:
         """Revoke a certificate that nobody has asked for; the text for the error."""
         try:
-            detail = self._revoke(leaf, "cessationOfOperation", settings)[2]
+            _, error, detail = self._revoke(leaf, "cessationOfOperation", settings)
+            detail = None if error == ACME_ERROR + "alreadyRevoked" else detail  # by a poll that was killed
         except (CMPError, OSError) as err:
             detail = self._failure("revocation", err)
         end = f"and could not be revoked ({detail}): revoke serial {leaf.serial} at the CA" if detail else "and revoked"
@@ -371,7 +379,10 @@ class CAhandler:
             if error:
                 raise CMPError(_one_line(str(error)), REQUEST)
         values = {entry: getattr(chosen, entry, None) for entry in self._profile_entries()}
-        return {**self.section, **{entry: value for entry, value in values.items() if isinstance(value, str)}}
+        return {
+            **self.section,
+            **{entry: str(value) for entry, value in values.items() if isinstance(value, (str, int))},
+        }
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error there is."""
@@ -403,7 +414,7 @@ def _explained(err: Exception) -> tuple[str, str]:
 
     lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
     # Its text is not shown: nobody knows what is in it, and it may be a secret.
-    return INTERNAL, f"internal error: {type(err).__name__} (lines {', '.join(lines)})"
+    return INTERNAL, f"internal error: {type(err).__name__} (lines {', '.join(lines)}): please report it"
 
 
 def _pairs(values: Mapping[str, object]) -> str:
@@ -445,7 +456,7 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
     path = os.environ.get("ACME_SRV_CONFIGFILE")
     if helper is None:
         if not path:
-            raise CMPError("no configuration: ACME_SRV_CONFIGFILE names no file and acme2certifier is not installed")
+            raise CMPError("no configuration: ACME_SRV_CONFIGFILE is not set, and acme2certifier is not installed")
         return _read_ini(path)
     try:  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
         return helper.load_config(logger, "CAhandler")
@@ -453,8 +464,9 @@ def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any
         if path and _is_ini(path):
             _read_ini(path)  # says what is wrong: the helper says that it is no YAML either
         mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
-        if mark:  # YAML's message shows the line, or a word of it, which may be a secret
-            what = f"line {mark.line + 1}: " + (what if "duplicate" in what else re.sub("'[^']*'", "'...'", what))
+        if not isinstance(err, OSError) and not what.startswith("found duplicate key"):
+            what = re.sub("(?s)['\"].*['\"]", "'...'", what)  # a line, or a word of one, which may be a secret
+        what = f"line {mark.line + 1}: {what}" if mark else what
         raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
 
 
@@ -494,9 +506,11 @@ def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
 
 # acme2certifier has checked the names that it read in the CSR. openssl reads the CSR again, and the CA what openssl
 # sends: every extension, byte for byte. So there must be one list of extensions, each once and in DER, and in it the
-# very names that acme2certifier sees (`CAhandler._check_seen`). What nobody checks is refused.
+# very names that acme2certifier sees (`CAhandler._check_seen`). Refused is what others may misread, and what makes an
+# authority; the rest (an emailAddress, an extended key usage) is for the CA's profile to judge.
 
 COMMON_NAME, SUBJECT_ALT_NAME, KEY_USAGE, BASIC_CONSTRAINTS = "2.5.4.3", "2.5.29.17", "2.5.29.15", "2.5.29.19"
+EXTENDED_KEY_USAGE, OCSP_SIGNING = "2.5.29.37", "1.3.6.1.5.5.7.3.9"
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
 RSASSA_PSS = "1.2.840.113549.1.1.10"
 RSA_KEYS = ("1.2.840.113549.1.1.1", "2.5.8.1.1", RSASSA_PSS)
@@ -533,7 +547,7 @@ class CSR(NamedTuple):
     extensions: dict[str, bytes]
 
 
-def _read_csr(argument: object, kinds: Collection[str]) -> CSR:
+def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values())) -> CSR:
     """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
     try:
         der = _decode(argument, CSR_LABEL)
@@ -560,7 +574,9 @@ def _check_key(key: Element) -> None:
     oid, tags = _oid(kind.value), [parameter.tag for parameter in parameters]
     if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
         # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
-        raise CMPError("its key has parameters of its own, so its signature proves nothing: use RSA or a named curve")
+        raise CMPError("its key has explicit parameters, so its signature proves nothing: use RSA or a named curve")
+    if not any(bits.value[2:]):  # a point at infinity, or the like
+        raise CMPError("its key is one with which anybody can sign, so its signature proves nothing: make a new one")
     if oid in RSA_KEYS:
         exponent = int.from_bytes(_sequence(bits.value[1:])[1].value, "big", signed=True)
         if exponent < 3 or exponent % 2 == 0:  # with 1 the signature is the message
@@ -572,7 +588,7 @@ def _requested(attributes: bytes) -> dict[str, bytes]:
     parsed = [_sequence(attribute.raw) for attribute in _elements(attributes)]
     requests = [values for kind, values in parsed if _oid(kind.value) in EXTENSION_REQUESTS]
     if len(requests) > 1:
-        raise CMPError(f"it has {len(requests)} extension requests, which others read differently: one is possible")
+        raise CMPError(f"it has {len(requests)} extension requests: only one is allowed")
     extensions: dict[str, bytes] = {}
     for values in requests:
         content = list(_elements(values.value))
@@ -602,6 +618,8 @@ def _check_extensions(extensions: Mapping[str, bytes], kinds: Collection[str]) -
                 raise CMPError(f"its extension {oid} is malformed: {err}") from err
     if _signs_certificates(extensions):
         raise CMPError("it asks for a CA certificate (basicConstraints or keyUsage), which no ACME client needs")
+    if OCSP_SIGNING in [_oid(usage.value) for usage in _sequence(extensions.get(EXTENDED_KEY_USAGE, b"\x30\x00"))]:
+        raise CMPError("it asks for the extended key usage OCSPSigning, with which it could undo the CA's revocations")
     if SUBJECT_ALT_NAME in extensions and not _sequence(extensions[SUBJECT_ALT_NAME]):
         raise CMPError("its subjectAltName is malformed: it has no names")
     for name in _sequence(extensions.get(SUBJECT_ALT_NAME, b"\x30\x00")):
@@ -634,13 +652,13 @@ def _check_common_name(csr: CSR) -> None:
     """
     names = [attribute for rdn in csr.subject for attribute in rdn if attribute.type == COMMON_NAME]
     if len(names) > 1:
-        raise CMPError(f"its subject has {len(names)} common names (CN): one is possible")
+        raise CMPError(f"its subject has {len(names)} common names (CN): only one is allowed")
     for name in names:  # TeletexString is Latin-1 for some, UTF-8 for others
         if name.text is None or "\0" in name.text or (name.tag == 0x14 and not name.raw.isascii()):
-            raise CMPError("its common name (CN) is no string that everybody reads alike")
+            raise CMPError("its common name (CN) is no string that everybody reads alike: use UTF8String")
     checked = {name.lower() for kind, name in _alternative_names(csr.extensions) if kind in CHECKED_KINDS}
     for host in sorted(_common_names(csr.subject) - checked) if checked else ():
-        what = f"its common name (CN) {_one_line(host, 80)} is none of its subjectAltNames"
+        what = f"its common name (CN) {_one_line(host, 80)} is not among its subjectAltNames"
         raise CMPError(f"{what}: nobody has checked it")
 
 
@@ -731,7 +749,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
         text = _slash_form(csr.subject, exact=whole)
         if text is None and not whole:
             version, subject = settings.binary.version, _name_text(csr.subject)
-            raise CMPError(f"{version} cannot carry the subject {subject}, OpenSSL 3.0 can", REQUEST)
+            raise CMPError(f"{version} cannot send the subject {subject}: use OpenSSL 3.0", REQUEST)
         return text
     if "subject" in settings.options:
         return settings.options["subject"]
@@ -753,7 +771,7 @@ def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     lost = [kind for kind, name in names if (kind, name) not in carried]
     lost += [oid for oid in csr.extensions if oid != SUBJECT_ALT_NAME]
     if lost:
-        transaction.logger.warning("openssl before 3.0 cannot carry these parts of the CSR: %s", ", ".join(lost))
+        transaction.logger.warning("openssl before 3.0 leaves out these parts of the CSR: %s", ", ".join(lost))
     return [name for _, name in carried]
 
 
@@ -771,14 +789,14 @@ def _marked_names(csr: CSR, transaction: Transaction, critical: bool) -> list[st
 
 # --- A transaction is a directory ---------------------------------------------------------------------------
 
-KEPT = 24 * 3600  # seconds for which the result of a poll is kept
-ABANDONED = 3600  # seconds after which the directory of an enrolment that was killed is swept
+RESULT_KEPT = 24 * 3600  # seconds for which the result of a poll is kept
+SWEPT_AFTER = 3600  # seconds after which the directory of an enrolment that was killed is swept
 
 
 class Transaction:
     """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs.
 
-    enrolling, waiting, revoking  one of them: its state, and the lock
+    enrolling, waiting, revoking, asking  one of them: its state, and the lock
     csr.pem, pubkey.der           the request: what the client has signed, and its key
     subject, profile              what was sent as -subject; what the order's profile has set
     NNN.der                       the CA's answers; the newest holds the nonce that it expects next
@@ -843,14 +861,10 @@ class Transaction:
     def save_profile(self, entries: Mapping[str, str]) -> None:
         """Save what the order's profile has set."""
         if entries:
-            import json  # only for an order with a profile
-
             self.write("profile", json.dumps(entries))
 
     def saved_profile(self, allowed: Sequence[str]) -> dict[str, str]:
         """What the order's profile had set when the enrolment began."""
-        import json
-
         try:
             profile = json.loads(self.read("profile") or "{}")
             return {key: str(value) for key, value in profile.items() if key in allowed}
@@ -883,7 +897,7 @@ class Transaction:
             for path in (*map(self.file, os.listdir(self.path)), self.path, os.path.dirname(self.path)):
                 _sync(path)
         except OSError as err:
-            what = f"waits, but {self.path} may not survive a power failure"
+            what = f"waits, but {self.path} may be lost: a power failure or the sweep can delete it"
             self.logger.error("CMP enrolment %s %s: %s", self.identifier, what, err.strerror)
 
     def finish(self, bundle: str) -> None:
@@ -934,19 +948,21 @@ _swept: dict[str, float] = {}
 def _sweep(settings: Settings, logger: logging.Logger) -> None:
     """Delete what killed processes left (an hour old, not waiting, and nobody holds the lock), and old results."""
     base, now = settings.directory, time.time()
-    if abs(now - _swept.get(base, 0)) < ABANDONED / 6:
+    if abs(now - _swept.get(base, 0)) < SWEPT_AFTER / 6:
         return
     _swept[base] = now
     for name in os.listdir(base):
         path = f"{base}/{name}"
         try:
             age = now - os.lstat(path).st_mtime
-            if not re.fullmatch("[0-9a-f]{32}", name) or age <= ABANDONED or os.path.exists(f"{path}/waiting"):
+            if not re.fullmatch("[0-9a-f]{32}", name) or age <= SWEPT_AFTER:
                 continue
             states = [state for state in ("enrolling", "revoking") if os.path.exists(f"{path}/{state}")]
             if os.path.exists(f"{path}/issued"):
-                if age > KEPT:
+                if age > RESULT_KEPT:
                     _delete(path)
+            elif os.path.exists(f"{path}/waiting"):
+                continue
             elif states:
                 _sweep_killed(settings, name, states[0], logger)
             else:  # killed while it was made or deleted
@@ -964,7 +980,7 @@ def _sweep_killed(settings: Settings, name: str, state: str, logger: logging.Log
         if state == "enrolling":
             what = "the CA may have issued a certificate that nobody has: revoke it there"
             with contextlib.suppress(CMPError):  # killed before the CSR was written
-                about["subject"] = _wanted(_read_csr(transaction.read("csr.pem"), SAN_KINDS.values()))
+                about["subject"] = _wanted(_read_csr(transaction.read("csr.pem")))
         logger.warning("deleted what a killed process left: %s; %s", _pairs(about), what)
 
 
@@ -994,13 +1010,16 @@ def _resume(settings: Settings, identifier: str, logger: logging.Logger, state: 
     killed = state == "waiting" and not os.path.exists(f"{path}/waiting")
     try:
         lock = _locked(f"{path}/{'enrolling' if killed else state}")
-        if killed:
-            os.rename(f"{path}/enrolling", f"{path}/waiting")
     except (FileNotFoundError, NotADirectoryError) as err:
         raise CMPError(text, REQUEST) from err
-    if not os.path.exists(f"{path}/{state}"):  # finished, or renamed, between our open and our lock
+    try:
+        if killed:
+            os.rename(f"{path}/enrolling", f"{path}/waiting")
+        if not os.path.exists(f"{path}/{state}"):  # finished, or renamed, between our open and our lock
+            raise CMPError(text, REQUEST)
+    except BaseException:
         _unlock(lock)
-        raise CMPError(text, REQUEST)
+        raise
     return Transaction(settings, identifier, state, lock, logger)
 
 
@@ -1185,7 +1204,9 @@ class Exchange:
             run = _openssl_cmp(self.transaction, self.request, files, overrides, lambda: self._made(number + 1))
             if run.code == 0 or self._made(number + 1) or (self._made(number) and run.only(POLLREP_TAKEN)):
                 return ACCEPTED
-            complete = complete and run.complete()
+            # Half a request, or none for this answer: the disk is full, which says nothing about the answer.
+            half = os.path.exists(file(requests[-1])) and _saved_message(file(requests[-1])) is None
+            complete = complete and run.complete() and self._made(number) and not half
         return NOT_ACCEPTED if complete else UNKNOWN
 
     def _issued_before(self) -> Outcome | None:
@@ -1324,7 +1345,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         return _refusal_text(newest, settings), REFUSED
     unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
     if run.killed() and not run.asleep:
-        return f"{run.killed()} (CMP server {settings.server}){unverified}", UNREACHABLE
+        kind = UNREACHABLE if run.code is None else INTERNAL
+        return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
     # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
     errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
     kind, searched = (UNAUTHENTIC if newest else UNREACHABLE), " ".join(HTTP_WORDS.sub("", error) for error in errors)
@@ -1339,7 +1361,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         errors = [line.text for line in run.lines if OTHER_SENDER.search(line.text)]  # for 3.0 that is no error
         searched = " ".join(errors)
     elif newest is None and settings.tls and CERTIFICATE_REFUSED.match(errors[0]):
-        searched = TLS_REFUSED  # the TLS server's names may have line breaks, and what openssl says stands behind them
+        # The TLS server's names may have line breaks, and what openssl says stands behind them.
+        searched, kind = TLS_REFUSED, UNAUTHENTIC
     elif newest and not run.only(AFTER_ACCEPTANCE):
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
         searched = HTTP_WORDS.sub("", errors[0])
@@ -1388,7 +1411,7 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
         what = "a broken or repeated extension, an empty keyUsage: nobody can verify it, so ask the CA's operator"
         warn("OpenSSL calls the issued certificate itself invalid (%s), and it is served without its issuer", what)
     elif len(chain) == 1 and not ends:
-        warn("the CA did not send the issuer's certificate: name it in cmp_untrusted%s", why)
+        warn("the issuer's certificate is not there: name it in cmp_untrusted%s", why)
     elif len(chain) == MAX_CHAIN and not ends:
         warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
     elif not ends and not anchored and (roots or why):  # else the root is left out on purpose
@@ -1415,6 +1438,7 @@ class ChainFinder:
 
     def __init__(self, transaction: Transaction) -> None:
         self.transaction, self.logger, self.left = transaction, transaction.logger, MAX_LINKS
+        self.leaf: Certificate | None = None
         self.invalid = False  # openssl calls the leaf itself invalid
         self.false: list[str] = []  # candidates that have not signed, though they say so
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
@@ -1422,7 +1446,8 @@ class ChainFinder:
             for path in _file_list(option, transaction.settings.options.get(option) or ""):
                 certificates += (there := _certificates(path))
                 if not there:
-                    self.logger.warning("%s holds no certificate that can be read: make it PEM", _one_line(path, 100))
+                    what, name = "holds no certificate that can be read: make it PEM", _one_line(path, 100)
+                    self.logger.warning("cmp_%s: %s %s", option, name, what)
         anchors = found["trusted"] + found["out_trusted"]
         # What the configuration names, and caPubs, which are protected.
         self.named = [*found["untrusted"], *anchors, *_certificates(transaction.file("capubs.pem"))]
@@ -1438,6 +1463,7 @@ class ChainFinder:
     def best(self, leaf: Certificate) -> tuple[list[Certificate], bool, bool]:
         """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
         found: list[tuple[tuple[bool, bool, bool], list[Certificate], bool]] = []
+        self.leaf = leaf
         for number, (way, ends) in enumerate(self.ways([leaf])):
             anchored, protected = _who(way[-1]) in self.anchors, _who(way[-1]) in self.protected
             # In this order, for else the cross-certificate of a stranger would do better than an expired issuer.
@@ -1459,8 +1485,6 @@ class ChainFinder:
         """Whether it has signed itself: a CA below one of its own name has not, whatever it is called."""
         if not _names_as_issuer(certificate, certificate):
             return False
-        if certificate.authority_key and certificate.subject_key:
-            return True
         return self.signed_by(certificate, certificate, certificate.der)
 
     def issuers(self, way: list[Certificate]) -> Iterator[Certificate]:
@@ -1500,7 +1524,11 @@ class ChainFinder:
             if len(_links) > 1000:
                 _links.clear()
             _links.add(link)
-        elif INVALID_CERTIFICATE.search(run.output) and INVALID_FOR_ALL_PURPOSES in _run(purposes).output:
+        elif (
+            below is self.leaf
+            and INVALID_CERTIFICATE.search(run.output)
+            and INVALID_FOR_ALL_PURPOSES in _run(purposes).output
+        ):
             self.invalid, self.left = True, 0
         elif below is not issuer:
             why = _one_line((FALSE_SIGNER.findall(run.output) or [run.output])[0], 100)
@@ -1603,8 +1631,9 @@ class Option(NamedTuple):
 # marks   fixed: no profile sets it: the program and what it loads, credentials, and how long it keeps a worker busy;
 #         enrolment: no part of a revocation; ir: nor of a p10cr; tls: nothing without TLS
 # weak    behind a comma: why the option weakens security; no profile sets it
-# An option without a row has nothing special. To add one of our own: its row here, its check in `_settings`, its
-# field in Settings, its line in docs/configuration.md.
+# An option without a row has nothing special. To add one of our own: its row here; what is wrong with a value, a row
+# in VALUE_FAULTS; its field in Settings, read in `_settings`; what it does, in `CAhandler.enroll` (what `_read_csr`
+# refuses is refused to orders that wait, too); its line in docs/configuration.md.
 OPTIONS_TABLE = """
 openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes: ours
 server path proxy no_proxy ignore_keyusage: -
@@ -1647,6 +1676,7 @@ OPTIONS = {
     for words, _, weak in [special.partition(", ")]
     for name in names.split()
 }
+ORDINARY = Option()  # one without a row
 OURS = frozenset(name for name, option in OPTIONS.items() if option.kind == "ours")
 ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
@@ -1656,7 +1686,7 @@ EXPIRES_SOON = 30 * 86400  # seconds
 
 def _option(name: str) -> Option:
     """What is special of an option."""
-    return OPTIONS.get(name, Option())
+    return OPTIONS.get(name, ORDINARY)
 
 
 class Settings(NamedTuple):
@@ -1702,8 +1732,10 @@ class Settings(NamedTuple):
 
 def _settings(section: Mapping[str, str]) -> Settings:
     """Read the section. Starts no process but to ask a new openssl what it can do."""
+    twice = [key for key in section if _entry(key) != key and _entry(key) in section]
+    errors = [f"{key} is another spelling of {_entry(key)}, which is there, too: delete one" for key in twice]
     section = {_entry(key): str(value).strip() for key, value in section.items()}
-    errors, binary, san_types = [], NO_BINARY, sorted(CHECKED_KINDS)
+    binary, san_types = NO_BINARY, sorted(CHECKED_KINDS)
     try:
         binary = _binary(section.get("cmp_openssl_bin") or "openssl")
     except (CMPError, OSError) as err:
@@ -1749,17 +1781,17 @@ def _check_entry(key: str, option: str, binary: Binary) -> None:
     kind, known, shown = _option(option).kind, binary.options, _one_line(option, 60)
     if not key.startswith("cmp_"):
         meant = "cmp_" + re.sub(r"^cmp[^a-z]?", "", key.lower()).replace("-", "_")
-        raise CMPError(f"is no entry of ours and would be ignored; did you mean {_one_line(meant, 60)}?")
+        raise CMPError(f"is not an entry of this handler; did you mean {_one_line(meant, 60)}?")
     if kind == "other" or option in binary.mock_server:
         near = "; did you mean cmp_srvcert?" if option == "srv_cert" else ""
         raise CMPError(f"-{shown} is not for enrolling at a CA: delete it{near}")
     if known and option not in known and kind not in ("ours", "run"):
-        _check_none((option == "profile", f"needs OpenSSL 3.3 or later, this is {binary.version}"))
+        _raise_first((option == "profile", f"needs OpenSSL 3.3 or later, this is {binary.version}"))
         usable = {name for name in known if _option(name).kind not in ("run", "other")} - binary.mock_server
         raise CMPError(f"this openssl has no option -{shown}{_did_you_mean(option, usable | OURS, 'cmp_')}")
 
 
-def _check_none(*faults: tuple[object, str]) -> None:
+def _raise_first(*faults: tuple[object, str]) -> None:
     """Raise CMPError with the text of the first fault that there is."""
     for wrong, text in faults:
         if wrong:
@@ -1777,7 +1809,7 @@ def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, di
         raise CMPError("needs a value, not True" if switch else "is a switch: set it to True or False")
     if switch:
         return None, {}
-    _check_none((not value or "\0" in value, "has no value: give it one, or delete the line"))
+    _raise_first((not value or "\0" in value, "has no value: give it one, or delete the line"))
     _check_value(option, value)
     if kind == "secret":
         name, secret = _secret(option, _utf8(value))
@@ -1810,6 +1842,7 @@ path \s|^\w+:// -> is the path on the server alone, such as pkix/, without a bla
 refuse_changes (?i)^(?!(true|yes|on|false|no|off|)$) -> is a switch: set it to True or False
 msg_timeout/total_timeout ^(?!\d{1,6}$) -> must be a number of seconds
 number ^(?!\d{1,12}$) -> must be a number
+verbosity ^[012]$ -> is too low: openssl then prints no errors, and nobody knows what failed
 cmd ^(?!(ir|cr|p10cr)$) -> only ir, cr and p10cr enrol a certificate
 popo ^(?!(-1|0)$) -> only 0 (raVerified) and -1 (none) are possible: the private key stays with the client
 keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public key, too, and fails;
@@ -1823,7 +1856,7 @@ def _check_value(option: str, value: str) -> None:
     for names, others, fault, text in _value_faults():
         if (kind in names or option in names) != others:
             found = fault.search(value)
-            _check_none((found, _one_line(found.expand(text)) if found else ""))
+            _raise_first((found, _one_line(found.expand(text)) if found else ""))
     if kind in ("file", "files", "key"):
         for name in _file_list(option, _utf8(value)):
             _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
@@ -1858,7 +1891,7 @@ def _check_file(name: str, wanted: str) -> None:
     labels = labels or [""] * (data[:1] != b"\x30")
     kinds = " and ".join(dict.fromkeys(PEM_KINDS.get(label, f"a {label.lower()}") for label in labels))
     wrong = labels and not any(label.endswith(wanted.upper()) for label in labels)
-    _check_none((not data.strip(), f"{shown} is empty"), (wrong, f"{shown} holds no {wanted}, but {kinds}"))
+    _raise_first((not data.strip(), f"{shown} is empty"), (wrong, f"{shown} holds no {wanted}, but {kinds}"))
 
 
 def _file_list(option: str, value: str) -> list[str]:
@@ -1890,6 +1923,7 @@ def _slash_dn(value: str, binary: Binary) -> str:
     value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
     text = ""
     for separator, kind, part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
+        _raise_first((not kind, f"'={_one_line(part, 60)}' has no attribute type such as CN"))
         if not part or "\0" in part:
             raise CMPError(f"{_one_line(kind, 60)}: has {'a NUL in its' if part else 'no'} value")
         short = _attribute_type(kind, binary)
@@ -1915,7 +1949,7 @@ def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
         if rest:
             shown, sign = _one_line(rest[1:], 60), "+ for a plus sign" if rest[0] == "+" else ", for a comma"
             semicolon = f"'{shown}': separate attributes with commas, or write \\; for a semicolon"
-            _check_none((re.match(r'[^,"]*;', shown), semicolon))
+            _raise_first((re.match(r'[^,"]*;', shown), semicolon))
             hint = f"; write \\{sign} in a value, \\\\ for a backslash"
             raise CMPError(f"'{shown}' is not a distinguished name such as C=DE, CN=Issuing CA{hint}")
         plain = re.sub(r"((?<!\\)(?:\\\\)*\\\s)?\s*$", r"\1", plain)  # but an escaped blank
@@ -1923,7 +1957,7 @@ def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
         if merged and merged.group(1).upper() in DN_TYPES:
             hint = "write a comma before it, or \\= if it is no attribute"
             raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
-        _check_none(
+        _raise_first(
             (plain[:1] == "#", f"{kind}: write the text itself for #hex, or \\# for a number sign at the start")
         )
         yield separator.replace(",", "/"), kind, _unescaped(kind, plain or quoted)
@@ -1932,7 +1966,7 @@ def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
 def _unescaped(kind: str, text: str) -> str:
     r"""The value of an attribute without the escapes of RFC 4514: `\,` and `\C3\BC`. Raises CMPError."""
     value = text.encode("utf-8", "surrogateescape")
-    _check_none((b"\\" in ESCAPE.sub(b"", value), f"{kind}: write two backslashes for one in its value"))
+    _raise_first((b"\\" in ESCAPE.sub(b"", value), f"{kind}: write two backslashes for one in its value"))
     try:
         return ESCAPE.sub(lambda found: bytes.fromhex(found[1].decode()) if found[1] else found[2], value).decode()
     except UnicodeDecodeError as err:
@@ -1978,7 +2012,7 @@ def _secret(option: str, value: str) -> tuple[str, str]:
     elif colon and source in ("file", "pass"):
         secret = _first_line(rest) if source == "file" else rest
     line_break = re.search(r"[\r\n\0]", secret)
-    _check_none((not secret, "the secret is empty"), (line_break, "the secret contains a line break: take it out"))
+    _raise_first((not secret, "the secret is empty"), (line_break, "the secret contains a line break: take it out"))
     return name, secret
 
 
@@ -1988,7 +2022,7 @@ def _first_line(path: str) -> str:
     with open(path, "rb") as file:
         line, where = file.readline(1024).rstrip(b"\n"), f"file:{_one_line(path, 100)}"
     windows = "has line ends of Windows, which openssl takes into the secret: save it with LF alone"
-    _check_none(
+    _raise_first(
         (line[:3] == b"\xef\xbb\xbf", f"{where} begins with a byte order mark: save it as UTF-8 without BOM"),
         (b"\r" in line, f"{where} {windows}"),
         (not line.strip() or b"\0" in line, f"the first line of {where} is empty, or no text in UTF-8 or ASCII"),
@@ -2000,8 +2034,8 @@ def _variable_value(name: str, secret: bool = False) -> str:
     """What an environment variable holds. Raises CMPError where it is not set."""
     # Perhaps the secret itself was put there by mistake.
     shown = not secret or re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
-    what = _one_line(name) if shown else "of that name (not shown)"
-    _check_none((not os.environ.get(name), f"the environment variable {what} is not set"))
+    what = f"the environment variable {_one_line(name)}" if shown else "the variable named there (perhaps a secret)"
+    _raise_first((not name, "names no variable"), (not os.environ.get(name), f"{what} is not set"))
     return os.environ[name]
 
 
@@ -2024,7 +2058,7 @@ def _san_types(value: str) -> list[str]:
     for word in re.split(r"[,\s]+", value.strip(", ")):
         kind = next((kind for kind in known if kind.lower() == word.lower()), "")
         near = "" if kind else _did_you_mean(word, known, "")
-        _check_none((not kind, f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}"))
+        _raise_first((not kind, f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}"))
         kinds.add(kind)
     # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
     return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
@@ -2038,9 +2072,9 @@ FATAL, WARNING = True, False
 def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
     """What neither a single entry nor openssl shows: what is missing, does nothing, weakens security, or ends soon."""
     options, first = settings.options, f"using {settings.binary.path or 'openssl'}, the first on the PATH"
-    lost = "a restart, or systemd's PrivateTmp, hides orders that wait for the CA from the poller"
+    lost = "there, a restart or systemd's PrivateTmp loses orders that wait for the CA"
     yield "cmp_openssl_bin" not in section, f"cmp_openssl_bin is not set: {first}", WARNING
-    yield settings.own_directory, f"cmp_tmp_dir is not set: using {settings.directory}, and {lost}", WARNING
+    yield settings.own_directory, f"cmp_tmp_dir is not set: using {settings.directory}; {lost}", WARNING
     for key in section:
         ignored = key.startswith("cmp_") and _option(key[4:]).kind == "run"
         yield ignored, f"{key} is set by the handler itself and ignored here: delete it", WARNING
@@ -2056,7 +2090,7 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     yield from _useless_findings(options, settings.binary)
     yield from _proxy_findings(settings)
     wrong = settings.seconds("total_timeout") < settings.seconds("msg_timeout")
-    yield wrong, "cmp_total_timeout must not be less than cmp_msg_timeout, nor 0 alone, for that waits for ever", FATAL
+    yield wrong, "cmp_total_timeout must be at least cmp_msg_timeout; 0 is possible for both only", FATAL
     yield settings.directory_fault, settings.directory_fault, FATAL
 
 
@@ -2070,6 +2104,7 @@ def _secret_findings(section: Mapping[str, str], settings: Settings) -> Iterator
         yield secret != secret.strip(), f"{key}: the secret begins or ends with a blank, which counts", WARNING
         yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
         yield option == "secret" and 0 < len(secret) < 8, f"cmp_secret {short}", WARNING
+        yield os.path.isfile(secret), f"{key}: the secret is the name of a file: write file: before it", WARNING
         open_to_all = source == "file" and _readable_by_all(path)
         yield open_to_all, f"{key}: every local user can read {_one_line(path, 100)}: chmod o-r", WARNING
 
@@ -2194,8 +2229,9 @@ def _openssl_faults(settings: Settings) -> list[str] | None:
         faults = [text for text in texts if CAUSE.search(text) and not NOT_BEGUN.match(text)] + errors
     said = _foreign("; ".join(dict.fromkeys(faults[:3])), settings.hidden) or "it cannot use that value"
     options, told = settings.options, "\n".join(faults)
-    words = {o: [v for v in _file_list(o, value or "") if len(v) > 1] for o, value in options.items()}
-    named = [o for o in options if any(re.search(rf"(?<!\w){re.escape(v)}(?!\w)", told) for v in words[o])]
+    values = [(v, o) for o, value in options.items() for v in _file_list(o, value or "") if len(v) > 1]
+    values.sort(key=lambda one: -len(one[0]))  # a short value may be a part of a path
+    named = [o for v, o in values if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", told)]
     named = named or [o for o in options if re.search(rf"(^| )-{o}( |$)", told, re.M)]
     if not named:  # the one without which openssl makes a request
         named = [o for o in options if _rehearse(settings, without=o)[1]][:1]
@@ -2265,7 +2301,7 @@ class Binary(NamedTuple):
         return self.since(3, 0)
 
 
-NO_BINARY = Binary("", "", {}, {}, frozenset())
+NO_BINARY = Binary("", "OpenSSL 9.9.9", {}, {}, frozenset())  # then no other fault is blamed on an old version
 
 
 def _binary(name: str) -> Binary:
@@ -2385,7 +2421,7 @@ class Run(NamedTuple):
         if self.code is None:
             return "openssl did not end in time and was killed"
         if self.code == LOST:
-            return "nobody knows how openssl ended: something in this process waits for the children of others"
+            return "openssl's exit code was lost: something in this process waits for the children of others"
         return f"openssl was killed by signal {-self.code}" if self.code < 0 else ""
 
 
@@ -2449,7 +2485,7 @@ def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: s
     Whole lines are masked: the CA knows the shared secret, and may write it into any text.
     """
     levels = {"debug": logging.DEBUG, "trace": logging.DEBUG, "info": logging.INFO, "note": logging.INFO}
-    levels["warning"], lines = logging.WARNING, run.lines
+    levels["warning"], lines, hidden = logging.WARNING, run.lines, settings.hidden
     if len(lines) > MAX_LOGGED:  # a stranger's certificate may hold any number of lines
         logger.warning("openssl cmp: %s of its %s lines left out", len(lines) - MAX_LOGGED, len(lines))
         lines = [*lines[: MAX_LOGGED // 2], *lines[-MAX_LOGGED // 2 :]]
@@ -2457,7 +2493,7 @@ def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: s
         expected = ONE_WAY_TLS.match(line.text) or (usual and re.match(usual, line.text, re.I))
         level = logging.DEBUG if expected else levels.get(line.level, logging.ERROR)
         if logger.isEnabledFor(level):
-            logger.log(level, "openssl cmp: %s", _foreign(line.text, settings.hidden, 2 * MAX_TEXT))
+            logger.log(level, "openssl cmp: %s", _foreign(line.text, hidden, 2 * MAX_TEXT))
 
 
 def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
@@ -2549,23 +2585,24 @@ def _directory_fault(path: str, own: bool) -> str:
 
 def _way(path: str, depth: int = 0) -> Iterator[str]:
     """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
-    here = os.path.abspath(path)
-    yield here
-    if os.path.islink(here) and depth < 40:
-        yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), depth + 1)
-    if here != os.path.dirname(here):
-        yield from _way(os.path.dirname(here), depth)
+    here, below = os.path.abspath(path), ""
+    while here != below:  # what is above the root is the root
+        yield here
+        if os.path.islink(here) and depth < 40:
+            yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), depth + 1)
+        here, below = os.path.dirname(here), here
 
 
 def _make_directory(settings: Settings) -> None:
     """Make cmp_tmp_dir, if it is not there. The directories above it are nobody else's either. Raises CMPError."""
-    missing = [path for path in _way(settings.directory) if not os.path.isdir(path)]
-    for path in reversed(missing):
+    if os.path.isdir(settings.directory):
+        return
+    for path in reversed([path for path in _way(settings.directory) if not os.path.isdir(path)]):
         with contextlib.suppress(FileExistsError):  # somebody may have been quicker
             os.mkdir(path, 0o700)
         with contextlib.suppress(OSError):  # who may write into a directory need not be allowed to open it
             _sync(os.path.dirname(path))
-    fault = _directory_fault(settings.directory, settings.own_directory) if missing else ""
+    fault = _directory_fault(settings.directory, settings.own_directory)
     if fault:
         raise CMPError(fault)
 
@@ -2830,7 +2867,7 @@ recipnonce unmatched -> a recorded answer, a delay that needs OpenSSL 3.5 (RFC 9
 transactionid unmatched -> the answer is of another transaction: does something on the way mix up answers?
 unexpected pvno -> the CA speaks another version of CMP than 2, which openssl wants: ask for another cmp_path
 checkafter -> the CA gives no usable number of seconds after which to ask again: ask its operator
-connect timeout -> nothing answers there: check cmp_server, the firewall and that the CMP service runs
+connect timeout -> nothing answers there: check cmp_server, DNS, the firewall, and that the CMP service runs
 transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server
 (code=|http code )(401|407) -> the web server or proxy wants a user and password, which openssl cmp cannot send
 (code=|http code )403 -> the web server does not let this machine in: check cmp_path, its rules, and cmp_tls_cert
@@ -2877,7 +2914,7 @@ No space left on device -> make room on the disk of cmp_tmp_dir
 """
 OS_HINTS = {
     errno.ENOSPC: "make room on the disk of cmp_tmp_dir",
-    errno.EDQUOT: "make room on the disk of cmp_tmp_dir",
+    errno.EDQUOT: "the quota of this user on the disk of cmp_tmp_dir is used up",
     errno.EMFILE: "raise the limit of open files of this process",
     errno.ENFILE: "raise the system's limit of open files",
     errno.EROFS: "cmp_tmp_dir must be on a file system that can be written",
@@ -2885,7 +2922,7 @@ OS_HINTS = {
     errno.ENOTCONN: "the file system of cmp_tmp_dir cannot be reached now",
     getattr(errno, "EBADFD", 77): "the file system of cmp_tmp_dir cannot be reached now",
     errno.EIO: "the disk of cmp_tmp_dir fails, or the machine that it is mounted from cannot be reached now",
-    errno.EACCES: "use the same uid number for acme2certifier on every machine that shares cmp_tmp_dir",
+    errno.EACCES: "check owner and mode of cmp_tmp_dir; machines that share it need the same uid number",
 }
 
 # --- Reading: DER, names, certificates, CMP messages -------------------------------------------------------------
@@ -2936,7 +2973,7 @@ def _elements(data: bytes, strict: bool = False) -> Iterator[Element]:
     start = 0
     while start < len(data):
         tag, length = data[start], data[start + 1] if start + 1 < len(data) else 0x80
-        octets = max(0, length - 0x80)
+        octets = length - 0x80 if length > 0x80 else 0
         if tag & 0x1F == 0x1F or length == 0x80 or octets > 4:  # 0x80 is the indefinite form of BER
             raise CMPError("malformed DER")
         begin = start + 2 + octets
@@ -3304,9 +3341,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except (Exception, KeyboardInterrupt) as err:
         kind, text = _explained(err) if isinstance(err, Exception) else (INTERNAL, "interrupted")
+        code = EXIT_CODES.get(kind, FAILED)
+        if isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
+            code, text = WRONG_USAGE, f"{err.strerror}: {err.filename}"  # a file that was named wrongly
         print(f"error: {text}", file=sys.stderr)
-        missing = isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError))
-        return WRONG_USAGE if missing else EXIT_CODES.get(kind, FAILED)
+        return code
 
 
 def _parser() -> Any:
@@ -3354,8 +3393,9 @@ def _parser() -> Any:
 def _handler_command(args: Any) -> int:
     """Run a command with the handler that the configuration describes."""
     logger, shown = logging.getLogger("cmp_ca_handler"), logging.StreamHandler()
-    if not args.verbose:  # errors are printed anyway
-        shown.addFilter(lambda record: str(record.msg).startswith("the CA issued something else"))
+    if not args.verbose:  # errors are printed anyway, and `check` is about the configuration
+        told = ("configuration", "openssl cmp", "CMP ")
+        shown.addFilter(lambda record: record.name == logger.name and not str(record.msg).startswith(told))
     logger.addHandler(shown)
     logger.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     logger.propagate = False
@@ -3445,7 +3485,7 @@ def _argument_file(path: str) -> str:
         data = file.read(2 * MAX_DER)
     if data[:1] == b"\x30":
         return base64.b64encode(data).decode()
-    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"  # as Exchange has it
+    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"  # of Microsoft's Exchange
     text = data.decode(coding, "replace")
     return text[max(text.find("-----BEGIN"), 0) :]  # without what `openssl req -text` puts before it
 
@@ -3454,7 +3494,7 @@ def _result(
     args: Any, failure: str, error: str | None, text: str | None, identifier: str | None, output: IO[bytes]
 ) -> int:
     """Print how it ended and give the exit code. What the CA has issued must not get lost: it is printed at least."""
-    code = EXIT_CODES.get(failure, FAILED) if error else DONE if text else NOT_DECIDED
+    code = EXIT_CODES.get(failure, FAILED) if error or failure == BUSY else DONE if text else NOT_DECIDED
     if args.output and text:
         regular = os.path.isfile(output.name)
         try:
@@ -3488,16 +3528,19 @@ def _list_command(settings: Settings, args: Any) -> int:
     if settings.directory_fault:  # others may have put anything there
         raise CMPError(settings.directory_fault)
     names, orders = os.listdir(settings.directory) if os.path.isdir(settings.directory) else [], []
-    for name in sorted(name for name in names if os.path.exists(f"{settings.directory}/{name}/waiting")):
+    for name in sorted(names):
+        path = f"{settings.directory}/{name}"
+        if not os.path.exists(f"{path}/waiting") or os.path.exists(f"{path}/issued"):
+            continue
         transaction = Transaction(settings, name, "waiting", -1, logging.getLogger(__name__))
         try:
             answers, since = _usable(transaction.answers()), os.stat(transaction.file("csr.pem")).st_mtime
+            due = _due(answers) if answers else 0
         except FileNotFoundError:  # a poll has finished it meanwhile
             continue
         about = {"id": name, "names": "(unreadable)", "since": _iso(since)}
         with contextlib.suppress(CMPError):
-            about["names"] = _wanted(_read_csr(transaction.read("csr.pem"), SAN_KINDS.values()))
-        due = _due(answers) if answers else 0
+            about["names"] = _wanted(_read_csr(transaction.read("csr.pem")))
         about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
         orders.append(about)
     for line in [json.dumps(orders)] if args.json else map(_pairs, orders):
@@ -3515,7 +3558,7 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     if not findings:  # or else there is no section, and all that could be said of it would be untrue
         settings = _dry_run(_settings(handler.section))
         known, hidden = settings.binary.options, [*settings.hidden]
-        about["openssl"] = f"{settings.binary.path or 'not usable'}  {settings.binary.version}".rstrip()
+        about["openssl"] = f"{settings.binary.path}  {settings.binary.version}" if known else "not usable"
         able = {"all extensions of a CSR": settings.binary.converts_csr(), "waiting enrolments": "rspin" in known}
         able["profiles"] = "profile" in known
         about["able"] = ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()) if known else ""
@@ -3548,8 +3591,8 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
 def _shown(key: str, value: str, settings: Settings) -> str:
     """The value of an entry, unless it is a secret: a misspelt one of a secret has a secret for its value, too."""
     option, known = _entry(key)[4:], settings.binary.options
-    public = option in known or option in OURS or (not known and option in OPTIONS)
-    if _option(option).kind in ("secret", "run") or not public or not key.startswith("cmp_"):
+    public = option in known.keys() - settings.binary.mock_server or option in OURS or (not known and option in OPTIONS)
+    if _option(option).kind in ("secret", "run", "other") or not public or not key.startswith("cmp_"):
         return "(hidden)" if value else ""
     if option.endswith("_variable") and value not in os.environ:  # perhaps the secret itself, by mistake
         return "(hidden)"
@@ -3574,7 +3617,7 @@ def _acme2certifier_findings(handler: CAhandler, settings: Settings, section: st
     if find("challenge_validation_disable", "Challenge").lower() in ("true", "yes", "on", "1"):
         yield "[Challenge] challenge_validation_disable is on: every ACME client gets every name", WARNING
     if "://" in find("server_name", "DEFAULT") + find("server_name", "Directory"):
-        yield "server_name is a name without http:// or https://", WARNING
+        yield "server_name: delete http:// or https:// from it", WARNING
     load = getattr(handler._helper, "ca_handler_load", None)
     if load is None:
         return  # without acme2certifier nobody can know what it loads
@@ -3637,7 +3680,7 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
 
     What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
     """
-    run, answer = _ask_generally(settings, "", logger)
+    run, answer = _general_message(settings, "", logger)
     run = run._replace(lines=[line for line in run.lines if not NO_ANSWER_TO_GENM.search(line.text)])
     about["connect"] = next((c.group(1) for x in run.lines if (c := WILL_CONTACT.match(x.text))), settings.server)
     authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
@@ -3662,10 +3705,10 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
     return [(f"{what}: {text}", WARNING)]
 
 
-def _ask_generally(settings: Settings, information: str, logger: logging.Logger) -> tuple[Run, Message | None]:
+def _general_message(settings: Settings, information: str, logger: logging.Logger) -> tuple[Run, Message | None]:
     """Send a general message, for some `information` or none; how openssl ended, and the answer as it was saved."""
     settings = settings.without_enrolment("genm")
-    with closing(_begin(settings, "revoking", logger)) as transaction:
+    with closing(_begin(settings, "asking", logger)) as transaction:
         path, saved = transaction.file("001.new"), transaction.file("capubs.pem")  # that it writes, and insists on
         arguments = ["-infotype", information, "-cacertsout", saved] if information else []
         arguments += ["-rspout", path] if "rspout" in settings.binary.options else []
@@ -3682,7 +3725,7 @@ def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     """Ask for the CA's certificates (RFC 9480, 2.14): PEM. Raises CMPError where it sends none."""
     if not settings.binary.options.keys() >= {"infotype", "rspout", "cacertsout"}:
         raise CMPError(f"{settings.binary.version} cannot ask for CA certificates, OpenSSL 3.0 can")
-    run, answer = _ask_generally(settings, "caCerts", logger)
+    run, answer = _general_message(settings, "caCerts", logger)
     if (run.code != 0 or answer is None) and not any(map(NO_CA_CERTS.search, run.errors())):
         raise CMPError(*_failure_text(run, answer, settings))
     found: list[Certificate] = []
@@ -3703,16 +3746,15 @@ def _typed_words() -> list[str]:
     import shlex
 
     text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
+    variable = re.search(r"\$\{?(\w+)", re.sub(r"'[^']*'", "", text))
+    if variable:
+        what = "is a variable of the shell, whose value is not known here"
+        raise CMPError(f"${variable.group(1)} {what}: write the value, or for a secret env:NAME")
     text = text.replace("\\", "\\\\") if os.sep == "\\" else text  # in a path, and no quote
     try:
-        words = shlex.split(text.lstrip("$# \t"))
+        return shlex.split(text.lstrip("$# \t"))
     except ValueError as err:
         raise CMPError(f"not a command line: {err}") from err
-    for word in words:
-        if re.search(r"\$[\w{]", word):
-            what = "is a variable of the shell, whose value is not known here"
-            raise CMPError(f"{_one_line(word, 60)} {what}: write the value, or for a secret env:NAME")
-    return words
 
 
 def _convert(words: list[str]) -> int:

@@ -312,6 +312,7 @@ def test_yaml(ca: DemoCA, tmp_path: Path) -> None:
     [
         ("cmp_secret: *hush-hush", "line 2: found undefined alias '...'"),
         ("cmp_secret: !hush-hush x", "line 2: "),
+        ("cmp_secret: !hush-hu'sh", "line 2: "),
         ("cmp_secret: 'hush-hush", "line "),
         ("cmp_secret: hush: hush-hush", "line 2: mapping values are not allowed here"),
         ("cmp_ref: 1\n  cmp_ref: 2", "duplicate"),
@@ -385,7 +386,7 @@ def test_a_server_name_with_a_scheme(section: str, ca: DemoCA, desk: Desk, tmp_p
     desk.configure(ca.options())
     with (tmp_path / "acme_srv.cfg").open("a") as file:
         file.write(f"[{section}]\nserver_name: http://acme.example\n")
-    assert any("server_name is a name without http://" in w for w in Checked(desk("check")).warnings)
+    assert any("server_name: delete http:// or https://" in w for w in Checked(desk("check")).warnings)
 
 
 @needs_root
@@ -436,6 +437,38 @@ def test_a_quoted_secret_in_a_variable(ca: DemoCA, desk: Desk) -> None:
     assert not any("quotes" in w for w in Checked(desk("check", RA_SECRET="demo-secret")).warnings)
 
 
+def test_the_name_of_a_file_as_a_secret(ca: DemoCA, desk: Desk) -> None:
+    """Who has forgotten `file:` is told so."""
+    desk.configure(ca.options(), secret=str(desk.directory / "acme_srv.cfg"))
+    (warning,) = [w for w in Checked(desk("check")).warnings if "name of a file" in w]
+    assert warning.startswith("warning: cmp_secret: ") and str(desk.directory) not in warning
+
+
+def test_one_entry_in_two_spellings(ca: DemoCA, desk: Desk) -> None:
+    """Neither wins in silence."""
+    desk.configure({**ca.options(), "cmp_tmpdir": "other"})
+    assert any("cmp_tmpdir is another spelling of cmp_tmp_dir" in e for e in Checked(desk("check")).errors)
+
+
+def test_no_openssl_is_the_one_fault(ca: DemoCA, desk: Desk) -> None:
+    """Nothing is blamed on the version of a program that is not there."""
+    server = ca.options()["cmp_server"]
+    desk.configure(
+        {**ca.options(), "cmp_server": f"https://{server}"}, openssl_bin="/nowhere/openssl", provider="legacy"
+    )
+    (error,) = Checked(desk("check")).errors
+    assert error.startswith("error: cmp_openssl_bin: ")
+
+
+def test_the_file_whose_path_holds_other_values(ca: DemoCA, desk: Desk) -> None:
+    """The entry is named that the words are about, not one whose value, such as ir, is a part of the path."""
+    (desk.directory / "ir").mkdir()
+    (desk.directory / "ir" / "1234.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    desk.configure(ca.options(), trusted=str(desk.directory / "ir" / "1234.pem"))
+    (error,) = Checked(desk("check")).errors
+    assert error.startswith("error: cmp_trusted: openssl says: ")
+
+
 # --- Secrets ----------------------------------------------------------------------------------------------------------
 
 HIDDEN = {
@@ -446,6 +479,7 @@ HIDDEN = {
     "cmp_pin": "hush-hush",
     "cmp_secret_variable": "hush-hush",
     "cmp_secret": "hush-hush",
+    "cmp_srv_secret": "hush-quietly",
     "cmp_key": "pkcs11:token=ra;object=ra?pin-value=hush-hush",
     "cmp_provparam": "pkcs11:pin=hush-hush",
     "cmp_tmp_dir": "/tmp/pin-value=hush-hush",

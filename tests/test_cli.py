@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA
 from host import HANDLER
-from shared import Desk, run
+from shared import Desk, age, hold, run
 
 # The user's document, word for word: its command line, and the section that it says this gives. The document's
 # section has the directory of the files, and cmp_tmp_dir, which no command line knows.
@@ -237,6 +238,14 @@ def test_convert_does_not_take_a_variable_for_a_value() -> None:
         assert "is a variable of the shell" in result.stderr and "env:NAME" in result.stderr
 
 
+def test_convert_of_a_secret_in_quotes() -> None:
+    """Between single quotes a dollar sign is no variable; what is one is named without what stands around it."""
+    command = "openssl cmp -server 127.0.0.1:80 -ref 1 -secret"
+    assert "cmp_secret: pass:pa$word" in run("convert", stdin=f"{command} 'pass:pa$word'").stdout
+    refused = run("convert", stdin=f"{command} pass:hush$word")
+    assert "$word is a variable" in refused.stderr and "hush" not in refused.stderr
+
+
 def test_convert_reports_an_environment_before_the_command() -> None:
     result = run("convert", stdin="OPENSSL_CONF=/x HTTP_PROXY=hush openssl cmp -server 127.0.0.1:80")
     assert "OPENSSL_CONF=: set this variable for acme2certifier's process, too" in result.stderr
@@ -258,6 +267,29 @@ def test_no_configuration(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     words = [f"{tmp_path}/acme_srv.cfg", f"{tmp_path}/acme_srv/acme_srv.cfg", "--config", "ACME_SRV_CONFIGFILE"]
     assert result.returncode == 4 and [word for word in words if word not in result.stderr] == []
+
+
+def test_poll_beside_another_one(ca: DemoCA, desk: Desk) -> None:
+    """It may be tried again: another exit code than that of an order that waits."""
+    desk.configure(hold(ca).options(), total_timeout="5")
+    (desk.directory / "www.csr").write_text(csr_pem(["www.example"]))
+    identifier = desk("enroll", "www.csr").stdout.strip()
+    with (desk.directory / "work" / identifier / "waiting").open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        polled = desk("poll", identifier)
+    assert polled.returncode == 5 and "another poll of it is in progress" in polled.stderr
+
+
+def test_warnings_about_orders_are_shown(ca: DemoCA, desk: Desk) -> None:
+    """Without -v, too: here what a killed enrolment has left. Those about the configuration are for `check`."""
+    desk.configure(ca.options(), ignore_keyusage="True", no_check_time="True")
+    left = desk.directory / "work" / ("0" * 32)
+    left.mkdir(parents=True)
+    (left / "enrolling").touch()
+    age(left, 4000)
+    (desk.directory / "www.csr").write_text(csr_pem(["www.example"]))
+    (line,) = desk("enroll", "www.csr").stderr.splitlines()
+    assert line.startswith("deleted what a killed process left: ")
 
 
 def test_list(ca: DemoCA, desk: Desk) -> None:
@@ -284,6 +316,7 @@ CODES: dict[str, tuple[dict[str, str | None], str, int]] = {
     "wrong usage": ({}, "enroll", 2),
     "no such file": ({}, "enroll nowhere.csr", 2),
     "waiting": ({"total_timeout": "5"}, "enroll waiting.csr", 3),
+    "openssl without words": ({"verbosity": "2"}, "enroll www.csr", 4),
     "wrong configuration": ({"trusted": "nowhere.pem"}, "enroll www.csr", 4),
     "wrong secret": ({"secret": "another-one"}, "enroll www.csr", 4),
     "nobody there": ({"server": "127.0.0.1:9", "msg_timeout": "2", "total_timeout": "2"}, "enroll www.csr", 5),

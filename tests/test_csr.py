@@ -119,6 +119,19 @@ def of_rsa_exponent_1() -> bytes:
     return signed(sequence(VERSION, PLAIN, info, write_der(0xA0, request(MINE))), sign, RSA_SHA256)
 
 
+def of_point_at_infinity() -> bytes:
+    """A CSR for the point at infinity of P-256, whose signature anybody can make: r = G.x, s = hash."""
+    key = sequence(sequence(oid("1.2.840.10045.2.1"), oid("1.2.840.10045.3.1.7")), write_der(0x03, b"\0\0"))
+    generator = bytes.fromhex("6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296")
+
+    def sign(information: bytes) -> bytes:
+        numbers = generator, hashlib.sha256(information).digest()
+        return sequence(*(write_der(0x02, b"\0" * (number[0] >> 7) + number) for number in numbers))
+
+    algorithm = sequence(oid("1.2.840.10045.4.3.2"))
+    return signed(sequence(VERSION, PLAIN, key, write_der(0xA0, request(MINE))), sign, algorithm)
+
+
 def of_foreign_dsa_generator() -> bytes:
     """A CSR for a victim's DSA value y: it is the generator too, so the private key is 1."""
     numbers = dsa.generate_private_key(1024).public_key().public_numbers()  # noqa: S505 - quickly made
@@ -223,12 +236,15 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     "CN in Latin-1": (csr(request(DNS), subject=cn("Müller".encode("latin-1"), TELETEX)), "common name (CN) is no str"),
     "CN of half a character": (csr(subject=cn(b"\0a\0", BMP)), "common name (CN) is no string"),
     "CN is a number": (csr(subject=cn(b"\1", 0x02)), "common name (CN) is no string"),
-    "host that is no name": (csr(request(MINE), subject=cn("victim.example")), "(CN) victim.example is none of its"),
-    "host with a dot behind": (csr(request(MINE), subject=cn("victim.example.")), "(CN) victim.example is none of its"),
-    "host with other dots": (csr(request(MINE), subject=cn("victim\u3002example")), "(CN) victim.example is none of"),
-    "wildcard": (csr(request(MINE), subject=cn("*.a.example")), "(CN) *.a.example is none of its subjectAltNames"),
-    "address": (csr(request(MINE), subject=cn("192.0.2.1")), "(CN) 192.0.2.1 is none of its subjectAltNames"),
-    "address of IPv6": (csr(request(MINE), subject=cn("2001:db8::1")), "(CN) 2001:db8::1 is none of its"),
+    "host that is no name": (csr(request(MINE), subject=cn("victim.example")), "(CN) victim.example is not among its"),
+    "host with a dot behind": (
+        csr(request(MINE), subject=cn("victim.example.")),
+        "(CN) victim.example is not among its",
+    ),
+    "host with other dots": (csr(request(MINE), subject=cn("victim\u3002example")), "(CN) victim.example is not among"),
+    "wildcard": (csr(request(MINE), subject=cn("*.a.example")), "(CN) *.a.example is not among its subjectAltNames"),
+    "address": (csr(request(MINE), subject=cn("192.0.2.1")), "(CN) 192.0.2.1 is not among its subjectAltNames"),
+    "address of IPv6": (csr(request(MINE), subject=cn("2001:db8::1")), "(CN) 2001:db8::1 is not among its"),
     # the rest
     "another version": (csr(request(MINE), version=b"\x02\x01\x01"), "not a PKCS #10 request"),
     "another tag for attributes": (
@@ -255,7 +271,12 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     "long length of all": (ber(0x30, read_der(csr(request(MINE))).content), "BER, not DER"),
     # keys
     "RSA exponent 1": (of_rsa_exponent_1, "so its signature proves nothing"),
-    "foreign DSA generator": (of_foreign_dsa_generator, "key has parameters of its own, so its signature"),
+    "point at infinity": (of_point_at_infinity, "anybody can sign"),
+    "OCSPSigning": (
+        csr(request(MINE, extension("2.5.29.37", sequence(oid("1.3.6.1.5.5.7.3.1"), oid("1.3.6.1.5.5.7.3.9"))))),
+        "OCSPSigning",
+    ),
+    "foreign DSA generator": (of_foreign_dsa_generator, "key has explicit parameters, so its signature"),
 }
 
 

@@ -351,6 +351,55 @@ def test_result_is_handed_out_for_a_day(ca: DemoCA, handlers: Handlers) -> None:
     assert "no transaction" in str(handler.poll("name", identifier, "")[0])
 
 
+def test_killed_between_the_result_and_the_end(
+    ca: DemoCA, handlers: Handlers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A poller that was killed when `issued` and `waiting` were there: swept after a day, and no order that waits."""
+    csr = csr_pem(["killed.example"])
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr)
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+    (handlers.work / identifier / "waiting").touch()
+    assert cmp_ca_handler.main(["--config", os.environ["ACME_SRV_CONFIGFILE"], "list"]) == 0
+    assert capsys.readouterr().out == ""
+    age(handlers.work / identifier, DAY + 3600)
+    sweep(handlers, ca)
+    assert not (handlers.work / identifier).exists()
+
+
+def test_a_damaged_result(ca: DemoCA, handlers: Handlers) -> None:
+    """Half a result on a broken disk is an error that says so, and no certificate."""
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr_pem(["a.example"]))
+    (handlers.work / identifier / "issued").write_text("-----BEGIN CERTIFICATE-----\nMII")
+    error, *rest = handler.poll("name", identifier, "")
+    assert "internal" not in str(error) and rest == [None, None, identifier, False]
+
+
+def test_allowed_kinds_that_have_changed(ca: DemoCA, handlers: Handlers) -> None:
+    """cmp_san_types is for new orders: one that waits, and one that has its certificate, keep what was allowed."""
+    names = [x509.DNSName("a.example"), x509.UniformResourceIdentifier("urn:a")]
+    csr = csr_pem([], extensions=[x509.SubjectAlternativeName(names)])
+    identifier = begin(handlers(hold(ca).options(), san_types="DNS, URI", **SHORT), csr)
+    ca.approve("all")
+    handler = handlers(ca.options(), san_types="DNS", **SHORT)
+    for _ in range(2):
+        check_issued(handler.poll("name", identifier, as_host(csr)), csr)
+
+
+def test_a_lock_whose_file_cannot_be_renamed(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed enrolment on a disk that is away for a moment: the next poll is not told that another one is at work."""
+    handler = handlers(hold(ca).options(), **SHORT)
+    identifier = begin(handler, csr_pem(["a.example"]))
+    (handlers.work / identifier / "waiting").rename(handlers.work / identifier / "enrolling")
+    with monkeypatch.context() as broken:
+        broken.setattr("os.rename", lambda *_: os.stat("/nonexistent/rename"))
+        assert handler.poll("name", identifier, "")[0]
+    ca.approve("all")
+    assert handler.poll("name", identifier, "")[1]
+
+
 # --- A fault of ours after the CA's first answer
 
 FAULTY_ENROLLER = """

@@ -321,4 +321,4 @@ def test_what_an_old_cmpossl_cannot_carry(
     enrolled(handler, csr_pem(["a.example"], extensions=[must_staple]))
     assert any("1.3.6.1.5.5.7.1.24" in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     error = handler.enroll(csr_pem(["a.example"], "line\nbreak"))[0]
-    assert error and "cannot carry the subject" in error and "OpenSSL 3.0" in error
+    assert error and "cannot send the subject" in error and "OpenSSL 3.0" in error

@@ -180,6 +180,21 @@ def test_sweep_names_what_is_allowed_here_alone(
     assert 'subject="URI:spiffe://a.example/x"' in line or "subject=URI:spiffe://a.example/x" in line
 
 
+def test_sweep_of_a_question(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """A `check --connect` or `cacerts` that was killed has revoked nothing, and nobody has to revoke again."""
+    handler = handlers(ca.options())
+    settings = cmp_ca_handler._settings(handler.section)
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as killed:
+        killed.setattr(cmp_ca_handler.Transaction, "close", lambda _: None)  # what a killed process leaves
+        cmp_ca_handler._general_message(settings, "", handler.logger)
+    (name,) = handlers.left()
+    age(handlers.work / name, WEEK)
+    cmp_ca_handler._swept.clear()
+    cmp_ca_handler._sweep(settings, handler.logger)
+    assert handlers.left() == [] and "revoke" not in caplog.text
+
+
 def test_sweep_of_a_revocation(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing was issued in it, so nobody has to look for a certificate at the CA."""
     handler = handlers(ca.options())

@@ -116,7 +116,7 @@ FAULTY = {
     "/CN=a\\": ["backslash"],
     "/C=DE/CN=M\\C3\\BCller": ["character itself"],
     "/C=DE/CN=M\\xC3\\xBCller": ["character itself"],
-    "/=x": ["leave it out"],
+    "/=x": ["no attribute type"],
 }
 
 
