@@ -12,7 +12,7 @@ import pytest
 from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, binaries, bundle_certificates
 from demo_ca import DemoCA
 
-HANDLER = Path(__file__).resolve().parent.parent / "cmp_ca_handler.py"
+HANDLER = Path(__file__).resolve().parents[2] / "cmp_ca_handler.py"
 MockServer = Callable[..., Mock]
 
 

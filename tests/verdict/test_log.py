@@ -11,7 +11,7 @@ import pytest
 from conftest import Handlers, as_host, bundle_certificates, csr_pem
 from demo_ca import DemoCA
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def alert() -> str:

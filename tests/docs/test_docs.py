@@ -12,7 +12,7 @@ import pytest
 import cmp_ca_handler
 from conftest import BINARIES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = ROOT / "docs" / "options.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"

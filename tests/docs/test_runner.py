@@ -13,7 +13,7 @@ import pytest
 import programs
 from conftest import OPENSSL, needs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
