@@ -1,4 +1,4 @@
-"""The long run of the fuzzing: tests/verdict/test_fuzz.py, and any CSR in tests/request/test_csr.py, with thousands of cases.
+"""The long run of the fuzzing: verdict/test_fuzz.py, and any CSR in request/test_csr.py, with thousands of cases.
 
 The cases are other ones each time.
 

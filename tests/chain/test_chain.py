@@ -1,4 +1,4 @@
-"""The bundle: the leaf, then its issuers in order, each once, and nothing else."""
+"""The bundle is the leaf, then its issuers in order, each once, and nothing else."""
 
 from __future__ import annotations
 
@@ -176,6 +176,7 @@ def pem(certificates: list[str]) -> str:
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_chain(chain: str, serve: Callable[..., Mock], handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """A CA that sends issuers in any order, twice, or with strangers: the exact bundle; none: a warning."""
     leaf, extra, expected = CHAINS[chain]
     error, bundle, _, _ = handlers(serve(leaf, extra).options()).enroll(csr_pem([], "leaf", key=LEAF.key))
     assert error is None
@@ -205,6 +206,7 @@ KEY_PEM = OTHER.key.private_bytes(
 def test_issuers_in_cmp_untrusted(
     files: dict[str, str], serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path
 ) -> None:
+    """A CA that sends no issuers: they come from cmp_untrusted, one file or two, also from among other text."""
     for name, text in files.items():
         (tmp_path / name).write_bytes(text.encode("latin-1"))
     untrusted = ",".join(str(tmp_path / name) for name in files)
@@ -216,6 +218,7 @@ def test_issuers_in_cmp_untrusted(
 
 @pytest.mark.parametrize("trusted", ["", "no certificate at all\n", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END"])
 def test_pool_file_that_openssl_refuses(trusted: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """A cmp_trusted without a readable certificate: the error names the file, and nothing is sent."""
     (tmp_path / "bad.pem").write_text(trusted)
     error = handlers(ca.options(), trusted=str(tmp_path / "bad.pem")).enroll(csr_pem(["a.b"]))[0]
     assert error and error.isprintable() and "bad.pem" in error
@@ -460,6 +463,7 @@ def pem_der(text: str) -> bytes:
 def test_a_later_leaf_costs_nothing(
     source: str, serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path, counted: Counted
 ) -> None:
+    """The same issuers for a second leaf: no `openssl verify`; one for a third that does not name its issuer's key."""
     program, commands = counted()
     (tmp_path / "issuers.pem").write_text(CA_PEM + ROOT_PEM)
     files = {source: str(tmp_path / "issuers.pem")} if source in ("untrusted", "trusted") else {}
@@ -495,6 +499,7 @@ def test_two_keys_of_one_identifier(serve: Callable[..., Mock], handlers: Handle
 
 
 def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Mock], handlers: Handlers) -> None:
+    """5,000 links are remembered: the next order forgets them, and remembers its own."""
     monkeypatch.setattr(cmp_ca_handler, "_links", {str(n).encode() for n in range(5000)})
     server = serve(LEAF_KNOWN, [CA_PEM, ROOT_PEM])
     assert handlers(server.options()).enroll(csr_pem([], "leaf", key=LEAF.key))[0] is None
@@ -597,6 +602,7 @@ def test_warning_about_the_end_of_a_chain(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A chain that ends below its root: the warning says which issuer is missing, expired or another one."""
     (tmp_path / "configured.pem").write_text("".join(configured))
     files = {"untrusted": str(tmp_path / "configured.pem")} if configured else {}
     handler = handlers(serve(leaf, extra).options(), trusted=None, **files)

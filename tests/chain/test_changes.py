@@ -1,4 +1,4 @@
-"""The certificate against its CSR: other names, another key, a CA flag. Warned of, or revoked and refused."""
+"""The certificate is what the CSR asked for: other names, another key or a CA flag are warned of, or revoked."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ CHANGED = {
 def test_changed(
     case: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A CA that adds, drops or replaces a name, or makes a CA of it: handed out, with one warning that says what."""
     names, subject, lines, warning = CHANGED[case]
     alter(monkeypatch, *lines)
     csr = csr_pem([], subject, extensions=[san(*names)])
@@ -101,6 +102,7 @@ def test_unchanged(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A CA that writes names in another order or in capitals, or the CN as a name: no warning, nothing is refused."""
     names, subject, lines = UNCHANGED[case]
     alter(monkeypatch, *lines)
     csr = csr_pem([], subject, extensions=[san(*names)] if names else [])
@@ -136,6 +138,7 @@ def test_subject_that_is_configured_otherwise_since(
 def test_changed_names_are_refused_on_request(
     openssl: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """cmp_refuse_changes, and a CA that adds a name: no certificate, and its CRL says cessationOfOperation."""
     alter(monkeypatch, SAN + "DNS:a.tld,DNS:evil.example.org")
     caplog.set_level(logging.INFO)
     handler = handlers(ca.options(), openssl_bin=openssl, refuse_changes="True")
@@ -152,6 +155,7 @@ def test_changed_names_are_refused_on_request(
 
 
 def test_refused_by_a_poll(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CA that adds a name after its approval: the poll revokes the certificate and ends the order."""
     alter(monkeypatch, SAN + "DNS:evil.example.org")
     ca.hold, ca.check_after = True, 1
     handler = handlers(ca.options(), refuse_changes="True", msg_timeout="3", total_timeout="8")
@@ -188,6 +192,7 @@ def test_refused_but_not_revoked(ca: DemoCA, handlers: Handlers, monkeypatch: py
 
 @pytest.mark.parametrize(("value", "fault"), [("True", False), ("off", False), ("", False), ("maybe", True)])
 def test_switch(value: str, fault: bool, ca: DemoCA, handlers: Handlers) -> None:
+    """cmp_refuse_changes is True, off or empty; `maybe` is a configuration error."""
     check = handlers(ca.options(), refuse_changes=value).handler_check()
     assert ("cmp_refuse_changes: is a switch" in str(check)) == fault
 
@@ -241,6 +246,7 @@ def leaf_pem(bundle: str | None) -> str:
 def test_names_that_cannot_be_read(
     ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A CA whose subjectAltName is cut short: handed out, with a warning that it cannot be compared."""
     alter(monkeypatch, SAN + "DER:30820005")
     error, bundle, _, _ = handlers(ca.options()).enroll(csr_pem(["a.tld"]))
     assert error is None

@@ -1,4 +1,4 @@
-"""`cmp_ca_handler.py cacerts`: the CA's certificates, for cmp_untrusted."""
+"""`cacerts` gets the CA's certificates, for cmp_untrusted."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def test_the_way_to_a_whole_chain(
 
 
 def test_standard_output(mock: MockServer, pair: Pair, handlers: Handlers, ca_directory: Path) -> None:
+    """A CA that sends its root, and no -o: the root is printed in PEM, and nothing else."""
     options = ("-rsp_capubs", str(ca_directory / "root.pem"))
     server = mock(pair.certificate, *options, openssl=BINARIES[-1])
     code, out, err = cacerts(handlers, server.options())
@@ -58,12 +59,14 @@ def test_standard_output(mock: MockServer, pair: Pair, handlers: Handlers, ca_di
 
 @binaries
 def test_a_ca_that_sends_none(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A CA that has no certificates to give: one error line that names it, and exit code 1."""
     code, out, err = cacerts(handlers, ca.options(), openssl_bin=openssl)
     assert (code, out) == (1, "")
     assert err == f"error: CMP server {ca.server} sends no certificates: ask the CA's operator\n"
 
 
 def test_cacerts_with_a_wrong_secret(ca: DemoCA, handlers: Handlers) -> None:
+    """A CA that knows another secret: exit code 4 and the hint; the secret is not shown."""
     code, out, err = cacerts(handlers, ca.options(), secret="another")
     assert (code, out) == (4, "")
     assert "check cmp_ref and cmp_secret" in err
@@ -71,6 +74,7 @@ def test_cacerts_with_a_wrong_secret(ca: DemoCA, handlers: Handlers) -> None:
 
 
 def test_faulty_configuration(ca: DemoCA, handlers: Handlers) -> None:
+    """No cmp_server is set: exit code 4, the key is named, and no CA is asked."""
     code, out, err = cacerts(handlers, ca.options(), server=None)
     assert (code, out) == (4, "")
     assert "cmp_server is missing" in err

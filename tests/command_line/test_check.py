@@ -1,4 +1,4 @@
-"""`check`: it says which file it has read and what is wrong with it; `check --connect` asks the CMP server."""
+"""`check` says which file it has read and what is wrong with it; `check --connect` asks the CMP server."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def connect(desk: Desk) -> Callable[..., Checked]:
 @every_binary
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 def test_all_is_well(authentication: str, openssl: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
+    """By secret or certificate: `check --connect` proves every point with one genm, and nothing is issued."""
     checked = connect(ca.options(authentication), openssl)
     assert (checked.code, checked.proven) == (0, EVERYTHING), checked.output
     assert f"connect   http://{ca.server}/pkix/" in checked.output
@@ -166,6 +167,7 @@ def test_what_nobody_has_protected_proves_nothing(
 
 @binaries
 def test_a_wrong_mac_proves_nothing(openssl: str, mock: StartMock, pair: Pair, connect: Callable[..., Checked]) -> None:
+    """A server whose MAC does not fit our secret: address and path are proven, trust and credentials not."""
     section = mock(pair.certificate, "-send_error").options()
     checked = connect(section, openssl, secret="another", unprotected_errors="True")
     assert (checked.code, checked.proven) == (4, "address: yes, path: yes, trust: no, credentials: no"), checked.output
@@ -264,6 +266,7 @@ def test_the_file_that_acme2certifier_finds_is_read(tmp_path: Path, ca: DemoCA, 
 
 
 def test_a_file_that_is_not_there(desk: Desk) -> None:
+    """`check` of an acme_srv.cfg that does not exist: exit code 2 and one error line."""
     result = desk("check")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: No such file or directory: acme_srv.cfg\n"
@@ -283,6 +286,7 @@ FILES = {
 @pytest.mark.parametrize("helper", [False, True], ids=["alone", "acme2certifier"])
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_that_cannot_be_read_is_the_only_fault(file: str, helper: bool, desk: Desk, tmp_path: Path) -> None:
+    """A broken acme_srv.cfg, read alone or by acme2certifier: one error, and no secret in it."""
     text, expected = FILES[file]
     (tmp_path / "acme_srv.cfg").write_text(text, encoding="latin-1")
     checked = Checked(checked_with_helper(tmp_path) if helper else desk("check"))
@@ -338,6 +342,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("case", SECTIONS)
 def test_other_sections(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """[Certificate] with too little time, [Challenge] without validation: one warning each, and none if all is well."""
     text, expected = SECTIONS[case]
     desk.configure(ca.options())
     sections = text if "time" in case else f"{text}\n[Certificate]\nenrollment_timeout: 30"
@@ -456,12 +461,14 @@ HIDDEN = {
 
 @pytest.mark.parametrize("key", HIDDEN)
 def test_secrets_stay_hidden(key: str, ca: DemoCA, desk: Desk) -> None:
+    """A secret under a misspelt key, in an address or in a token's URI: `check --connect` does not print it."""
     desk.configure({**ca.options(), key: HIDDEN[key]}, msg_timeout="1")
     result = desk("check", "--connect", http_proxy="http://user:hush-hush@127.0.0.1:1")
     assert "hush" not in result.stdout + result.stderr
 
 
 def test_what_is_no_secret_is_shown(ca: DemoCA, desk: Desk) -> None:
+    """The name of the secret's variable and the server are printed, the variable's value is not."""
     desk.configure(ca.options(), secret=None, secret_variable="RA_SECRET", tls_keypass="file:/dev/null")
     result = desk("check", RA_SECRET="demo-secret")
     assert "cmp_secret_variable:     RA_SECRET" in result.stdout and "demo-secret" not in result.stdout
@@ -486,6 +493,7 @@ def test_pkcs12(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
 
 
 def test_verbose_before_and_after(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
+    """`-v` before or behind the command shows openssl's lines; without it there are none."""
     (tmp_path / "www.csr").write_text(pair.csr)
     desk.configure(ca.options())
     for words in (["-v", "enroll", "www.csr"], ["enroll", "-v", "www.csr"], ["enroll", "www.csr", "--verbose"]):
@@ -497,6 +505,7 @@ def test_verbose_before_and_after(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: 
 def test_a_file_that_cannot_be_written_is_found_before_the_ca_is_asked(
     ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path
 ) -> None:
+    """`enroll -o` into a directory that does not exist: exit code 2, and the CA gets no message."""
     (tmp_path / "www.csr").write_text(pair.csr)
     desk.configure(ca.options())
     result = desk("enroll", "www.csr", "-o", "nowhere/www.pem")
@@ -505,6 +514,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_ca_is_asked(
 
 
 def test_what_cannot_be_written_goes_to_standard_output(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
+    """`enroll -o /dev/full`: the certificate is issued, so the bundle is printed, with an error and exit code 1."""
     (tmp_path / "www.csr").write_text(pair.csr)
     desk.configure(ca.options())
     result = desk("enroll", "www.csr", "-o", "/dev/full")
@@ -516,6 +526,7 @@ def test_what_cannot_be_written_goes_to_standard_output(ca: DemoCA, desk: Desk, 
 
 
 def test_a_failure_leaves_the_file_as_it_was(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
+    """A refused `enroll -o` makes no file and changes none; one that succeeds replaces the old file."""
     (tmp_path / "www.csr").write_text(pair.csr)
     (tmp_path / "old.pem").write_text("the old one\n")
     desk.configure(ca.options(), secret="wrong")
@@ -580,12 +591,14 @@ def test_no_value_ends_in_a_traceback(
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_a_terminal_that_knows_no_umlauts(environment: dict[str, str], ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """`check` with a recipient `CN=Müller` where output is ASCII: exit code 0 and no traceback."""
     desk.configure(ca.options(), recipient="CN=Müller")
     result = desk("check", **environment)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
 
 
 def test_a_reader_that_goes_away(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """A pipe that nobody reads any more: exit code 1, and nothing on standard error."""
     desk.configure(ca.options())
     reader, writer = os.pipe()
     os.close(reader)

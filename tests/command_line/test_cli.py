@@ -1,4 +1,4 @@
-"""The command line: convert, check, enroll, poll and revoke, as an administrator types them."""
+"""All can be done on the command line: convert, check, enroll, poll and revoke, as an administrator types them."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def desk(tmp_path: Path) -> Desk:
 
 
 def test_convert_gives_the_documents_section() -> None:
+    """The document's command line: its section, and notes on what the handler sets and on the secret."""
     result = run("convert", stdin=DOCUMENT_COMMAND)
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if not line.startswith("#")] == DOCUMENT_SECTION.splitlines()
@@ -84,6 +85,7 @@ def test_convert_of_an_empty_value() -> None:
     ids=["continued", "equals"],
 )
 def test_convert_pasted(pasted: str) -> None:
+    """A line with a prompt and backslashes, or with `-server=` and `--recipient`: the same section."""
     result = run("convert", stdin=pasted)
     assert result.returncode == 0, result.stderr
     section = section_of(result.stdout)
@@ -94,6 +96,7 @@ def test_convert_pasted(pasted: str) -> None:
 
 
 def test_convert_reports_unknown_options() -> None:
+    """A misspelt option and one of a server: both are named, the first with its right spelling; exit code 1."""
     result = run("convert", "--", OPENSSL, "cmp", "-server", "h:1", "-trsted", "-port", "80")
     assert result.returncode == 1
     assert "no option -trsted; did you mean -trusted?" in result.stderr
@@ -103,6 +106,7 @@ def test_convert_reports_unknown_options() -> None:
 
 @pytest.mark.parametrize("words", ["", "ls -l", "openssl req -new", "openssl cmp -server 'x"])
 def test_convert_what_is_no_cmp_command(words: str) -> None:
+    """No words, another program, `openssl req`, an open quote: one error line and exit code 4."""
     result = run("convert", stdin=words)
     assert (result.returncode, result.stdout) == (4, "")
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
@@ -139,6 +143,7 @@ def test_from_a_working_command_line_to_a_certificate(ca: DemoCA, desk: Desk) ->
 
 
 def test_order_that_waits_on_the_command_line(ca: DemoCA, desk: Desk) -> None:
+    """`enroll` ends with 3 and prints an identifier; `poll` prints the bundle after the approval, twice."""
     ca.hold = True
     desk.configure(ca.options(), total_timeout="5")
     (desk.directory / "www.csr").write_text(csr_pem(["www.example"]))
@@ -157,6 +162,7 @@ def test_order_that_waits_on_the_command_line(ca: DemoCA, desk: Desk) -> None:
 
 
 def test_der_files(ca: DemoCA, desk: Desk) -> None:
+    """`enroll` of a CSR in DER prints the bundle."""
     desk.configure(ca.options())
     (desk.directory / "www.pem").write_text(csr_pem(["www.example"]))
     command = [OPENSSL, "req", "-in", "www.pem", "-outform", "DER", "-out", "www.der"]
@@ -185,6 +191,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_check_finds(case: str, ca: DemoCA, desk: Desk) -> None:
+    """A typo, an openssl without CMP, a key of another certificate, a wrong pass phrase: one error, exit code 4."""
     changes, expected = BROKEN[case]
     if callable(changes):
         changes = changes(desk, ca)
@@ -197,6 +204,7 @@ def test_check_finds(case: str, ca: DemoCA, desk: Desk) -> None:
 
 
 def test_check_fits_a_terminal(ca: DemoCA, desk: Desk) -> None:
+    """`check` and `--help` print no line over 80 columns, but for paths and warnings, and no colours."""
     desk.configure({**ca.options(), "cmp_trusted": "root.pem"})
     shutil.copy(ca.options()["cmp_trusted"], desk.directory / "root.pem")
     result = desk("check")
@@ -238,6 +246,7 @@ def test_convert_does_not_take_a_variable_for_a_value() -> None:
 
 
 def test_convert_reports_an_environment_before_the_command() -> None:
+    """Variables before `openssl` are to be set for acme2certifier: each is named, its value is not shown."""
     result = run("convert", stdin="OPENSSL_CONF=/x HTTP_PROXY=hush openssl cmp -server 127.0.0.1:80")
     assert "OPENSSL_CONF=: set this variable for acme2certifier's process, too" in result.stderr
     assert "HTTP_PROXY=: set this variable" in result.stderr and "hush" not in result.stderr
@@ -317,6 +326,7 @@ def test_exit_codes_of_an_enrolment(case: str, ca: DemoCA, desk: Desk) -> None:
     ],
 )
 def test_exit_codes(arguments: tuple[str, ...], code: int, ca: DemoCA, desk: Desk) -> None:
+    """No command, a wrong one, --help, --version, a CSR or an order that is not there: a code each, no traceback."""
     desk.configure(ca.options())
     result = desk(*arguments)
     assert result.returncode == code
@@ -324,6 +334,7 @@ def test_exit_codes(arguments: tuple[str, ...], code: int, ca: DemoCA, desk: Des
 
 
 def test_sections_of_several_cas(make_ca: Callable[..., DemoCA], desk: Desk) -> None:
+    """`--section CAhandler:second` enrols at the second CA alone; a section that is not there is an error."""
     first, second = make_ca(), make_ca()
     desk.configure(first.options())
     with (desk.directory / "acme_srv.cfg").open("a") as file:

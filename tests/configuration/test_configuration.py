@@ -1,4 +1,4 @@
-"""The [CAhandler] section: what each key does, and what is said about a wrong one before anything is sent."""
+"""Each key of [CAhandler] does what its page says, and a wrong one is named before anything is sent."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def value_of(command: Sequence[str], option: str) -> str:
 
 
 def test_options_stand_in_the_order_of_the_file(command: Commands) -> None:
+    """Six keys in an unusual order: openssl gets them in that order, and none of the handler's own keys."""
     section = {"cmp_ref": "1", "cmp_days": "7", "cmp_server": "127.0.0.1:1", "cmp_secret": "x", "cmp_path": "pkix/"}
     line = command(section, implicit_confirm="True")
     expected = "cmp -cmd ir -popo 0 -ref 1 -days 7 -server 127.0.0.1:1 -secret env: -path pkix/ -implicit_confirm"
@@ -72,6 +73,7 @@ def test_options_stand_in_the_order_of_the_file(command: Commands) -> None:
 
 
 def test_what_the_handler_adds(command: Commands) -> None:
+    """A short section: openssl gets time limits, file names, a subject and an empty -config as well."""
     line = command(SECTION)
     assert (value_of(line, "-msg_timeout"), value_of(line, "-total_timeout")) == ("5", "10")
     for option in ("-newkey", "-csr", "-certout", "-extracertsout", "-cacertsout", "-rspout"):
@@ -82,6 +84,7 @@ def test_what_the_handler_adds(command: Commands) -> None:
 
 
 def test_overrides_of_defaults(command: Commands) -> None:
+    """cmp_cmd and both time limits are configured: openssl gets these, and not the handler's own."""
     line = command(SECTION, cmd="cr", msg_timeout="3", total_timeout="30")
     values = [value_of(line, f"-{option}") for option in ("cmd", "popo", "msg_timeout", "total_timeout")]
     assert values == ["cr", "0", "3", "30"]
@@ -131,6 +134,7 @@ def test_distinguished_names(command: Commands) -> None:
 
 
 def test_configured_credentials_precede_variables(command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cmp_ref beside cmp_ref_variable: the key counts, and without it the variable."""
     monkeypatch.setenv("TEST_REF", "from the variable")
     line = command(SECTION, ref_variable="TEST_REF", secret_variable="TEST_NOT_SET")
     assert value_of(line, "-ref") == "1234"
@@ -160,6 +164,7 @@ def test_sources_of_a_secret(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A secret with a colon, as it is, or by pass:, env: and file:: enrolled, and openssl's arguments lack it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TEST_SECRET", "demo:secret")
     Path("secret.txt").write_text("demo:secret\n")
@@ -171,6 +176,7 @@ def test_sources_of_a_secret(
 
 @pytest.mark.parametrize("section", ["cmp", "other"])
 def test_an_openssl_configuration_file_takes_over(section: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """All options stand in openssl's own file, in its section `cmp` or another: check and enrolment succeed."""
     options = {key[4:]: value for key, value in ca.options().items()}
     name = "/C=DE/O=Demo/CN=Demo Issuing CA"  # openssl's own notation: nobody rewrites this file
     options.update(secret=f"pass:{ca.secret}", recipient=name, expect_sender=name)
@@ -337,6 +343,7 @@ def make_files(directory: Path) -> None:
 def test_a_fault_is_named_before_anything_is_sent(
     fault: str, command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Each fault of the table: check, enrolment and log name it; openssl is not run, and no file is made."""
     monkeypatch.chdir(tmp_path)
     invalid = "openssl:Error: 'cmp' is an invalid command."
     script(Path("bin/libressl"), f'[ "$1" = version ] && echo "LibreSSL 3.8.2" && exit\necho "{invalid}" >&2\nexit 1\n')
@@ -453,6 +460,7 @@ def test_typos(typo: str, handlers: Handlers, tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_faults_of_check_are_the_faults_of_enroll(command: Commands) -> None:
+    """A section with three faults: the enrolment's error holds the whole text of the check."""
     handler = command.handler(SECTION, server=None, trsted="x", frobnicate="y")
     check, error = handler.handler_check(), handler.enroll(CSR)[0]
     assert check and error and check in error
@@ -472,6 +480,7 @@ def test_the_faults_of_check_are_the_faults_of_enroll(command: Commands) -> None
 def test_broken_configuration_file(
     configuration: str | None, words: list[str], command: Commands, tmp_path: Path
 ) -> None:
+    """No file, no section, no header, a key given twice, or garbage: check and enrolment say so on one line."""
     command.handler(SECTION)
     config = command.handlers.config
     config.unlink() if configuration is None else config.write_bytes(configuration.encode("latin-1"))
@@ -482,6 +491,7 @@ def test_broken_configuration_file(
 
 
 def test_no_configuration_file_named(monkeypatch: pytest.MonkeyPatch, handlers: Handlers) -> None:
+    """ACME_SRV_CONFIGFILE is not set: check and enrolment name this variable."""
     monkeypatch.delenv("ACME_SRV_CONFIGFILE")
     with CAhandler() as handler:
         assert "ACME_SRV_CONFIGFILE" in str(handler.handler_check())
@@ -491,6 +501,7 @@ def test_no_configuration_file_named(monkeypatch: pytest.MonkeyPatch, handlers: 
 def test_default_binary_with_a_warning(
     command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """No cmp_openssl_bin: the first openssl on PATH is run, and one warning names its path."""
     (tmp_path / "openssl").symlink_to(command.openssl)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert command(SECTION, openssl_bin=None)[0] == "cmp"
@@ -502,6 +513,7 @@ def test_default_binary_with_a_warning(
 
 
 def test_check_costs_nothing_after_the_first_time(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """A hundred more checks of the same configuration: no process, no file, no message."""
     calls = tmp_path / "calls"
     openssl = recorder(tmp_path / "openssl", calls)
     handler = handlers(ca.options(), openssl_bin=openssl)
@@ -517,6 +529,7 @@ def test_check_costs_nothing_after_the_first_time(ca: DemoCA, handlers: Handlers
 
 
 def test_check_notices_changes(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """After a good check a file is deleted, openssl replaced, a key left out: the next check says so."""
     openssl = recorder(tmp_path / "openssl", tmp_path / "calls")
     section = ca.options("certificate")
     handler = handlers(section, openssl_bin=openssl)
@@ -557,6 +570,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_transactions_are_private(command: Commands) -> None:
+    """While openssl runs, only the owner may look into the order's directory."""
     script(Path(command.openssl), f'exec >>{command.log}\nls -ld {command.handlers.work}/*\nexec {OPENSSL} "$@"\n')
     command.handler(SECTION).enroll(CSR)
     modes = re.findall(r"^(\S{10}).* \S+/[0-9a-zA-Z_-]+$", command.log.read_text(), re.M)
@@ -564,6 +578,7 @@ def test_transactions_are_private(command: Commands) -> None:
 
 
 def test_default_directory(ca: DemoCA, handlers: Handlers, own: Path) -> None:
+    """No cmp_tmp_dir: an enrolment makes the directory for its owner alone, and leaves nothing in it."""
     handler = handlers(ca.options(), tmp_dir=None)
     assert handler.handler_check() is None
     assert os.listdir(own) == [], "a check leaves nothing in it"
@@ -573,6 +588,7 @@ def test_default_directory(ca: DemoCA, handlers: Handlers, own: Path) -> None:
 
 
 def test_default_directory_that_is_a_link(command: Commands, own: Path, tmp_path: Path) -> None:
+    """Somebody has put a link in its place: check and enrolment refuse it, and write nothing behind it."""
     (tmp_path / "target").mkdir()
     own.symlink_to(tmp_path / "target")
     handler = command.handler(SECTION, tmp_dir=None)
@@ -582,6 +598,7 @@ def test_default_directory_that_is_a_link(command: Commands, own: Path, tmp_path
 
 
 def test_default_directory_of_somebody_else(command: Commands, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user has made it: check and enrolment refuse it, and openssl is not run."""
     own.mkdir()
     if os.geteuid() == 0:
         os.chown(own, 65534, 65534)
@@ -644,6 +661,7 @@ def test_a_link_that_goes_up_behind_a_link(command: Commands, tmp_path: Path) ->
 
 
 def test_a_link_of_our_own(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """cmp_tmp_dir leads over a link to a private directory: the certificate is issued."""
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     assert handlers(ca.options(), tmp_dir=str(tmp_path / "link" / "work")).enroll(CSR)[0] is None
@@ -674,6 +692,7 @@ WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 def test_warnings(
     what: str, command: Commands, own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Each unwise setting of the table: the check passes, openssl is run, and a warning names it."""
     monkeypatch.chdir(command.handlers.directory)
     make_files(Path("pki"))
     changes, words = WARNINGS[what]
@@ -690,6 +709,7 @@ def test_warnings(
 
 @pytest.mark.parametrize("key", ["CMP_EXPECT_SENDER", "cmp-expect_sender", "Cmp_Expect_Sender", "cmpexpect_sender"])
 def test_a_key_that_would_be_ignored(key: str, command: Commands) -> None:
+    """cmp_expect_sender in capitals or with a hyphen: an error that gives the right spelling."""
     command.handler(SECTION)
     with command.handlers.config.open("a") as file:
         file.write(f"{key}: CN=x\n")

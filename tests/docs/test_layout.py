@@ -1,13 +1,17 @@
-"""The handler is one file that can be read from top to bottom: its parts in order, each entry before what it calls."""
+"""The handler is one file that can be read from top to bottom: its parts in order, each entry before what it calls.
+
+And its tests can be read as a specification: each file says its promise, each test its case.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import cmp_ca_handler
+from host import ROOT
 
 SOURCE = Path(cmp_ca_handler.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
@@ -84,3 +88,35 @@ def test_functions_are_short() -> None:
     for node in ast.walk(TREE):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+FILES = [path for kind in ("test_*.py", "*_cases.py") for path in sorted((ROOT / "tests").rglob(kind))]
+
+
+def every_test() -> list[tuple[str, str, str]]:
+    """File, name and docstring of every test, those that only an option of `python3 tests` runs among them."""
+    functions = [(path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    return [
+        (path.name, node.name, ast.get_docstring(node) or "")
+        for path, node in functions
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+
+
+def test_every_test_says_its_case() -> None:
+    """A test or a file of tests without a docstring: it is named here."""
+    assert len(every_test()) > 500
+    assert [(file, name) for file, name, case in every_test() if not case] == []
+    assert [path.name for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+
+
+def test_no_name_of_a_test_occurs_twice() -> None:
+    """Two tests of one name, in one file or in two: the second would hide the first, or be taken for it."""
+    assert {name: count for name, count in Counter(name for _, name, _ in every_test()).items() if count > 1} == {}
+
+
+def test_no_file_of_tests_stands_outside_of_a_promise() -> None:
+    """A new test_*.py beside conftest.py, or in a folder that is a package and would hide a module of that name."""
+    folders = {path.parent for path in FILES if path.name.startswith("test_")}
+    assert {folder.parent for folder in folders} == {ROOT / "tests"}
+    assert {folder.name for folder in folders if (folder / "__init__.py").exists()} == {"clients", "servers"}

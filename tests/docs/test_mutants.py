@@ -62,6 +62,7 @@ def test_every_mutant_is_another_program() -> None:
     ],
 )
 def test_what_is_changed(line: bytes) -> None:
+    """Each line is one of the small program's with one comparison, operator, constant or return changed."""
     source = mutants.Source(TEXT)
     assert line in [source.mutated(mutant).splitlines()[mutant.line - 1] for mutant in source.mutants()]
 

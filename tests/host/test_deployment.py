@@ -1,4 +1,4 @@
-"""Where acme2certifier really runs: threads, HTTPS, the poller beside a waiting client, a container's volume."""
+"""It works where acme2certifier really runs: threads, HTTPS, the poller beside a waiting client, a volume."""
 
 from __future__ import annotations
 

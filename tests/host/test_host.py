@@ -1,4 +1,4 @@
-"""The handler in acme2certifier, with real ACME clients: certbot and lego."""
+"""In acme2certifier the handler serves real ACME clients: certbot and lego."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def revoked_serials(ca: DemoCA) -> list[int]:
 
 
 def test_certbot_orders_renews_and_revokes(ca: DemoCA, tmp_path: Path) -> None:
+    """certbot gets two names, another certificate, then a revocation: chain, log line and CRL are right."""
     with Host(tmp_path, {**BY_PATH, **ca.options()}) as host:
         ordered = host.certbot("certonly", "-d", "www.example.com", "-d", "example.com")
         assert ordered.returncode == 0, ordered.stdout + host.log()
@@ -118,6 +119,7 @@ def test_pending_order_is_finished_by_the_hosts_poller(ca: DemoCA, tmp_path: Pat
 
 @needs("lego")
 def test_pending_order_that_the_ca_refuses(ca: DemoCA, tmp_path: Path) -> None:
+    """lego's order waits, and the CA refuses it: the poller logs the reason once, and nothing is left."""
     ca.hold = True
     ca.check_after = 1
     ca.status_text = "not this quarter"
@@ -133,6 +135,7 @@ def test_pending_order_that_the_ca_refuses(ca: DemoCA, tmp_path: Path) -> None:
 
 @needs("lego")
 def test_rejected_order(ca: DemoCA, tmp_path: Path) -> None:
+    """A CA that refuses at once: lego gets serverInternal, and the log has the CA's reason."""
     ca.reject, ca.status_text = "badCertTemplate", "names under example.com only"
     with Host(tmp_path, {**BY_PATH, **ca.options()}) as host:
         ordered = host.lego("shop.example.org")

@@ -1,4 +1,4 @@
-"""acme2certifier up to 0.44: its helper is `acme_srv.helper`, the handler is the file `acme_srv/ca_handler.py`.
+"""The handler works in acme2certifier up to 0.44: helper `acme_srv.helper`, handler `acme_srv/ca_handler.py`.
 
 None of these releases is on PyPI. So this is a stand-in: a package `acme_srv` with as much of the helper's documented
 functions as each test says, in a process that cannot import acme2certifier. The real ones, 0.17 to 0.43.1, were taken

@@ -1,4 +1,4 @@
-"""Profiles: what an order, an account or an HTTP header may choose, and what none of them may."""
+"""A profile, of an order, an account or an HTTP header, chooses what is a client's business, and nothing else."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def eab(name: str) -> list[str]:
 
 
 def test_names_the_field_that_an_acme_profile_sets() -> None:
+    """acme2certifier asks the handler for it: cmp_profile."""
     assert CAhandler.profile_mapping_field == "cmp_profile"
 
 
@@ -81,6 +82,7 @@ def test_header_that_is_not_allowed_changes_nothing(ca: DemoCA, tmp_path: Path) 
 
 @needs("lego")
 def test_header_that_is_allowed_in_an_older_release(ca: DemoCA, tmp_path: Path) -> None:
+    """acme2certifier 0.45, and lego with an allowed User-Agent: the request has the profile it names."""
     order = {"header_info_list": '["HTTP_USER_AGENT"]', "allowed_header_values": '["lead", "gold"]'}
     save_request(ca, tmp_path / "request.der")
     options = {"cmp_openssl_bin": BINARIES[-1]}

@@ -1,4 +1,4 @@
-"""The way to the CA leads through real servers: nginx before it, which ends TLS; squid and tinyproxy."""
+"""The way to the CA may lead through real servers: nginx before it, which ends TLS; squid and tinyproxy."""
 
 from __future__ import annotations
 
@@ -124,6 +124,7 @@ def nginx(start: Start, ca: DemoCA, more: str = "") -> dict[str, str]:
 @needs("nginx")
 @binaries
 def test_nginx(openssl: str, ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
+    """nginx ends TLS before the CA: issued; a wrong TLS name, path or plain HTTP is told apart."""
     section = {**nginx(start, ca), "cmp_openssl_bin": openssl}
     assert enrol(section) == ISSUED
     output = check(section)
@@ -154,6 +155,7 @@ def test_nginx_wants_a_certificate(ca: DemoCA, start: Start, enrol: Enrol, check
 
 @needs("nginx")
 def test_nginx_without_a_ca_behind_it(ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
+    """nginx answers 502: enrolment and `check` say that a proxy cannot reach the CMP server."""
     section = nginx(start, ca)
     ca.stop()
     with nobody_at(ca.port):
@@ -296,6 +298,7 @@ def squid(start: Start) -> str:
 def test_squid(
     tls: bool, openssl: str, squid: str, make_ca: Callable[..., DemoCA], enrol: Enrol, check: Callable[..., str]
 ) -> None:
+    """Over squid, http and https: issued; with the CA away, the error says that a proxy cannot reach it."""
     ca = make_ca(tls=tls)
     section = {**ca.options(), "cmp_proxy": squid, "cmp_openssl_bin": openssl}
     assert enrol(section) == ISSUED

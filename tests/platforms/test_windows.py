@@ -1,4 +1,4 @@
-"""The binaries of 2019: options without underscores, messages in capitals, and lines that end as on Windows."""
+"""The binaries of 2019 work: options without underscores, messages in capitals, and lines that end as on Windows."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def openssl_2019(tmp_path: Path) -> str:
 
 
 def test_binary_of_2019(openssl_2019: str, ca: DemoCA, handlers: Handlers) -> None:
+    """Keys with underscores: the binary gets its own spelling, and the certificate is issued."""
     options = {"implicit_confirm": "True", "unprotected_errors": "True", "msg_timeout": "4", "ignore_keyusage": "True"}
     _, *issuers = enrolled(handlers(ca.options(), openssl_bin=openssl_2019, **options), csr_pem(["a.example"]))
     assert [c.subject.rfc4514_string() for c in issuers] == ISSUERS
@@ -52,6 +53,7 @@ def test_binary_of_2019(openssl_2019: str, ca: DemoCA, handlers: Handlers) -> No
 
 
 def test_messages_of_2019(openssl_2019: str, ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong secret: `CMP ERROR` gets its hint, and no line of the log ends with a carriage return."""
     error = handlers(ca.options(), openssl_bin=openssl_2019, secret="another-one").enroll(csr_pem(["a.example"]))[0]
     assert error
     assert "wrong pbm value" in error or "badMessageCheck" in error
@@ -62,6 +64,7 @@ def test_messages_of_2019(openssl_2019: str, ca: DemoCA, handlers: Handlers, cap
 
 
 def test_binary_of_2019_waits(openssl_2019: str, make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
+    """An order that waits: the poll gets the certificate, in the same transaction."""
     ca = make_ca()
     ca.hold = True
     handler = handlers(ca.options(), openssl_bin=openssl_2019, msg_timeout="2", total_timeout="2")
@@ -82,6 +85,7 @@ def test_names_of_options_in_either_direction(openssl_2019: str, handlers: Handl
 
 
 def test_name_that_only_the_binary_knows(handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys without underscores at an openssl of today: taken, refused or ignored as those with them are."""
     assert handlers(SECTION, policycheck="True", verifydepth="3").handler_check() is None
     assert "-srv_ref" in str(handlers(SECTION, srvref="1").handler_check())
     assert handlers(SECTION, sannodefault="True").enroll("")[0]
@@ -89,6 +93,7 @@ def test_name_that_only_the_binary_knows(handlers: Handlers, caplog: pytest.LogC
 
 
 def test_secret_under_another_name(handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
+    """`cmp_tlskeypass` in place of cmp_tls_keypass: `check` does not show its value."""
     handlers(SECTION, tlskeypass="hush-hush", tlskey=str(handlers.config), tlscert=str(handlers.config))
     main(["--config", str(handlers.config), "check"])
     said = capsys.readouterr()
@@ -102,6 +107,7 @@ def test_profile_and_another_name(handlers: Handlers) -> None:
 
 
 def test_names_of_options_when_converted(openssl_2019: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line in the old spelling, by a binary of today or of 2019: keys with underscores."""
     words = ["cmp", "-cmd", "ir", "-server", "10.0.0.1:80", "-implicitconfirm", "-totaltimeout", "20", "-newkey", "k"]
     for program in (OPENSSL, openssl_2019):
         assert main(["convert", "--", program, *words]) == 0

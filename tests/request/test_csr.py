@@ -1,4 +1,4 @@
-"""What a CSR may be: read alike by acme2certifier, by openssl and by the handler, or refused before it is sent."""
+"""A CSR is read alike by acme2certifier, by openssl and by the handler, or refused before it is sent."""
 
 from __future__ import annotations
 
@@ -261,6 +261,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_anything_is_sent(case: str, ca: DemoCA, handlers: Handlers) -> None:
+    """Each CSR of the table REFUSED: one error line with the reason, no message, no file."""
     made, words = REFUSED[case]
     der = made() if callable(made) else made
     error, *rest = handlers(ca.options()).enroll(base64url(der))
@@ -293,6 +294,7 @@ class Reader(NamedTuple):
 
 @pytest.mark.parametrize("case", UNSEEN)
 def test_refused_because_acme2certifier_does_not_read_it(case: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A CSR whose names acme2certifier gives up on: nobody has checked them, so nothing is sent."""
     handler = handlers(ca.options())
     handler._helper = Reader()  # type: ignore[assignment]
     assert handler.enroll(base64url(UNSEEN[case])) == (UNCHECKED, None, None, None)
@@ -310,6 +312,7 @@ UNLOADABLE = {
 
 @pytest.mark.parametrize("case", UNLOADABLE)
 def test_csr_that_acme2certifier_cannot_load(case: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A CSR on which acme2certifier fails: the error says so, and nothing is sent."""
     handler = handlers(ca.options())
     handler._helper = Reader()  # type: ignore[assignment]
     error = str(handler.enroll(base64url(UNLOADABLE[case]))[0])
@@ -342,6 +345,7 @@ def test_weak_possession_is_real(case: str, tmp_path: Path) -> None:
     ],
 )
 def test_kinds_of_names(kinds: str | None, refused: list[str], wire: Wire) -> None:
+    """A CSR with one of seven kinds of names: sent if cmp_san_types allows the kind, else refused with the name."""
     every = {
         "DNS": write_der(0x82, b"*.a.example"),
         "IP": write_der(0x87, ip_address("2001:db8::1").packed),
@@ -363,6 +367,7 @@ def test_kinds_of_names(kinds: str | None, refused: list[str], wire: Wire) -> No
 
 @pytest.mark.parametrize("value, word", [("URL", "URI"), ("DNS, othername, dir", "dirName"), ("", "")])
 def test_unknown_kind_of_names(value: str, word: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A misspelt or empty cmp_san_types: check and enrolment list the kinds, and suggest the nearest."""
     handler = handlers(ca.options(), san_types=value)
     error = str(handler.handler_check())
     assert "cmp_san_types: '" in error and "' is none of email, DNS, URI, IP, RID, otherName, dirName" in error
@@ -408,6 +413,7 @@ class Blind(NamedTuple):
     "seen, sent", [([], False), (["DNS:a.example"], False), (["DNS:a.example", "DNS:b.example"], True)]
 )
 def test_names_that_acme2certifier_does_not_see(seen: list[str], sent: bool, ca: DemoCA, handlers: Handlers) -> None:
+    """acme2certifier reads none or one of the CSR's two names: refused; both: issued."""
     handler = handlers(ca.options())
     handler._helper = Blind(seen, cmp_ca_handler._load_config)  # type: ignore[assignment]
     error, bundle, *_ = handler.enroll(csr_pem(["a.example", "b.example"]))
@@ -876,6 +882,7 @@ class Client(NamedTuple):
 
 @pytest.mark.e2e
 def test_in_acme2certifier(ca: DemoCA, tmp_path: Path) -> None:
+    """The attacks that a real acme2certifier lets through are refused; a CSR of certreq is issued."""
     section = {"handler_module": str(HANDLER), **ca.options()}
     with Host(tmp_path, section, {"Certificate": {"csr_binding_strict": "True", "enrollment_timeout": "60"}}) as host:
         acme = Client.of(host)

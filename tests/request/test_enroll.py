@@ -1,4 +1,4 @@
-"""One enrolment of each kind, what it leaves behind (nothing), and who gets to see the secret (nobody)."""
+"""Every kind of enrolment ends with a certificate, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def public_key(owner: x509.Certificate | x509.CertificateSigningRequest) -> byte
 def test_every_kind(
     authentication: str, tls: bool, openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers
 ) -> None:
+    """By secret or certificate, over http or https: leaf and issuers in order, both names, nothing left."""
     ca = make_ca(tls=tls)
     certificates = enrolled(
         handlers(ca.options(authentication), openssl_bin=openssl), as_host(csr_pem(["a.example", "b.example"]))
@@ -58,6 +59,7 @@ def test_tls_without_a_client_certificate_is_no_warning(
 
 
 def test_tls_server_that_is_not_trusted(make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
+    """A TLS server that cmp_tls_trusted does not cover: the error says so, and the CA gets no message."""
     ca = make_ca(tls=True)
     error = handlers(ca.options(), tls_trusted=str(ca.directory / "stranger.pem")).enroll(as_host(csr_pem(["a.b"])))[0]
     assert error and "certificate verify failed" in error and ca.server in error
@@ -76,6 +78,7 @@ FORMS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_a_csr(form: str, ca: DemoCA, handlers: Handlers) -> None:
+    """base64url, base64 or PEM, with other line ends or another label: the certificate has the CSR's key."""
     pem = csr_pem(["a.example"])
     certificate = enrolled(handlers(ca.options()), FORMS[form](pem))[0]
     assert public_key(certificate) == public_key(x509.load_pem_x509_csr(pem.encode()))
@@ -84,6 +87,7 @@ def test_forms_of_a_csr(form: str, ca: DemoCA, handlers: Handlers) -> None:
 @pytest.mark.parametrize("command, exchanges", [("cr", ["cr", "certConf"]), ("p10cr", ["p10cr", "certConf"])])
 @binaries
 def test_other_request_types(openssl: str, command: str, exchanges: list[str], ca: DemoCA, handlers: Handlers) -> None:
+    """cmp_cmd `cr` or `p10cr`: this request and a certConf reach the CA, and the chain is whole."""
     handler = handlers(ca.options(), cmd=command, openssl_bin=openssl)
     assert len(enrolled(handler, csr_pem(["a.example"], "a.example"))) == 3
     assert [m.request for m in ca.messages] == exchanges
@@ -107,6 +111,7 @@ DOCUMENT = {
 def test_configuration_of_the_document(
     make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The document's section, at another port: enrolled, and openssl gets the document's own command line."""
     monkeypatch.chdir(tmp_path)
     ca = make_ca(secret="xxx")
     recorder(tmp_path / DOCUMENT["cmp_openssl_bin"], tmp_path / "calls")
@@ -129,6 +134,7 @@ def test_configuration_of_the_document(
 def test_nothing_is_left(
     outcome: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Six orders, all issued or all refused: no descriptor, process or file of them stays."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -146,6 +152,7 @@ def test_nothing_is_left(
 
 
 def test_many_at_once(ca: DemoCA, handlers: Handlers) -> None:
+    """Twenty orders in as many threads: each gets the certificate for its own name and key."""
     names = [f"host{i}.example" for i in range(20)]
     csrs = [csr_pem([name]) for name in names]
     enter = [handlers(ca.options(), total_timeout="60", msg_timeout="60") for _ in names]
@@ -158,6 +165,7 @@ def test_many_at_once(ca: DemoCA, handlers: Handlers) -> None:
 
 
 def test_one_log_line_per_certificate(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """An order that is issued: one line with subject, serial number, issuer, chain and seconds."""
     caplog.set_level(logging.INFO)
     leaf = enrolled(handlers(ca.options()), csr_pem(["a.example"]))[0]
     messages = [r.getMessage() for r in caplog.records if r.name == "test" and r.levelno == logging.INFO]
@@ -185,6 +193,7 @@ def test_the_secret_is_nowhere(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A CA that issues, or refuses and repeats the secret: no argument, file, log line or error has it."""
     caplog.set_level(logging.DEBUG)
     word = "hush" + secrets.token_hex(8)
     ca = make_ca(secret=word, tls=True)
@@ -288,6 +297,7 @@ old_releases = pytest.mark.parametrize("old_openssl", RELEASES, indirect=True)
 def test_old_cmpossl(
     old_openssl: tuple[str, Path], request: pytest.FixtureRequest, ca: DemoCA, handlers: Handlers
 ) -> None:
+    """It knows no -csr for `ir`: names go by -sans, time limits in its own spelling, and it is issued."""
     path, log = old_openssl
     handler = handlers(ca.options(), openssl_bin=path, msg_timeout="4")
     leaf = enrolled(handler, csr_pem(["a.example", "b.example"]))[0]
@@ -307,6 +317,7 @@ def test_old_cmpossl(
 
 @old_releases
 def test_old_cmpossl_and_p10cr(old_openssl: tuple[str, Path], ca: DemoCA, handlers: Handlers) -> None:
+    """cmp_cmd `p10cr`: the CSR goes by -csr, and it is issued."""
     path, log = old_openssl
     assert len(enrolled(handlers(ca.options(), openssl_bin=path, cmd="p10cr"), csr_pem(["a.b"], "a.b"))) == 3
     assert " -csr " in log.read_text()
@@ -316,6 +327,7 @@ def test_old_cmpossl_and_p10cr(old_openssl: tuple[str, Path], ca: DemoCA, handle
 def test_what_an_old_cmpossl_cannot_carry(
     old_openssl: tuple[str, Path], ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A must-staple extension is left out with a warning; a subject with a line break is an error."""
     handler = handlers(ca.options(), openssl_bin=old_openssl[0])
     must_staple = x509.TLSFeature([x509.TLSFeatureType.status_request])
     enrolled(handler, csr_pem(["a.example"], extensions=[must_staple]))

@@ -1,4 +1,4 @@
-"""The request on the wire against the CSR: public key, subject and every extension, byte for byte."""
+"""All of the CSR reaches the CA: public key, subject and every extension, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Revocation: what the CA gets, what it does, and what the host is told."""
+"""A certificate is revoked with the reason of ACME, and the host is told what the CA says."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ class Noting:
 @every_binary
 @pytest.mark.parametrize("kind", ["secret", "certificate", "tls"])
 def test_revoked_once(openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
+    """The CRL has the certificate with its reason, and no other; a second time it is alreadyRevoked."""
     ca = make_ca(tls=kind == "tls")
     handler = handlers(ca.options("certificate" if kind == "certificate" else "secret"), openssl_bin=openssl)
     certificate, other = enrolled(handler), enrolled(handler, "other.example")
@@ -113,6 +114,7 @@ def test_reason(name: str, number: int, make_ca: Callable[..., DemoCA], handlers
 
 
 def test_no_reason_is_unspecified(ca: DemoCA, handlers: Handlers) -> None:
+    """The host gives no reason: the CA accepts, and its CRL has the certificate."""
     handler = handlers(ca.options())
     certificate = enrolled(handler)
     assert handler.revoke(certificate) == (200, None, None)
@@ -147,6 +149,7 @@ def test_unknown_reason(ca: DemoCA, handlers: Handlers) -> None:
 
 
 def test_every_form_of_a_certificate(ca: DemoCA, handlers: Handlers) -> None:
+    """base64, base64url or PEM: the CRL has the certificate."""
     handler = handlers(ca.options())
     for form in ("base64", "base64url", "PEM"):
         certificate = enrolled(handler)
@@ -182,6 +185,7 @@ def test_not_a_certificate(ca: DemoCA, handlers: Handlers) -> None:
 
 @pytest.mark.parametrize("stranger", ["of another CA", "unknown to the CA"])
 def test_certificate_that_the_ca_has_not_issued(stranger: str, ca: DemoCA, handlers: Handlers, pair: Pair) -> None:
+    """A certificate of another CA, or one that this CA does not know: serverInternal, with badCertId and its hint."""
     handler = handlers(ca.options())
     path = ca.directory / "stranger.pem" if stranger == "of another CA" else pair.certificate
     code, message, detail = handler.revoke(as_host(path.read_text()), "superseded", None)
@@ -192,6 +196,7 @@ def test_certificate_that_the_ca_has_not_issued(stranger: str, ca: DemoCA, handl
 
 
 def test_revocation_while_the_ca_is_away(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody answers: serverInternal, also in the log; when the CA is back, it is revoked."""
     handler = handlers(ca.options(), msg_timeout="2", total_timeout="3")
     certificate = enrolled(handler)
     ca.stop()

@@ -1,4 +1,4 @@
-"""Where the RA's key and secrets come from: tokens, PKCS #12 files, systemd's credentials."""
+"""The RA's key and secrets need not stand in the configuration: tokens and systemd's credentials hold them."""
 
 from __future__ import annotations
 
@@ -169,6 +169,7 @@ def test_provider(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The key by its pkcs11: URI, the PIN from a file or a variable: issued, and no output has the PIN."""
     provider(QUIRKS)
     monkeypatch.setenv("RA_PIN", PIN)
     if source == "file":

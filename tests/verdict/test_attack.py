@@ -1,4 +1,4 @@
-"""What an attacker's review of the handler found, each with the attack itself."""
+"""An attacker gains nothing: what a review of the handler found, each with the attack itself."""
 
 from __future__ import annotations
 
@@ -226,6 +226,7 @@ def test_system_configuration_of_openssl(
 
 
 def test_directories_that_are_made(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """A cmp_tmp_dir with three levels to be made, and umask 0: each is for its owner alone."""
     handler = handlers(ca.options(), tmp_dir=str(tmp_path / "a/b/c"))
     before = os.umask(0)
     try:
@@ -315,6 +316,7 @@ def test_explicit_curve(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
 def test_certificate_that_floods_the_log(
     what: str, ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A certificate to revoke whose serial number has 60,000 bytes, or whose issuer is endless: short log lines."""
     tbs, *rest = read_der(issuing_ca(ca).public_bytes(serialization.Encoding.DER)).parts()
     fields = [field.whole for field in tbs.parts()]
     if what == "serial":
@@ -351,6 +353,7 @@ def test_profile_with_keys_of_the_handler(ca: DemoCA, handlers: Handlers, monkey
 
 @every_binary
 def test_profile_named_off(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """A cmp_profile `off` is the name of a profile, and no switch; before OpenSSL 3.3 it is an error."""
     request = tmp_path / "request.der"
     save_request(ca, request)
     error = enroll(handlers(ca.options(), openssl_bin=openssl, profile="off"))[0]
@@ -382,6 +385,7 @@ def test_forged_issuer(
 
 
 def test_ladder_of_names(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """Thirty forged certificates in cmp_untrusted, upward from the issuing CA's name: none is in the chain."""
     ladder = [issuing_ca(ca).subject, *(name(f"rung {number}") for number in range(30))]
     certificates = [x509.load_der_x509_certificate(forge(KEY, *pair)) for pair in zip(ladder, ladder[1:])]
     pem = b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
@@ -437,6 +441,7 @@ def test_killed_with_a_forged_answer(ca: DemoCA, handlers: Handlers, wait: Wait)
 
 
 def test_secret_in_an_answer(ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """A CA that writes the secret and a line as of openssl into its text: it is masked, and makes no line."""
     details = nested(f"the secret is {ca.secret}\nCMP error: forged".encode(), 0x30, 0x0C)
     body = nested(nested(REJECTED, 0x30) + details, 0xB7, 0x30)
     proxy.spoil = lambda _, forward: with_body(forward(), body)
@@ -620,6 +625,7 @@ def test_certificate_with_two_lists_of_names(ca: DemoCA, handlers: Handlers, pro
 
 
 def test_poll_for_another_order(wait: Wait) -> None:
+    """A poll with another CSR than the order's is refused; one with its own CSR gets the certificate."""
     waiting = wait()
     waiting.ca.approve("all")
     assert "another CSR" in waiting.fails(as_host(csr_pem(["b.example"])))

@@ -1,4 +1,4 @@
-"""Bad input and faults: an error on one line that says what happened, nothing left behind, never an exception.
+"""Bad input and faults end in an error on one line that says what happened; nothing is left, and nothing raised.
 
 Each error goes into the JUnit report too (`--junitxml`), with the seconds it took.
 """
@@ -107,6 +107,7 @@ BAD_CSRS: dict[str, tuple[Any, list[str]]] = {
 
 @pytest.mark.parametrize("name", BAD_CSRS)
 def test_bad_csr(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+    """Each broken CSR of the table: one error with the reason, and the CA gets no message."""
     csr, words = BAD_CSRS[name]
     fault(handlers(ca.options()), csr, *words)
     assert ca.messages == []
@@ -114,6 +115,7 @@ def test_bad_csr(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> Non
 
 @pytest.mark.parametrize("form", ["PEM", "base64url"])
 def test_certificate_for_a_csr(form: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+    """The host hands over a certificate, in PEM or base64url: an error that names the CSR, nothing is sent."""
     pem = (ca.directory / "root.pem").read_text()
     fault(handlers(ca.options()), pem if form == "PEM" else as_host(pem), "CSR")
     assert ca.messages == []
@@ -202,6 +204,7 @@ SERVERS: dict[str, tuple[Serve, list[str]]] = {
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_bad_server(server: str, tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault) -> None:
+    """A server that hangs, drips, floods or speaks something else than CMP: an error with address and reason."""
     serve, words = SERVERS[server]
     address = f"127.0.0.1:{tcp_server(serve)}"
     section = {"cmp_server": address, "cmp_ref": "1", "cmp_secret": "x", "cmp_recipient": "/CN=CA"}
@@ -209,6 +212,8 @@ def test_bad_server(server: str, tcp_server: Callable[[Serve], int], handlers: H
 
 
 def test_half_a_message(ca: DemoCA, tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault) -> None:
+    """A CA whose answer is cut in the middle: an error with its address."""
+
     def serve(connection: socket.socket) -> None:
         message = ca.answer(read_request(connection))
         connection.sendall(response(message[: len(message) // 2]))
@@ -218,6 +223,7 @@ def test_half_a_message(ca: DemoCA, tcp_server: Callable[[Serve], int], handlers
 
 
 def test_server_that_refuses(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+    """Nobody listens at the port: the error says so, and names cmp_server."""
     with nobody_at() as port:
         address = f"127.0.0.1:{port}"
         handler = handlers({**ca.options(), "cmp_server": address}, msg_timeout="1", total_timeout="2")
@@ -226,6 +232,7 @@ def test_server_that_refuses(ca: DemoCA, handlers: Handlers, fault: Fault) -> No
 
 @pytest.mark.parametrize("tls", [False, True], ids=["TLS to a plain server", "plain to a TLS server"])
 def test_tls_on_one_side_only(tls: bool, make_ca: Callable[..., DemoCA], handlers: Handlers, fault: Fault) -> None:
+    """TLS to a plain server, or plain HTTP to a TLS server: the error names cmp_tls_used."""
     ca = make_ca(tls=tls)
     handler = handlers(
         ca.options(),
@@ -243,24 +250,29 @@ def test_tls_on_one_side_only(tls: bool, make_ca: Callable[..., DemoCA], handler
 # The second one is a word of openssl's own message, "wrong pbm value".
 @pytest.mark.parametrize("secret", ["not-the-secret", "wrong"])
 def test_wrong_secret(secret: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+    """A CA that knows another secret: the error names cmp_ref and cmp_secret."""
     fault(handlers(ca.options(), secret=secret), CSR, ca.server, "cmp_ref and cmp_secret")
 
 
 def test_wrong_reference(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+    """A CA that does not know cmp_ref: the error names cmp_ref and cmp_secret."""
     fault(handlers(ca.options(), ref="9999"), CSR, ca.server, "cmp_ref and cmp_secret")
 
 
 def test_untrusted_signer(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+    """A CA whose signer cmp_trusted does not cover: the error names cmp_trusted."""
     stranger = str(ca.directory / "stranger.pem")
     fault(handlers(ca.options("certificate"), trusted=stranger), CSR, ca.server, "cmp_trusted")
 
 
 def test_unprotected_answer(mock: Callable[..., Mock], pair: Pair, handlers: Handlers, fault: Fault) -> None:
+    """A server that protects no answer: the error says so, and no certificate is handed out."""
     server = mock(pair.certificate, "-send_unprotected")
     fault(handlers(server.options()), pair.csr, f"127.0.0.1:{server.port}", "protect")
 
 
 def test_certificate_for_another_key(mock: Callable[..., Mock], pair: Pair, handlers: Handlers, fault: Fault) -> None:
+    """A server that always sends the same certificate: the error says that it is for another key."""
     server = mock(pair.certificate)
     fault(handlers(server.options()), CSR, f"127.0.0.1:{server.port}", "issued for another key")
 
@@ -287,6 +299,7 @@ HOSTILE = {
 def test_hostile_rejection(
     text: str, authentication: str, ca: DemoCA, handlers: Handlers, fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A CA whose reason holds line breaks, control characters or lines as of openssl: still one error line."""
     caplog.set_level(logging.DEBUG)
     ca.reject = "badCertTemplate"
     handler = handlers(ca.options(authentication))
@@ -305,6 +318,7 @@ def test_hostile_rejection(
 
 @pytest.mark.parametrize("below", ["", "/sub/directory"], ids=["a file", "below a file"])
 def test_directory_that_is_a_file(below: str, ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path) -> None:
+    """cmp_tmp_dir is a file, or lies below one: the error names it, and nothing is sent."""
     (tmp_path / "file").touch()
     fault(handlers(ca.options(), tmp_dir=f"{tmp_path}/file{below}"), CSR, "cmp_tmp_dir", f"{tmp_path}/file", "not a d")
     assert ca.messages == []
@@ -312,6 +326,7 @@ def test_directory_that_is_a_file(below: str, ca: DemoCA, handlers: Handlers, fa
 
 @pytest.mark.parametrize("name", ["a b", "a,b", "a\tb", "a\\b", "a\0b"])
 def test_directory_that_openssl_cannot_name(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+    """cmp_tmp_dir has a blank, comma, tab, backslash or NUL: the error says so, and nothing is sent."""
     fault(handlers(ca.options(), tmp_dir=str(handlers.directory / name)), CSR, "cmp_tmp_dir", "blank", "comma")
     assert ca.messages == []
 
@@ -344,6 +359,7 @@ NOTHING = "(None, None, None)"
 def test_directory_that_cannot_be_written(
     ca: DemoCA, handlers: Handlers, record_property: Callable[[str, object], None]
 ) -> None:
+    """cmp_tmp_dir without the right to write: the error names it, and nothing is sent."""
     handlers(ca.options())
     handlers.work.mkdir(mode=0o500)
     # root may write everywhere, unless it gives up this one right
@@ -358,6 +374,7 @@ def test_directory_that_cannot_be_written(
 @needs_root
 @pytest.mark.parametrize("pages", [1, 2, 3, 4, 5, 6])
 def test_full_disk(pages: int, ca: DemoCA, handlers: Handlers, record_property: Callable[[str, object], None]) -> None:
+    """A file system with one to six pages: the error names cmp_tmp_dir, and nothing is left."""
     handlers(ca.options())
     handlers.work.mkdir()
     size = pages * os.sysconf("SC_PAGE_SIZE")
@@ -388,12 +405,15 @@ def test_openssl_that_crashes_at_its_end(ca: DemoCA, handlers: Handlers, tmp_pat
 def test_openssl_killed_at_its_start(
     command: str, ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path
 ) -> None:
+    """`openssl req` or `openssl cmp` is killed: the error says signal 9, and nothing is sent."""
     body = f'[ "$1" = {command} ] && [ "$2" != -help ] && kill -9 $$\nexec {OPENSSL} "$@"\n'
     fault(handlers(ca.options(), openssl_bin=script(tmp_path / "openssl", body)), CSR, "killed", "signal 9")
     assert ca.messages == []
 
 
 def test_openssl_killed_while_it_waits(tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault) -> None:
+    """openssl is killed while a server lets it wait: the error says signal 9 and names the server."""
+
     def serve(connection: socket.socket) -> None:
         read_request(connection)
         for pid in children():
@@ -462,6 +482,7 @@ def test_damaged_header_of_a_saved_message(tmp_path: Path) -> None:
 
 
 def test_key_of_three_parts(ca: DemoCA, handlers: Handlers) -> None:
+    """A CSR whose SubjectPublicKeyInfo has a third part: it is no PKCS #10 request."""
     request = read_der(base64.b64decode("".join(csr_pem(["a.example"]).splitlines()[1:-1])))
     information, *rest = request.parts()
     version, subject, key, *attributes = information.parts()

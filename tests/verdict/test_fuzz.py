@@ -1,4 +1,4 @@
-"""Hostile CSRs, configurations, CA responses, revocations and saved transactions: one error line, nothing left.
+"""Hostile CSRs, configurations, answers, revocations and saved orders end in one error line; nothing is left.
 
 A few hundred cases, always the same, in every run of the tests. The long run is `python3 tests/fuzz.py`.
 """

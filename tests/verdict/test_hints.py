@@ -1,4 +1,4 @@
-"""Hints: each has the real cause, and nobody but openssl and the CA's failInfo chooses one."""
+"""A hint names the real cause, and nobody but openssl and the CA's failInfo chooses one."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def test_reason_of_the_ca(ca: DemoCA, handlers: Handlers) -> None:
 
 
 def test_text_of_the_ca_chooses_no_hint(ca: DemoCA, handlers: Handlers) -> None:
+    """A CA that says badTime, with words of other hints in its text: the hint for badTime."""
     ca.reject, ca.status_text = "badTime", "wrong pbm value; certificate verify failed; badMessageCheck"
     assert error_of(handlers(ca.options())).endswith(f"'{ca.status_text}' ({hint('badTime')})")
 
@@ -135,6 +136,7 @@ def test_the_ca_says_more(more: str, ca: DemoCA, handlers: Handlers, proxy: Prox
 def test_header(
     field: int, value: bytes, words: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
+    """An answer with another version, transaction or nonce: the hint for that, whatever its text says."""
     body = error_body("INVALIDCERT")
     proxy.spoil = lambda _, forward: protected(forward(), ca.secret, body, field, value)
     error = error_of(handlers(ca.options(), server=proxy.server, openssl_bin=openssl))
@@ -205,6 +207,7 @@ def make_key(path: Path, *kind: str, openssl: str = OPENSSL) -> str:
 def test_key_that_does_not_belong_to_the_certificate(
     whose: str, kind: list[str], openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
 ) -> None:
+    """cmp_key or cmp_tls_key of another certificate, RSA or EC: the hint for that."""
     ca = make_ca(tls=bool(whose))
     section = ca.options("certificate")
     key = make_key(tmp_path / "other.key", *kind)
@@ -217,6 +220,7 @@ def test_key_that_does_not_belong_to_the_certificate(
 def test_pass_phrase_of_the_tls_key(
     openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
 ) -> None:
+    """A wrong cmp_tls_keypass: the hint for the private key of TLS."""
     ca = make_ca(tls=True)
     section = ca.options("certificate")
     locked = str(tmp_path / "locked.key")
@@ -234,6 +238,7 @@ def is_3_0(openssl: str) -> bool:
 
 @every_binary
 def test_ed25519_key_of_the_ra(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """OpenSSL 3.0 cannot sign with it and gets the hint; later versions can, so the CA has the last word."""
     key, certificate = make_key(tmp_path / "ra.key", "ED25519"), str(tmp_path / "ra.pem")
     command = [OPENSSL, "req", "-x509", "-key", key, "-subj", "/CN=ra", "-out", certificate]
     subprocess.run(command, check=True, capture_output=True)
@@ -244,6 +249,7 @@ def test_ed25519_key_of_the_ra(openssl: str, ca: DemoCA, handlers: Handlers, tmp
 
 @every_binary
 def test_csr_of_a_newer_kind(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """A CSR with an ML-DSA key: the hint with OpenSSL 3.0, and none with later versions."""
     command = [
         BINARIES[-1],
         "req",
@@ -373,6 +379,7 @@ def test_names_in_a_certificate(
 
 
 def test_unverified_words_choose_no_hint(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A man in the middle writes words of other hints: the hint for the missing protection."""
     words = "certificate verify failed; badTime"
     proxy.spoil = lambda _, forward: with_body(forward(), error_body(words))
     error = error_of(handlers(ca.options(), server=proxy.server))

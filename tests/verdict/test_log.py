@@ -1,4 +1,4 @@
-"""The log: what an administrator finds a certificate by, and what tells somebody that something is wrong."""
+"""The log has what an administrator finds a certificate by, and what tells somebody that something is wrong."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def test_issued_and_revoked(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCa
 
 
 def test_refusal_in_the_log(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    """A CA that refuses an order: one line with class, subject, server, transaction and the CA's reason."""
     ca.reject = "badCertTemplate"
     assert handlers(ca.options()).enroll(as_host(csr_pem(["a.example"])))[0]
     (line,) = lines(caplog, alert())

@@ -1,4 +1,4 @@
-"""What ends an order, and what does not: the CA's own messages, and those of a man in the middle."""
+"""Only the CA's own messages end an order, and none of a man in the middle."""
 
 from __future__ import annotations
 
@@ -239,6 +239,7 @@ def test_an_order_that_waits_finishes(
 
 @binaries
 def test_a_crash_after_the_certificate(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """An openssl that crashes when it has the certificate: the order is issued all the same."""
     csr = csr_pem(["a.example"])
     handler = handlers(ca.options(), openssl_bin=wrapped(tmp_path, openssl, CRASH))
     error, bundle, certificate, _ = handler.enroll(as_host(csr))
@@ -278,6 +279,7 @@ def test_certificate_that_cannot_be_saved(
     ids=lambda c: "-".join(*c.items()),
 )
 def test_waiting_with(changes: dict[str, str], openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+    """Options that change what openssl sends or prints: the order waits for two polls, and the third gets it."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), openssl_bin=openssl, **SHORT, **changes)
     identifier = begin(handler, csr)
@@ -451,6 +453,7 @@ def test_confirmation_that_is_not_confirmed(
 @binaries
 @pytest.mark.parametrize("held", [True, False])
 def test_no_to_the_first_confirmation(held: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A CA that answers certConf with an error: the order ends with its reason, and nothing is left."""
     ca.hold, ca.check_after = held, 3600
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
     csr = csr_pem(["a.example"])

@@ -205,6 +205,7 @@ def test_power_failure_at_every_step(
 def test_an_order_that_does_not_wait_syncs_nothing_but_its_answers(
     ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A CA that issues at once: the handler does not call fsync."""
     synced: list[int] = []
     handler = handlers(ca.options())
     handlers.work.mkdir(mode=0o700)
@@ -332,6 +333,7 @@ KILLED_AFTERWARDS = POLLER.replace(
 
 
 def test_result_is_handed_out_for_a_day(ca: DemoCA, handlers: Handlers) -> None:
+    """The host is killed after its poll() got the certificate: the next poll has it without the CA, for a day."""
     csr = csr_pem(["killed.example"])
     handler = handlers(hold(ca).options(), **SHORT)
     identifier = begin(handler, csr)
@@ -453,6 +455,7 @@ def test_slow_ca(make_ca: Callable[..., DemoCA], handlers: Handlers, tcp_server:
 
 @binaries
 def test_check_after_zero(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A CA that says 0 seconds each time: a call asks a few times only, and the approved order is issued."""
     ca.hold, ca.check_after = True, 0
     csr = csr_pem(["now.example"])
     handler = handlers(ca.options(), openssl_bin=openssl)

@@ -1,4 +1,4 @@
-"""Killed processes, full disks and other accidents: what was pending goes on, what else stays is swept later."""
+"""After killed processes, full disks and other accidents what waits goes on; what else stays is swept later."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ STEPS = [
 @pytest.mark.parametrize("victim", ["openssl", "handler", "both"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.call}-{step.request}")
 def test_killed(step: Step, victim: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """openssl, the handler or both are killed at each step: what waits is issued later, the rest is swept."""
     options = {**ca.options(), "cmp_server": proxy.server}
     csr = csr_pem(["killed.example"])
     ca.hold, ca.check_after = step.call == "poll" or step.request == "pollReq", 1
@@ -360,6 +361,7 @@ ACCIDENTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], bool]
     "accident", [pytest.param(name, marks=needs_root) if name == "another user's" else name for name in ACCIDENTS]
 )
 def test_directory_between_enroll_and_poll(accident: str, ca: DemoCA, handlers: Handlers) -> None:
+    """cmp_tmp_dir is removed, replaced, given away or dated otherwise: an error at most, then the certificate."""
     happen, put_right, works = ACCIDENTS[accident]
     csr = csr_pem(["pending.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -395,6 +397,7 @@ def test_directory_deleted_during_an_enrolment(ca: DemoCA, handlers: Handlers, p
 
 @needs_root
 def test_read_only(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """The file system becomes read-only while an order waits: errors that say so, and later the certificate."""
     csr = csr_pem(["pending.example"])
     with tmpfs(tmp_path / "small", "4m") as small:
         handlers.work = small / "work"

@@ -1,4 +1,4 @@
-"""Enrolments that wait: what enroll() leaves behind, and how poll() goes on with it."""
+"""An order waits, and poll() goes on with what enroll() left behind."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
 def test_finished_by_another_process(
     openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers
 ) -> None:
+    """An order that waits is approved: a poll in another process gets the certificate, and so does the next one."""
     ca = hold(make_ca(tls=kind == "tls"))
     csr = csr_pem(["a.example", "b.example"])
     options = ca.options("certificate" if kind == "certificate" else "secret")
@@ -124,6 +125,7 @@ def test_openssls_own_server(openssl: str, mock: Callable[..., Mock], pair: Pair
 
 @pytest.mark.parametrize("cmd", ["cr", "p10cr"])
 def test_other_requests(cmd: str, ca: DemoCA, handlers: Handlers) -> None:
+    """An order by `cr` or `p10cr` that waits: one request, one certConf, and the certificate."""
     csr = csr_pem(["a.example"], "a.example")
     handler = handlers(hold(ca).options(), cmd=cmd, **SHORT)
     identifier = begin(handler, csr)
@@ -135,6 +137,7 @@ def test_other_requests(cmd: str, ca: DemoCA, handlers: Handlers) -> None:
 
 
 def test_implicit_confirmation(ca: DemoCA, handlers: Handlers) -> None:
+    """An order that waits with cmp_implicit_confirm: issued, and no certConf is sent."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), implicit_confirm="True", **SHORT)
     identifier = begin(handler, csr)
@@ -171,6 +174,7 @@ def test_not_asked_before_its_time(ca: DemoCA, handlers: Handlers) -> None:
 
 
 def test_fifty_at_once(ca: DemoCA, handlers: Handlers) -> None:
+    """Fifty orders that wait, polled by four threads in another order: each gets its own certificate."""
     handler = handlers(hold(ca).options(), **SHORT)
     csrs = [csr_pem([f"n{number}.example"]) for number in range(50)]
     with ThreadPoolExecutor(4) as pool:
@@ -190,6 +194,7 @@ def test_fifty_at_once(ca: DemoCA, handlers: Handlers) -> None:
 
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 def test_refused_after_waiting(authentication: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A CA that refuses an order that waits: the poll has its reason, the order is over, nothing is left."""
     handler = handlers(hold(ca).options(authentication), **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
     ca.reject, ca.status_text = "notAuthorized", "not in this life"
@@ -203,6 +208,7 @@ def test_refused_after_waiting(authentication: str, ca: DemoCA, handlers: Handle
 
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 def test_forgotten_by_the_ca(authentication: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A CA that no longer knows the order: the poll ends it as rejected, and no second ir is sent."""
     handler = handlers(hold(ca).options(authentication), **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
     ca.forget()
@@ -240,6 +246,7 @@ def http_error(status: str) -> Callable[[socket.socket], None]:
 def test_ca_away(
     serve: Callable[[socket.socket], None] | None, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer
 ) -> None:
+    """A CA that is away, silent, or answers with an HTTP error: the order waits on, and the next poll gets it."""
     csr = csr_pem(["a.example"])
     identifier = begin(handlers(hold(ca).options(), **SHORT), csr)
     with nobody_at() as closed:
@@ -259,6 +266,7 @@ def test_ca_away(
 def test_connection_lost_before_the_ca_got_the_request(
     request_name: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
+    """A pollReq or certConf that is lost on its way: the order waits, and is issued once."""
     ca.hold = request_name == "pollReq"
     ca.check_after = 3600
     proxy.spoil_next(request_name, lambda _: None)
@@ -491,6 +499,7 @@ def test_nobody_polls_what_is_being_deleted(ca: DemoCA, handlers: Handlers, monk
 
 
 def test_lock_of_a_killed_process(ca: DemoCA, handlers: Handlers) -> None:
+    """Another process holds the order's lock: `busy`; when it is killed, the next poll gets the certificate."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), **SHORT)
     identifier = begin(handler, csr)
@@ -517,6 +526,7 @@ sys.stdin.read()
 
 
 def test_wrong_configuration(ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten wrong settings and a missing file at a poll: an error each, and the order waits until all is right."""
     csr = csr_pem(["a.example"])
     options = hold(ca).options()
     identifier = begin(handlers(options, **SHORT), csr)

@@ -1,4 +1,7 @@
-"""The soak in short; `python3 tests/soak.py` is the long one. The CA runs in a process of its own."""
+"""Nothing grows in a process that enrols for long; `python3 tests/soak.py` is the long run.
+
+The CA runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ def soak(tmp_path: Path) -> Iterator[Soak]:
 
 @pytest.mark.parametrize(("kind", "count"), [("row", 60), ("once", 20)])
 def test_nothing_grows(soak: Soak, kind: str, count: int) -> None:
+    """60 orders in a row, or 20 at once: no more memory, descriptors, threads, processes or files than before."""
     run = {"row": soak.row, "once": soak.once}[kind]
     if kind == "once":
         run(count)  # threads leave the allocator's arenas behind, once
@@ -34,12 +38,14 @@ def test_nothing_grows(soak: Soak, kind: str, count: int) -> None:
 
 @pytest.mark.parametrize("field", Held._fields)
 def test_growth_is_seen(field: str) -> None:
+    """One of these numbers is larger than before: it is reported."""
     before = Held(50_000, 10, 2, 1, 0)
     assert before.grown(before) == []
     assert before._replace(**{field: getattr(before, field) + (5 << 10)}).grown(before)
 
 
 def test_a_zombie_is_seen() -> None:
+    """A child has ended, and nobody has waited for it: it counts as a process."""
     before = Held.now()
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has taken notice
