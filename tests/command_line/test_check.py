@@ -441,38 +441,7 @@ def test_a_quoted_secret_in_a_variable(ca: DemoCA, desk: Desk) -> None:
     assert not any("quotes" in w for w in Checked(desk("check", RA_SECRET="demo-secret")).warnings)
 
 
-# --- Secrets ----------------------------------------------------------------------------------------------------------
-
-HIDDEN = {
-    "cmp_secert": "hush-hush",
-    "cmp_SECRET": "hush-hush",
-    "cmp_keypas": "hush-hush",
-    "cmp_newkeypass": "hush-hush",
-    "cmp_pin": "hush-hush",
-    "cmp_secret_variable": "hush-hush",
-    "cmp_secret": "hush-hush",
-    "cmp_key": "pkcs11:token=ra;object=ra?pin-value=hush-hush",
-    "cmp_provparam": "pkcs11:pin=hush-hush",
-    "cmp_tmp_dir": "/tmp/pin-value=hush-hush",
-    "cmp_proxy": "http://user:hush-hush@127.0.0.1:1",
-    "cmp_server": "user:hush-hush@127.0.0.1:1",
-}
-
-
-@pytest.mark.parametrize("key", HIDDEN)
-def test_secrets_stay_hidden(key: str, ca: DemoCA, desk: Desk) -> None:
-    """A secret under a misspelt key, in an address or in a token's URI: `check --connect` does not print it."""
-    desk.configure({**ca.options(), key: HIDDEN[key]}, msg_timeout="1")
-    result = desk("check", "--connect", http_proxy="http://user:hush-hush@127.0.0.1:1")
-    assert "hush" not in result.stdout + result.stderr
-
-
-def test_what_is_no_secret_is_shown(ca: DemoCA, desk: Desk) -> None:
-    """The name of the secret's variable and the server are printed, the variable's value is not."""
-    desk.configure(ca.options(), secret=None, secret_variable="RA_SECRET", tls_keypass="file:/dev/null")
-    result = desk("check", RA_SECRET="demo-secret")
-    assert "cmp_secret_variable:     RA_SECRET" in result.stdout and "demo-secret" not in result.stdout
-    assert f"cmp_server:              {ca.server}" in result.stdout
+# --- PKCS #12 ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("openssl", BINARIES[:2])

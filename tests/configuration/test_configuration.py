@@ -142,38 +142,6 @@ def test_configured_credentials_precede_variables(command: Commands, monkeypatch
     assert value_of(line, "-ref") == "from the variable"
 
 
-@pytest.mark.parametrize("key", ["ref", "secret"])
-def test_an_empty_credential_leaves_it_to_the_variable(
-    key: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`cmp_ref:` without a value is no value, and so is a variable without one."""
-    monkeypatch.setenv("TEST_CREDENTIAL", getattr(ca, key))
-    changes = {key: "", f"{key}_variable": "TEST_CREDENTIAL"}
-    assert handlers(ca.options(), **changes).enroll(CSR)[0] is None
-    monkeypatch.setenv("TEST_CREDENTIAL", "")
-    assert f"cmp_{key}_variable: the environment variable TEST_CREDENTIAL is not set" in str(
-        handlers(ca.options(), **changes).enroll(CSR)[0]
-    )
-
-
-@pytest.mark.parametrize("form", ["demo:secret", "pass:demo:secret", "env:TEST_SECRET", "file:secret.txt"])
-def test_sources_of_a_secret(
-    form: str,
-    make_ca: Callable[..., DemoCA],
-    handlers: Handlers,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A secret with a colon, as it is, or by pass:, env: and file:: enrolled, and openssl's arguments lack it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TEST_SECRET", "demo:secret")
-    Path("secret.txt").write_text("demo:secret\n")
-    ca = make_ca(secret="demo:secret")
-    openssl = recorder(tmp_path / "openssl", tmp_path / "calls")
-    assert handlers(ca.options(), secret=form, openssl_bin=openssl).enroll(CSR)[0] is None
-    assert "demo:secret" not in Path("calls").read_text()
-
-
 @pytest.mark.parametrize("section", ["cmp", "other"])
 def test_an_openssl_configuration_file_takes_over(section: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """All options stand in openssl's own file, in its section `cmp` or another: check and enrolment succeed."""
@@ -755,28 +723,6 @@ def test_a_pin_is_shown_nowhere(where: str, command: Commands, caplog: pytest.Lo
     assert not command.log.exists()
 
 
-def test_what_is_masked(
-    command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whatever openssl gets, wherever it comes from, and what only looks like a secret."""
-    (tmp_path / "secret").write_text("from a file\nmore\n")
-    monkeypatch.setenv("KEYPASS", "from a variable")
-    changes: dict[str, str | None] = {"secret": f"file:{tmp_path}/secret", "keypass": "env:KEYPASS"}
-    changes.update(tls_keypass="pass:from here")
-    hidden = cmp_ca_handler._settings(command.handler(SECTION, **changes).section).hidden
-    assert {"from a file", "from a variable", "from here"} <= {*hidden}
-    text = "a from a file, FROM a from here http://me:from%20a%20proxy@127.0.0.1:1 pin-value=12&x"
-    assert cmp_ca_handler._hide(text, hidden) == "a ***, FROM a *** http://***@127.0.0.1:1 pin-value=***&x"
-
-
-def test_masked_before_cut() -> None:
-    """The longest one first, also where its blanks are not those that were configured, and before the text is cut."""
-    assert cmp_ca_handler._hide("a long secret", ["long", "long secret"]) == "a ***"
-    assert cmp_ca_handler._hide("two blanks", ["two  blanks"]) == "***"
-    text = cmp_ca_handler._foreign("x" * (cmp_ca_handler.MAX_TEXT - 10) + " s3cret-words", ["s3cret-words"])
-    assert text.endswith("x ***")
-
-
 @pytest.mark.parametrize(
     ("message", "total", "used"),
     [
@@ -852,17 +798,6 @@ def test_keys_without_underscores(ca: DemoCA, handlers: Handlers, tmp_path: Path
     assert fault == "cmp_refuse_changes: is a switch: set it to True or False"
     warned = cmp_ca_handler._settings({**SECTION, "cmp_tlsused": "False", "cmp_tlshost": "cmp.example"})
     assert "cmp_tls_host: not used, the connection is plain HTTP" in warned.warnings
-
-
-@pytest.mark.parametrize("secret", ["ab #c of them", "true", "off", "file:/etc/passwd", '"quoted"', "pass:word"])
-def test_a_variable_holds_the_secret_as_it_is(secret: str, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no text of a configuration file: nothing in it is a comment, a switch or a prefix. Nor with `env:`."""
-    monkeypatch.setenv("CMP_SECRET", secret)
-    for changes in ({"secret_variable": "CMP_SECRET"}, {"secret": "env:CMP_SECRET"}):
-        settings = cmp_ca_handler._settings(handlers(SECTION, **{"secret": None, **changes}).section)
-        assert list(settings.errors) == []
-        assert settings.options["secret"] == "env:CMP_SECRET"
-        assert settings.secrets == {"CMP_SECRET": secret}
 
 
 def test_pre_releases() -> None:

@@ -407,7 +407,7 @@ HOLDS_OFF = {
 TRIED_ELSEWHERE = {
     "san_types": "test_csr.py",
     "refuse_changes": "test_changes.py",
-    "secret_variable": "test_configuration.py",
+    "secret_variable": "test_secrets.py",
     "tmp_dir": "test_attack.py",
     "msg_timeout": "test_faults.py",
     "total_timeout": "test_faults.py",

@@ -18,7 +18,6 @@ import types
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
-from unittest.mock import Mock
 
 import pytest
 from cryptography import x509
@@ -440,55 +439,6 @@ def test_killed_with_a_forged_answer(ca: DemoCA, handlers: Handlers, wait: Wait)
     waiting.finish()
 
 
-def test_secret_in_an_answer(ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """A CA that writes the secret and a line as of openssl into its text: it is masked, and makes no line."""
-    details = nested(f"the secret is {ca.secret}\nCMP error: forged".encode(), 0x30, 0x0C)
-    body = nested(nested(REJECTED, 0x30) + details, 0xB7, 0x30)
-    proxy.spoil = lambda _, forward: with_body(forward(), body)
-    # Only the CA can do this, as it takes the secret; or else whoever is believed without it.
-    handler = handlers(ca.options(), server=proxy.server, unprotected_errors="True")
-    with caplog.at_level(logging.DEBUG):
-        error = enroll(handler)[0]
-    assert "an unverified answer says: rejection, 'the secret is *** CMP error: forged'" in str(error)
-    assert "the secret is ***" in caplog.text
-    assert ca.secret not in caplog.text + str(error)
-    assert not re.search("^CMP error", caplog.text, re.M)
-
-
-@pytest.mark.parametrize("quoted", [False, True])
-def test_secret_in_a_line_without_a_colon(
-    quoted: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
-) -> None:
-    """openssl shows the reason of a pollRep in a line of INFO: whole lines are masked, whatever they look like."""
-    hold(ca)
-    reason = f"'{ca.secret}'" if quoted else f"{ca.secret} and more"
-
-    def answer(forward: Forward) -> bytes:
-        header, _, _, extra = message_parts(forward())
-        return protected(header, header, poll_rep(3600, [reason.encode()]), extra)
-
-    proxy.spoil_next("pollReq", answer)
-    with caplog.at_level(logging.DEBUG):
-        begin(handlers(ca.options(), server=proxy.server, **SHORT), csr_pem(["a.example"]))
-    assert "reason = " in caplog.text and "***" in caplog.text
-    assert ca.secret not in caplog.text
-
-
-@pytest.mark.parametrize("where", ["_load_config", "_settings", "_read_csr", "_begin"])
-def test_text_of_an_unexpected_exception(
-    where: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Nobody knows what is in it: the type and the line must do."""
-    monkeypatch.setattr(cmp_ca_handler, where, Mock(side_effect=KeyError(f"hush, {ca.secret}")))
-    handler = handlers(ca.options())
-    texts = [str(enroll(handler)[0]), str(handler.revoke((ca.directory / "ra.pem").read_text(), "1")[2])]
-    texts += [str(handler.handler_check())] if where in ("_load_config", "_settings") else []
-    for text in texts[:1] if where == "_read_csr" else texts:
-        assert re.search(r"internal error: KeyError \(lines? [\d, ]+\)", text)
-    for text in (caplog.text, *texts):
-        assert "hush" not in text and ca.secret not in text
-
-
 def test_nothing_of_a_stranger_is_kept(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """Anybody can put large certificates into extraCerts, others each time: they cost memory for a moment only."""
 
@@ -694,24 +644,6 @@ def test_configuration_of_somebody_else(tmp_path: Path) -> None:
     assert not (tmp_path / "proof").exists()
     run("check", "--config", "acme_srv.cfg", cwd=tmp_path)
     assert (tmp_path / "proof").exists()
-
-
-@binaries
-@pytest.mark.parametrize("password", ["hush@tiger", "hush/tiger"])
-def test_password_of_a_proxy(
-    password: str,
-    openssl: str,
-    ca: DemoCA,
-    handlers: Handlers,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """openssl prints the proxy's address as it is, or the part of it that it cannot understand."""
-    monkeypatch.setenv("http_proxy", f"http://user:{password}@127.0.0.1:9")
-    with caplog.at_level(logging.DEBUG):
-        error = str(enroll(handlers(ca.options(), openssl_bin=openssl, msg_timeout="1", total_timeout="1"))[0])
-    assert "failed" in error and "via http" in caplog.text
-    assert "tiger" not in error + caplog.text
 
 
 @binaries
