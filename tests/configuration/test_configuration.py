@@ -23,7 +23,7 @@ import cmp_ca_handler
 from cmp_ca_handler import CAhandler
 from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, binaries, csr_pem, every_binary, needs_root
 from demo_ca import DemoCA
-from shared import SECTION, recorder, script
+from shared import SECTION, findings, pairs, recorder, script
 
 CSR = csr_pem(["a.example"], "a.example")
 
@@ -334,8 +334,8 @@ def test_a_fault_is_named_before_anything_is_sent(
         assert [word for word in expected if word not in text] == []
         assert text.isprintable()
     assert "hush" not in check + error + caplog.text
-    logged = cmp_ca_handler._pairs({"error": error})
-    assert [r for r in caplog.records if r.levelno == logging.ERROR and logged in r.getMessage()]
+    failures = [r.getMessage() for r in caplog.records if r.getMessage().startswith("CMP enrolment failed: ")]
+    assert error in [pairs(line)["error"] for line in failures]
     assert not command.log.exists()
     # nothing was made, but for the configuration file
     assert sorted({*tmp_path.rglob("*")} - {*before}) in ([], [command.handlers.config])
@@ -410,7 +410,13 @@ TYPOS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 
 
 @pytest.mark.parametrize("typo", TYPOS)
-def test_typos(typo: str, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_typos(
+    typo: str,
+    handlers: Handlers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """One error, or two for two files, that names the entry and what to do, whatever the version of OpenSSL."""
     monkeypatch.chdir(tmp_path)
     make_files(Path("pki"))
@@ -419,8 +425,8 @@ def test_typos(typo: str, handlers: Handlers, tmp_path: Path, monkeypatch: pytes
     subprocess.run([OPENSSL, "genpkey", "-algorithm", "RSA", "-out", "pki/other.pem"], check=True, capture_output=True)
     changes, words = TYPOS[typo]
     for openssl in BINARIES:
-        section = handlers(SECTION, openssl_bin=openssl, **changes).section
-        errors = cmp_ca_handler._dry_run(cmp_ca_handler._settings(section)).errors
+        handlers(SECTION, openssl_bin=openssl, **changes)
+        errors, _ = findings(handlers, capsys)
         assert len(errors) == (2 if typo == "swapped" else 1), (openssl, errors)
         text = " ".join(errors)
         assert [word for word in words if word not in text] == [], (openssl, text)
@@ -687,14 +693,13 @@ def test_a_key_that_would_be_ignored(key: str, command: Commands) -> None:
 
 
 @every_binary
-def test_half_of_tls_in_the_address(openssl: str, handlers: Handlers, tmp_path: Path) -> None:
+def test_half_of_tls_in_the_address(openssl: str, handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
     """OpenSSL 3.0 wants -tls_used for https://; 3.5 switches TLS on by itself, and trusts anybody."""
     section = {**SECTION, "cmp_server": "https://127.0.0.1:1", "cmp_openssl_bin": openssl}
-    settings = cmp_ca_handler._settings(handlers(section).section)
-    said = [*settings.errors, *settings.warnings]
-    assert any(text.startswith("cmp_tls_") for text in said), said
-    tls = cmp_ca_handler._settings(handlers(section, tls_used="True").section)
-    assert list(tls.errors) == []
+    handlers(section)
+    errors, warnings = findings(handlers, capsys)
+    assert any(text.startswith("cmp_tls_") for text in errors + warnings), errors + warnings
+    assert handlers(section, tls_used="True").handler_check() is None
 
 
 @every_binary
@@ -735,15 +740,16 @@ def test_a_pin_is_shown_nowhere(where: str, command: Commands, caplog: pytest.Lo
     ],
 )
 def test_timeouts_fit_each_other(
-    message: str | None, total: str | None, used: tuple[str, str] | str, handlers: Handlers
+    message: str | None, total: str | None, used: tuple[str, str] | str, command: Commands
 ) -> None:
     """openssl takes no -total_timeout below -msg_timeout."""
-    settings = cmp_ca_handler._settings(handlers(SECTION, msg_timeout=message, total_timeout=total).section)
+    handler = command.handler(SECTION, msg_timeout=message, total_timeout=total)
     if isinstance(used, str):
-        assert [error for error in settings.errors if error.startswith(used)]
+        assert str(handler.handler_check()).startswith(used)
     else:
-        assert list(settings.errors) == []
-        assert (settings.options["msg_timeout"], settings.options["total_timeout"]) == used
+        assert handler.handler_check() is None
+        line = command(SECTION, msg_timeout=message, total_timeout=total)
+        assert (value_of(line, "-msg_timeout"), value_of(line, "-total_timeout")) == used
 
 
 def test_no_timeouts(ca: DemoCA, command: Commands, handlers: Handlers) -> None:
@@ -787,17 +793,19 @@ def test_form_of_the_key(form: str, openssl: str, ca: DemoCA, handlers: Handlers
     assert handlers(ca.options(), openssl_bin=openssl, keyform=form).enroll(CSR)[0] is None
 
 
-def test_keys_without_underscores(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_keys_without_underscores(
+    command: Commands, handlers: Handlers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """openssl of 2019 spells its options so. The handler's own keys are no exception: none is ignored in silence."""
     work = str(tmp_path / "tmp")
-    changes = {"cmp_refusechanges": "True", "cmp_santypes": "DNS, URI", "cmp_tmpdir": work}
-    settings = cmp_ca_handler._settings({**SECTION, **changes})
-    assert settings.refuse_changes and settings.san_types == ["DNS", "URI"]
-    assert settings.directory == work and not settings.own_directory
+    handler = command.handler(SECTION, tmp_dir=None, tmpdir=work, santypes="DNS, URI", refusechanges="True")
+    names = [x509.DNSName("a.example"), x509.UniformResourceIdentifier("spiffe://a.example/x")]
+    handler.enroll(csr_pem([], "a.example", extensions=[x509.SubjectAlternativeName(names)]))
+    assert value_of(command.log.read_text().splitlines(), "-newkey").startswith(f"{work}/")
     fault = handlers(SECTION, refusechanges="perhaps").handler_check()
     assert fault == "cmp_refuse_changes: is a switch: set it to True or False"
-    warned = cmp_ca_handler._settings({**SECTION, "cmp_tlsused": "False", "cmp_tlshost": "cmp.example"})
-    assert "cmp_tls_host: not used, the connection is plain HTTP" in warned.warnings
+    handlers(SECTION, tlsused="False", tlshost="cmp.example")
+    assert "cmp_tls_host: not used, the connection is plain HTTP" in findings(handlers, capsys)[1]
 
 
 def test_pre_releases() -> None:

@@ -27,10 +27,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 import cmp_ca_handler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, csr_pem, every_binary, free_port, listens, wait_until
-from demo_ca import read_envelope
+from demo_ca import DemoCA, read_envelope
 from host import ROOT
 from proxy import TcpServer
-from shared import CN, SECTION, UTF8, C, name_der, oid, script
+from shared import CN, SECTION, UTF8, C, findings, name_der, oid, script
 
 # --- A key is one option, whatever the process's hash seed ----------------------------------------------------------
 
@@ -224,15 +224,27 @@ def test_every_key_arrives_as_its_flag(programs_there: list[str], ca_directory: 
         assert counts["arrives"] > 80 * len(programs_there)
 
 
-def test_an_option_of_openssl_4_1(handlers: Handlers, tmp_path: Path) -> None:
+def test_an_option_of_openssl_4_1(
+    ca: DemoCA, handlers: Handlers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`-nonmatched_error_nonces` takes refusals that belong to another request: a warning, and no profile sets it."""
     line = " -nonmatched_error_nonces  Accept a nonce mismatch for error messages"
-    newer = f'[ "$2" = -help ] && {{ {OPENSSL} "$@"; echo "{line}"; exit; }}\nexec {OPENSSL} "$@"\n'
-    handler = handlers(SECTION, openssl_bin=script(tmp_path / "openssl-4.1", newer), nonmatched_error_nonces="True")
-    settings = cmp_ca_handler._settings(handler.section)
-    assert not settings.errors
-    assert any("cmp_nonmatched_error_nonces weakens security" in warning for warning in settings.warnings)
-    assert "-nonmatched_error_nonces" in cmp_ca_handler._command(settings, [])
+    newer = f"""\
+        [ "$2" = -help ] && {{ {OPENSSL} "$@"; echo "{line}"; exit; }}
+        for word; do
+            shift
+            [ "$word" = -nonmatched_error_nonces ] && echo "$*" >>{tmp_path}/taken || set -- "$@" "$word"
+        done
+        exec {OPENSSL} "$@"
+        """
+    program = script(tmp_path / "openssl-4.1", newer)
+    handler = handlers(ca.options(), openssl_bin=program, nonmatched_error_nonces="True")
+    errors, warnings = findings(handlers, capsys)
+    assert errors == []
+    assert any("cmp_nonmatched_error_nonces weakens security" in warning for warning in warnings)
+    (tmp_path / "taken").unlink()
+    assert handler.enroll(as_host(csr_pem(["a.example"])))[0] is None
+    assert (tmp_path / "taken").exists()
 
 
 # --- What an option promises, it holds: the right party gets in, the wrong one does not ------------------------------
@@ -796,17 +808,17 @@ def test_fault(name: str, handlers: Handlers) -> None:
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_option_without_effect_is_a_warning(name: str, handlers: Handlers) -> None:
+def test_option_without_effect_is_a_warning(name: str, handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
     """It names the option, and the one that is missing beside it; the check passes."""
     keys, named = WARNINGS[name]
     able = [path for path in BINARIES if {"srvcertout"} & set(keys) <= set(help_of(path))]  # 3.0 has no -srvcertout
     if not able:
         pytest.skip("no openssl here has the option")
     for openssl in able:
-        handler = handlers({}, **{**CONFIGURED, **keys}, openssl_bin=openssl)
-        warnings = cmp_ca_handler._settings(handler.section).warnings
+        handlers({}, **{**CONFIGURED, **keys}, openssl_bin=openssl)
+        errors, warnings = findings(handlers, capsys)
         assert any(all(word in warning for word in named) for warning in warnings), (openssl, warnings)
-        assert handler.handler_check() is None, openssl
+        assert errors == [], openssl
 
 
 @every_binary
@@ -850,7 +862,9 @@ PROXIES: dict[str, tuple[dict[str, str], bool, str]] = {
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_proxy_of_the_environment(name: str, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_of_the_environment(
+    name: str, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A warning says what openssl does, and there is none where it uses no proxy."""
     environment, tls, expected = PROXIES[name]
     for variable in ("http_proxy", "https_proxy", "no_proxy"):
@@ -859,7 +873,7 @@ def test_proxy_of_the_environment(name: str, handlers: Handlers, monkeypatch: py
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     changes = {"tls_used": "True"} if tls else {}
-    warnings = cmp_ca_handler._settings(handlers({}, **CONFIGURED, **changes).section).warnings
-    about = [warning for warning in warnings if "proxy" in warning]
+    handlers({}, **CONFIGURED, **changes)
+    about = [warning for warning in findings(handlers, capsys)[1] if "proxy" in warning]
     assert len(about) == bool(expected), about
     assert expected in "".join(about)

@@ -64,14 +64,16 @@ def test_sources_of_a_secret(
 
 
 @pytest.mark.parametrize("secret", ["ab #c of them", "true", "off", "file:/etc/passwd", '"quoted"', "pass:word"])
-def test_a_variable_holds_the_secret_as_it_is(secret: str, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_holds_the_secret_as_it_is(
+    secret: str, make_ca: Callable[..., DemoCA], handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is no text of a configuration file: nothing in it is a comment, a switch or a prefix. Nor with `env:`."""
     monkeypatch.setenv("CMP_SECRET", secret)
+    ca = make_ca(secret=secret)
     for changes in ({"secret_variable": "CMP_SECRET"}, {"secret": "env:CMP_SECRET"}):
-        settings = cmp_ca_handler._settings(handlers(SECTION, **{"secret": None, **changes}).section)
-        assert list(settings.errors) == []
-        assert settings.options["secret"] == "env:CMP_SECRET"
-        assert settings.secrets == {"CMP_SECRET": secret}
+        handler = handlers(ca.options(), **{"secret": None, **changes})
+        assert handler.handler_check() is None
+        assert handler.enroll(CSR)[0] is None
 
 
 # --- Where it does not go ---------------------------------------------------------------------------------------------

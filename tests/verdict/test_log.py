@@ -10,6 +10,7 @@ import pytest
 
 from conftest import Handlers, as_host, bundle_certificates, csr_pem
 from demo_ca import DemoCA
+from shared import pairs
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,15 +26,6 @@ def lines(caplog: pytest.LogCaptureFixture, wanted: str) -> list[str]:
     """The handler's lines in which `wanted` is found; then the log is empty again."""
     found = [text for text in (record.getMessage() for record in caplog.records) if re.search(wanted, text)]
     caplog.clear()
-    return found
-
-
-def pairs(line: str) -> dict[str, str]:
-    """What stands behind the colon of a line: `key=value`, in quotes where it is more than one word."""
-    rest = line.partition(": ")[2]
-    pattern = r'(\w+)=(?:"((?:[^"\\]|\\.)*)"|([^\s"]+))(?: |$)'
-    found = {m[1]: re.sub(r"\\(.)", r"\1", m[2]) if m[3] is None else m[3] for m in re.finditer(pattern, rest)}
-    assert re.sub(pattern, "", rest) == ""
     return found
 
 
