@@ -120,3 +120,55 @@ def test_no_file_of_tests_stands_outside_of_a_promise() -> None:
     folders = {path.parent for path in FILES if path.name.startswith("test_")}
     assert {folder.parent for folder in folders} == {ROOT / "tests"}
     assert {folder.name for folder in folders if (folder / "__init__.py").exists()} == {"clients", "servers"}
+
+
+# What tests use of the handler that no administrator and no host can reach. All else is tried through CAhandler, the
+# command line, or an openssl that records its arguments.
+INNER = {
+    "_begin": "a transaction that a killed process left behind; an exception is made here",
+    "_binary": "what the handler reads in a help text, beside the text itself",
+    "_body": "a certConf with a field that no openssl sends yet",
+    "_certificate": "for _changes, and for chains that no CA of the tests would send",
+    "_chain": "from here on the machine has no descriptors left",
+    "_changes": "openssl refuses another key before the handler can compare it",
+    "_comma_dn": "the way back from _slash_dn",
+    "_command": "every option of every openssl in every spelling: thousands of command lines",
+    "_decode": "for _certificate",
+    "_delete": "a poll comes while this runs",
+    "_described": "what is remembered of a program is to be forgotten",
+    "_exit_code": "a status that Python has lost",
+    "_foreign": "where a text is cut, and what a long one costs",
+    "_helper": "acme2certifier's reading of a CSR, or a fault in it",
+    "_hide": "the order in which secrets are masked",
+    "_lines": "for a run of openssl that did not end by itself",
+    "_links": "5,000 orders before this one",
+    "_load_config": "for _helper; an exception is made here",
+    "_name": "reads the name in a request that was sent",
+    "_open_lock": "the order is finished between opening and locking",
+    "_option_name": "no two names of all the programs become one",
+    "_profile_entries": "which keys acme2certifier may set from a profile",
+    "_prove_possession": "an exception is made here",
+    "_read_csr": "any CSR, beside two other readers; for _changes",
+    "_read_ini": "the benchmark's configuration, without a host",
+    "_run": "a program that is not openssl: output without end, and its last moment",
+    "_saved_message": "reads an answer that is on the disk between two calls",
+    "_sequence": "for _name, and for a key in another form",
+    "_settings": "for _command, _begin and _sweep_killed, and what it hides; an exception is made here",
+    "_slash_dn": "3,000 names, which would be as many processes",
+    "_sweep_killed": "the sweep gets its lock at the wrong moment",
+    "_swept": "the last sweep is long ago",
+    "_sync": "the order in which names are written, synced and deleted",
+    "_unlock": "for _begin: the process that held the lock is gone",
+    "_usable": "answers out of turn, which no openssl would save",
+}
+
+
+def test_inner_functions_are_used_for_a_reason() -> None:
+    """A test that calls or replaces another inner function of the handler, or a reason that no test needs any more."""
+    used = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        used.update(re.findall(r'(?:(?<!\bself)\.|cmp_ca_handler, ")(_[a-z]\w*)', text))
+    assert {name for name in used if f"def {name}(" in SOURCE or re.search(rf"\b(self\.)?{name}\b.* = ", SOURCE)} == {
+        *INNER
+    }
