@@ -255,7 +255,7 @@ def wait_for_the_ca(handler: Windows, ca: DemoCA, csr: str) -> str:
     return str(identifier)
 
 
-def test_poll(handler: Windows, ca: DemoCA) -> None:
+def test_poll_on_windows(handler: Windows, ca: DemoCA) -> None:
     """An order that waits: exit code 3, and after the approval the bundle, in one transaction."""
     csr = as_host(csr_pem(["a.example"]))
     identifier = wait_for_the_ca(handler, ca, csr)
@@ -306,7 +306,7 @@ def test_one_poll_at_a_time_on_windows(handler: Windows, ca: DemoCA, silent: tup
 # --- Revoke ---------------------------------------------------------------------------------------------------------
 
 
-def test_revoke(handler: Windows, ca: DemoCA) -> None:
+def test_revoke_on_windows(handler: Windows, ca: DemoCA) -> None:
     """A certificate is revoked with a reason; the second time it is already revoked."""
     handler.configure(ca.options())
     bundle = handler("enroll", handler.file("www.csr", csr_pem(["a.example"]))).stdout
@@ -373,7 +373,7 @@ def test_endless_output_on_windows(handler: Windows) -> None:
 # --- Configuration and command line ---------------------------------------------------------------------------------
 
 
-def test_check(handler: Windows, ca: DemoCA) -> None:
+def test_check_on_windows(handler: Windows, ca: DemoCA) -> None:
     """`check --connect` of a right configuration: no errors, and no secret is shown."""
     handler.configure(ca.options())
     done = handler("check", "--connect")
@@ -407,7 +407,7 @@ def test_batch_file(handler: Windows) -> None:
     assert "is a batch file" in handler.evaluate("handler.handler_check()")
 
 
-def test_convert(handler: Windows) -> None:
+def test_convert_on_windows(handler: Windows) -> None:
     """A command line with a Windows path: the path is kept as it is."""
     words = ["cmp", "-cmd", "ir", "-server", "10.0.0.1:8080", "-trusted", "C:\\ca\\root.pem", "-ignore_keyusage"]
     done = handler("convert", "--", dos(windows.OPENSSL), *words)

@@ -37,7 +37,7 @@ def subjects(bundle: str | None) -> list[str]:
 @binaries
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 @pytest.mark.parametrize("kind", [JunkCA, CaPubsCA])
-def test_demo_ca(
+def test_strangers_and_repetitions_are_left_out(
     kind: type[DemoCA], authentication: str, openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers
 ) -> None:
     """extraCerts with a stranger, the root, and the issuing CA twice; or nothing but caPubs."""
@@ -175,7 +175,9 @@ def pem(certificates: list[str]) -> str:
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chain(chain: str, serve: Callable[..., Mock], handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_bundle_is_the_chain_in_order(
+    chain: str, serve: Callable[..., Mock], handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """A CA that sends issuers in any order, twice, or with strangers: the exact bundle; none: a warning."""
     leaf, extra, expected = CHAINS[chain]
     error, bundle, _, _ = handlers(serve(leaf, extra).options()).enroll(csr_pem([], "leaf", key=LEAF.key))
@@ -307,7 +309,7 @@ SOURCES = ("untrusted", "trusted", "capubs", "extra")
     ],
 )
 @pytest.mark.parametrize("scene", SCENES)
-def test_choice(
+def test_the_right_issuer_is_chosen(
     scene: str,
     false: str,
     real: str,

@@ -65,7 +65,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_changed(
+def test_a_changed_certificate_is_warned_of(
     case: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CA that adds, drops or replaces a name, or makes a CA of it: handed out, with one warning that says what."""
@@ -94,7 +94,7 @@ UNCHANGED = {
 
 @binaries
 @pytest.mark.parametrize("case", UNCHANGED)
-def test_unchanged(
+def test_what_means_the_same_is_no_change(
     case: str,
     openssl: str,
     ca: DemoCA,
@@ -191,13 +191,13 @@ def test_refused_but_not_revoked(ca: DemoCA, handlers: Handlers, monkeypatch: py
 
 
 @pytest.mark.parametrize(("value", "fault"), [("True", False), ("off", False), ("", False), ("maybe", True)])
-def test_switch(value: str, fault: bool, ca: DemoCA, handlers: Handlers) -> None:
+def test_refuse_changes_is_a_switch(value: str, fault: bool, ca: DemoCA, handlers: Handlers) -> None:
     """cmp_refuse_changes is True, off or empty; `maybe` is a configuration error."""
     check = handlers(ca.options(), refuse_changes=value).handler_check()
     assert ("cmp_refuse_changes: is a switch" in str(check)) == fault
 
 
-def test_another_key(ca: DemoCA, handlers: Handlers) -> None:
+def test_another_key_is_a_change(ca: DemoCA, handlers: Handlers) -> None:
     """openssl refuses it long before, so the comparison is called here by itself."""
     key = ec.generate_private_key(ec.SECP256R1())
     bundle = handlers(ca.options()).enroll(csr_pem(["a.tld"], key=key))[1]
@@ -208,7 +208,7 @@ def test_another_key(ca: DemoCA, handlers: Handlers) -> None:
     assert cmp_ca_handler._changes(read_csr(csr_pem(["a.tld"])), read, "") == "another key"
 
 
-def test_another_subject(ca: DemoCA, handlers: Handlers) -> None:
+def test_another_subject_is_a_change(ca: DemoCA, handlers: Handlers) -> None:
     """The demo CA takes the subject as it is, and OpenSSL writes no compressed points: the comparison by itself."""
     key = ec.generate_private_key(ec.SECP256R1())
     bundle = handlers(ca.options()).enroll(csr_pem(["a.tld"], key=key))[1]

@@ -302,7 +302,7 @@ def checked_with_helper(directory: Path, *arguments: str) -> subprocess.Complete
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60)
 
 
-def test_yaml(ca: DemoCA, tmp_path: Path) -> None:
+def test_yaml_is_read(ca: DemoCA, tmp_path: Path) -> None:
     """acme2certifier reads YAML, too."""
     options = {"handler_module": str(HANDLER), "cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": "work", **ca.options()}
     lines = [f'  {key}: "{value}"\n' for key, value in options.items()]
@@ -445,7 +445,7 @@ def test_a_quoted_secret_in_a_variable(ca: DemoCA, desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("openssl", BINARIES[:2])
-def test_pkcs12(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_pkcs12_holds_certificate_and_key(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """A PKCS #12 file holds the certificate and the key: one pass phrase opens both."""
     certificate, key = (ca.options("certificate")[name] for name in ("cmp_cert", "cmp_key"))
     command = ["pkcs12", "-export", "-in", certificate, "-inkey", key, "-passout", "pass:hush-hush"]

@@ -269,7 +269,7 @@ def test_no_configuration(tmp_path: Path) -> None:
     assert result.returncode == 4 and [word for word in words if word not in result.stderr] == []
 
 
-def test_list(ca: DemoCA, desk: Desk) -> None:
+def test_list_shows_the_orders_that_wait(ca: DemoCA, desk: Desk) -> None:
     """The orders that wait, for people and for programs: identifier, names, since when, next question, transaction."""
     desk.configure(ca.options(), total_timeout="5")
     assert (desk("list").returncode, desk("list").stdout, desk("list", "--json").stdout) == (0, "", "[]\n")

@@ -410,7 +410,7 @@ TYPOS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 
 
 @pytest.mark.parametrize("typo", TYPOS)
-def test_typos(
+def test_a_typo_is_one_error(
     typo: str,
     handlers: Handlers,
     tmp_path: Path,
@@ -663,7 +663,7 @@ WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", WARNINGS)
-def test_warnings(
+def test_an_unwise_setting_is_warned_of(
     what: str, command: Commands, own: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each unwise setting of the table: the check passes, openssl is run, and a warning names it."""

@@ -78,7 +78,7 @@ def of_kind(kind: str) -> set[str]:
     return {key for key, option in cmp_ca_handler.OPTIONS.items() if option.kind == kind}
 
 
-def test_links() -> None:
+def test_links_lead_somewhere() -> None:
     """A relative link leads to a file, its anchor to a heading."""
     for page in PAGES:
         links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
@@ -92,7 +92,7 @@ def test_links() -> None:
             assert not anchor or anchor in anchors(target), (page, link)
 
 
-def test_keys(known: set[str]) -> None:
+def test_named_keys_exist(known: set[str]) -> None:
     """A key is ours, or an option of openssl."""
     for page in PAGES:
         text = re.sub(r"\S*cmp_ca_handler\S*", "", page.read_text())
@@ -116,7 +116,7 @@ def test_every_option_has_its_row(options: set[str]) -> None:
     assert {key for key in options if verdicts[key].strip() == "refused"} == options & of_kind("other") | mock
 
 
-def test_since() -> None:
+def test_an_option_exists_since_the_version_of_the_page() -> None:
     """A binary has an option if, and only if, the page says so of its version: "3.0", "3.0 to 3.6"."""
     claims: dict[str, list[tuple[int, ...]]] = {}
     for cells in rows(OPTIONS):

@@ -38,7 +38,7 @@ CONFIGURATIONS = {
     ],
     ids=["enroll", "pending"],
 )
-def test_demo(arguments: list[str], said: list[str], tmp_path: Path) -> None:
+def test_the_demo_tells_the_whole_story(arguments: list[str], said: list[str], tmp_path: Path) -> None:
     """One command, from any directory: the whole story in 80 columns, and nothing left behind."""
     files = ["cmp_ca_handler.py", "examples/demo.py", "examples/demo_ca.py"]
     (tmp_path / "project" / "examples").mkdir(parents=True)

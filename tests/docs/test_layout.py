@@ -48,7 +48,7 @@ def callers() -> dict[str, list[ast.FunctionDef | ast.ClassDef]]:
     return found
 
 
-def test_parts() -> None:
+def test_parts_stand_in_their_order() -> None:
     """The parts that the design names, in its order."""
     assert list(starts()) == PARTS
 
@@ -71,7 +71,7 @@ def test_command_line_is_apart() -> None:
             assert [user.name for user in users if user.lineno < start] == [], name
 
 
-def test_map() -> None:
+def test_the_map_names_what_is_there() -> None:
     """Each name in the map at the top is there."""
     table = (ast.get_docstring(TREE) or "").partition("where to look\n")[2]
     names = re.findall(

@@ -54,7 +54,7 @@ def test_an_optional_program_ends_the_run_only_in_ci(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(("ci", "skipped"), [("", True), ("true", False)])
-def test_needs(ci: str, skipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_skips_its_tests(ci: str, skipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that is missing skips the test, with what to install; with CI=true it is left to fail."""
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(programs, "find", lambda name: "")

@@ -799,7 +799,7 @@ WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(name: str, handlers: Handlers) -> None:
+def test_a_value_that_openssl_refuses_is_named(name: str, handlers: Handlers) -> None:
     """A value that openssl refuses is found by the check, which names the option."""
     keys, named = FAULTS[name]
     section = {f"cmp_{key}": str(value) for key, value in {**CONFIGURED, **keys}.items()}

@@ -123,7 +123,7 @@ def nginx(start: Start, ca: DemoCA, more: str = "") -> dict[str, str]:
 
 @needs("nginx")
 @binaries
-def test_nginx(openssl: str, ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
+def test_nginx_may_end_tls(openssl: str, ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
     """nginx ends TLS before the CA: issued; a wrong TLS name, path or plain HTTP is told apart."""
     section = {**nginx(start, ca), "cmp_openssl_bin": openssl}
     assert enrol(section) == ISSUED
@@ -295,7 +295,7 @@ def squid(start: Start) -> str:
 @needs("squid")
 @binaries
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
-def test_squid(
+def test_squid_may_be_the_proxy(
     tls: bool, openssl: str, squid: str, make_ca: Callable[..., DemoCA], enrol: Enrol, check: Callable[..., str]
 ) -> None:
     """Over squid, http and https: issued; with the CA away, the error says that a proxy cannot reach it."""
@@ -326,7 +326,7 @@ def test_squid_of_the_environment(
 
 @needs("tinyproxy")
 @pytest.mark.parametrize("openssl", BINARIES)
-def test_tinyproxy(openssl: str, ca: DemoCA, start: Start, enrol: Enrol) -> None:
+def test_tinyproxy_may_be_the_proxy(openssl: str, ca: DemoCA, start: Start, enrol: Enrol) -> None:
     """It sends its header in pieces now and then, so openssl is to have no time-outs."""
     port = start("tinyproxy", TINYPROXY, ["-d", "-c", "{file}"])
     section = {**ca.options(), "cmp_proxy": f"127.0.0.1:{port}", "cmp_openssl_bin": openssl}

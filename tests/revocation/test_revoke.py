@@ -90,7 +90,9 @@ def test_revoked_once(openssl: str, kind: str, make_ca: Callable[..., DemoCA], h
 
 
 @pytest.mark.parametrize(("name", "number"), REASONS.items())
-def test_reason(name: str, number: int, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path) -> None:
+def test_every_reason_reaches_the_ca(
+    name: str, number: int, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
+) -> None:
     """Each reason, by name and by number, at a CA that says accepted, or grantedWithMods."""
     ca = make_ca(ModifyingCA)
     noting = Noting(tmp_path, OPENSSL)
@@ -240,7 +242,7 @@ def test_exit_code_of_a_wrapper(ca: DemoCA, handlers: Handlers, tmp_path: Path) 
     ],
     ids="accepted modified words-only rejected revoked waiting warning notification error unprotected".split(),
 )
-def test_status(
+def test_the_status_of_the_ca_decides(
     openssl: str,
     options: list[str],
     code: int,
@@ -300,7 +302,9 @@ def test_certificate_that_openssl_calls_invalid(
 
 @binaries
 @pytest.mark.parametrize("kind", ["secret", "certificate", "tls"])
-def test_arguments(openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path) -> None:
+def test_a_revocation_has_no_option_of_an_enrolment(
+    openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
+) -> None:
     """The rr call has nothing of what only an enrolment knows, however much of it the configuration holds."""
     ca = make_ca(tls=kind == "tls")
     noting = Noting(tmp_path, openssl)

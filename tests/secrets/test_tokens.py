@@ -89,7 +89,9 @@ def check_works(handlers: Handlers, section: dict[str, str], directory: Path) ->
 
 @needs("softhsm2-util", ENGINE)
 @pytest.mark.parametrize("source", ["file", "keypass"])
-def test_engine(source: str, token: Token, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_may_hold_the_key(
+    source: str, token: Token, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The key's URI names the engine. The PIN comes from a file, or from the environment."""
     monkeypatch.setenv("RA_PIN", PIN)
     uri = f"org.openssl.engine:pkcs11:{token.uri}"
@@ -160,7 +162,7 @@ def provider(token: Token, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
 @needs("softhsm2-util")
 @pytest.mark.parametrize("openssl", TRIXIE)
 @pytest.mark.parametrize("source", ["file", "keypass"])
-def test_provider(
+def test_a_provider_may_hold_the_key(
     source: str,
     openssl: str,
     token: Token,

@@ -441,7 +441,7 @@ ARGUMENTS |= st.text(max_size=60) | st.binary(max_size=60) | st.none() | st.inte
 ARGUMENTS |= st.builds(lambda text, changes: changed(text.encode(), changes), st.sampled_from(CSRS), CHANGES)
 
 
-def test_csr(fresh: Arena) -> None:
+def test_any_csr(fresh: Arena) -> None:
     """Whatever a client of ACME can send."""
 
     @cases(150, 0.35)
@@ -659,7 +659,7 @@ def recorded(arena: Arena) -> list[bytes]:
     return found
 
 
-def test_response(fresh: Arena, recorded: list[bytes]) -> None:
+def test_any_response(fresh: Arena, recorded: list[bytes]) -> None:
     """Whatever a CA, or somebody in between, can answer: altered in flight, or played back from another time."""
 
     @cases(150, 0.25)

@@ -133,7 +133,7 @@ def test_the_ca_says_more(more: str, ca: DemoCA, handlers: Handlers, proxy: Prox
     ],
     ids=["version", "transaction", "nonce"],
 )
-def test_header(
+def test_an_unexpected_header_is_named(
     field: int, value: bytes, words: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
     """An answer with another version, transaction or nonce: the hint for that, whatever its text says."""

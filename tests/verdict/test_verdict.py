@@ -527,7 +527,9 @@ def test_a_flood(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, cap
     ("how", "code"),
     [("authentic", 400), ("unprotected", 500), ("wrong MAC", 500), ("error", 500), ("waiting", 500), ("garbage", 500)],
 )
-def test_revocation(how: str, code: int, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_only_an_authentic_answer_revokes(
+    how: str, code: int, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """alreadyRevoked, which ends the matter, is said by an authentic rp alone."""
     revoked = nested(status_info(2, [b"before"], b"\x05\x08\x20"), 0xAC, 0x30, 0x30)  # badCertId and certRevoked
     answers: dict[str, Callable[[bytes], bytes]] = {

@@ -45,7 +45,7 @@ STEPS = [
 
 @pytest.mark.parametrize("victim", ["openssl", "handler", "both"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.call}-{step.request}")
-def test_killed(step: Step, victim: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_an_order_survives_a_kill(step: Step, victim: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """openssl, the handler or both are killed at each step: what waits is issued later, the rest is swept."""
     options = {**ca.options(), "cmp_server": proxy.server}
     csr = csr_pem(["killed.example"])
