@@ -171,23 +171,18 @@ def test_troubleshooting_quotes_the_handler() -> None:
     assert {part for part in parts if part.lower() not in source} == set()
 
 
-def test_every_file_of_tests_stands_in_the_table() -> None:
-    """development.md names each test_*.py once, beside its promise, and none that is not there."""
-    page = (ROOT / "docs" / "development.md").read_text().partition("## Which test proves which promise")[2]
-    named = sorted(re.findall(r"`(\w+/test_\w+\.py)`", page))
-    tests = ROOT / "tests"
-    assert named == sorted(path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py"))
-
-
 def test_named_tests_exist() -> None:
-    """`x/test_x.py` is a file of tests, `x/test_x.py::test_y` is a test."""
+    """`x/test_x.py` is a file of tests, `x/test_x.py::test_y` a test; the table of promises names each file once."""
+    tests = ROOT / "tests"
+    table = (ROOT / "docs" / "development.md").read_text().partition("## Which test proves which promise")[2]
+    named = sorted(re.findall(r"`(\w+/test_\w+\.py)`", table))
+    assert named == sorted(path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py"))
     text = "\n".join(page.read_text() for page in PAGES)
     for name in re.findall(r"`([\w/]*test_\w+\.py)`", text):
-        assert (ROOT / "tests" / name).exists(), name
+        assert (tests / name).exists(), name
     for name, function in re.findall(r"((?:\w+/)?test_\w+\.py)::(test_\w+)", text):
-        path = ROOT / "tests" / name
-        assert path.exists(), name
-        assert re.search(rf"^ *def {function}\(", path.read_text(), re.M), f"{name}::{function}"
+        assert (tests / name).exists(), name
+        assert re.search(rf"^ *def {function}\(", (tests / name).read_text(), re.M), f"{name}::{function}"
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

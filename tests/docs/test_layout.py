@@ -105,23 +105,12 @@ def every_test() -> list[tuple[str, str, str]]:
     ]
 
 
-def test_every_test_says_its_case() -> None:
-    """A test or a file of tests without a docstring: it is named here."""
+def test_every_test_says_its_case_under_its_own_name() -> None:
+    """A test or a file of tests without a docstring, or two tests of one name: they are named here."""
     assert len(every_test()) > 500
     assert [(file, name) for file, name, case in every_test() if not case] == []
     assert [path.name for path in FILES if not path.read_text(encoding="utf-8").startswith('"""')] == []
-
-
-def test_no_name_of_a_test_occurs_twice() -> None:
-    """Two tests of one name, in one file or in two: the second would hide the first, or be taken for it."""
     assert {name: count for name, count in Counter(name for _, name, _ in every_test()).items() if count > 1} == {}
-
-
-def test_no_file_of_tests_stands_outside_of_a_promise() -> None:
-    """A new test_*.py beside conftest.py, or in a folder that is a package and would hide a module of that name."""
-    folders = {path.parent for path in FILES if path.name.startswith("test_")}
-    assert {folder.parent for folder in folders} == {ROOT / "tests"}
-    assert {folder.name for folder in folders if (folder / "__init__.py").exists()} == {"clients", "servers"}
 
 
 # What tests use of the handler that no administrator and no host can reach. All else is tried through CAhandler, the
