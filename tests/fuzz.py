@@ -1,4 +1,4 @@
-"""The long run of the fuzzing: tests/test_fuzz.py, and any CSR in tests/test_csr.py, with thousands of cases.
+"""The long run of the fuzzing: verdict/test_fuzz.py, and any CSR in request/test_csr.py, with thousands of cases.
 
 The cases are other ones each time.
 
@@ -32,8 +32,8 @@ def main() -> int:
         sys.executable,
         "-m",
         "pytest",
-        "tests/test_fuzz.py",
-        "tests/test_csr.py::test_everybody_reads_the_same",
+        "tests/verdict/test_fuzz.py",
+        "tests/request/test_csr.py::test_everybody_reads_the_same",
         "-q",
         "-s",
         "--show-capture=no",

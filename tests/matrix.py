@@ -26,7 +26,14 @@ WORK = CACHE.parent / "matrix"
 PIP = ROOT / ".venv-tests" / "bin" / "python"
 PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 DEBIAN = {"3.11": "bookworm", "3.13": "trixie", "3.14": "sid"}
-PARTS = ("enroll", "poll", "revoke", "configuration", "chain", "cli")
+PARTS = (
+    "request/test_enroll",
+    "waiting/test_poll",
+    "revocation/test_revoke",
+    "configuration/test_configuration",
+    "chain/test_chain",
+    "command_line/test_cli",
+)
 LOAD = ("at_once", "damaged_files", "many_")  # tests by the hundred, which say nothing about versions
 # A loader of its own and a C library of its own. By --argv0 the interpreter finds its virtual environment.
 WRAPPER = """\
@@ -67,7 +74,7 @@ def combination(python: str, version: str, directory: str) -> str:
     workers = 2 * (os.cpu_count() or 1)  # many tests wait for a CA that lets them wait
     command = [str(interpreter), "-m", "pytest", "-q", f"--numprocesses={workers}", "--dist=loadgroup"]
     command += ["-o", f"cache_dir={WORK / 'pytest'}", "-k", f"not ({' or '.join(LOAD)})"]
-    files = [str(ROOT / "tests" / f"test_{part}.py") for part in PARTS]
+    files = [str(ROOT / "tests" / f"{part}.py") for part in PARTS]
     log = WORK / f"{python}-{version}.log"
     with log.open("wb") as output:
         subprocess.run(

@@ -3,7 +3,7 @@
     python3 tests --mutants                       draw 150 mutants, run the tests against each, print a table
     python3 tests --mutants --count 10 --seed 7   others, and fewer
     python3 tests --mutants --list                print the mutants only
-    python3 tests --mutants --files tests/test_chain.py ...      these test files only
+    python3 tests --mutants --files tests/chain/test_chain.py ...  these test files only
     python3 tests --mutants --tests-of COMMIT     the tests of another commit, against the handler as it is here
 
 A mutant is the handler with one comparison, operator, constant, condition, `not` or `return` changed. They are drawn in
@@ -47,6 +47,7 @@ NAME = "cmp_ca_handler.py"
 CACHE = ROOT / ".cache" / "mutants"
 LEFT_OUT = (".git", ".cache", ".venv*", "__pycache__", "*_cache", ".hypothesis", ".coverage*")
 NOTHING_RUNS = "pytest itself"  # the handler cannot be imported, for instance
+SEPARATE = ("clients", "servers")  # folders whose tests need what others fetch, see tests/conftest.py
 FIRST = 40  # so many tests are tried before the files of all others are loaded
 
 
@@ -736,17 +737,19 @@ def run(wanted: argparse.Namespace, source: Source, mutants: dict[int, Mutant], 
     CACHE.mkdir(parents=True, exist_ok=True)
     tests = trees[0].root / "tests"
     chosen = {Path(file).name for file in wanted.files}
-    files = sorted(path for path in tests.glob("test_*.py") if not chosen or path.name in chosen)
-    shared = {*tests.glob("*.py"), *(trees[0].root / "examples").glob("*.py")} - set(tests.glob("test_*.py"))
+    every = {path for path in tests.rglob("test_*.py") if path.parent.name not in SEPARATE}
+    files = sorted(path for path in every if not chosen or path.name in chosen)
+    shared = {*tests.glob("*.py"), *(trees[0].root / "examples").glob("*.py")} - every
     shared -= {tests / "mutants.py"}
     common = f"{digest([ROOT / NAME, *shared])}-{os.environ.get('CMP_TEST_OPENSSL', '')}"
     free = trees.copy()
 
     def measured(path: Path) -> Measured:
-        key = hashlib.sha256(f"{common}-{digest([path])}".encode()).hexdigest()[:12]
+        file = path.relative_to(trees[0].root).as_posix()
+        key = hashlib.sha256(f"{common}-{file}-{digest([path])}".encode()).hexdigest()[:12]
         tree = free.pop()
         try:
-            return measure(tree, f"tests/{path.name}", source.text, CACHE / f"{path.stem}-{key}.json")
+            return measure(tree, file, source.text, CACHE / f"{path.stem}-{key}.json")
         finally:
             free.append(tree)
 

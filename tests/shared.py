@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import re
 import string
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from cmp_ca_handler import CAhandler
+from cmp_ca_handler import CAhandler, main
 from conftest import (
     OPENSSL,
     Handlers,
@@ -321,6 +322,23 @@ def run(
     return subprocess.run(
         command, input=stdin, capture_output=True, text=True, cwd=cwd, env={**clean, **environment}, timeout=60
     )
+
+
+def pairs(line: str) -> dict[str, str]:
+    """What stands behind the colon of a line: `key=value`, in quotes where it is more than one word."""
+    rest = line.partition(": ")[2]
+    pattern = r'(\w+)=(?:"((?:[^"\\]|\\.)*)"|([^\s"]+))(?: |$)'
+    found = {m[1]: re.sub(r"\\(.)", r"\1", m[2]) if m[3] is None else m[3] for m in re.finditer(pattern, rest)}
+    assert re.sub(pattern, "", rest) == ""
+    return found
+
+
+def findings(handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    """The errors and the warnings of `check`, for the configuration of the last handler."""
+    main(["--config", str(handlers.config), "check"])
+    lines = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    errors, warnings = ([text for kind, _, text in lines if kind == which] for which in ("error", "warning"))
+    return errors, warnings
 
 
 class Desk:

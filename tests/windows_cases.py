@@ -159,7 +159,7 @@ def subjects(bundle: str) -> list[str]:
 # --- Enrol ----------------------------------------------------------------------------------------------------------
 
 
-def test_configuration_of_the_document(handler: Windows, ca: DemoCA) -> None:
+def test_configuration_of_the_document_on_windows(handler: Windows, ca: DemoCA) -> None:
     """Its paths as they are: relative, with forward slashes."""
     place = handler.directory / "acme_srv" / "cmp"
     (place / "WindowsCMPOpenSSL").mkdir(parents=True)
@@ -203,12 +203,14 @@ def test_backslashes_in_every_path(handler: Windows, ca: DemoCA) -> None:
 
 
 def test_subject_outside_of_the_code_page(handler: Windows, ca: DemoCA) -> None:
+    """A subject in German, Greek and Japanese letters: the certificate has it."""
     handler.configure(ca.options())
     done = handler("enroll", handler.file("www.csr", csr_pem(["a.example"], "Größe Ω 証明")))
     assert subjects(done.stdout)[0] == "CN=Größe Ω 証明"
 
 
 def test_directory_of_our_own(handler: Windows, ca: DemoCA) -> None:
+    """No cmp_tmp_dir: a directory below the temporary one is made, and nothing is left in it."""
     handler.configure(ca.options(), tmp_dir=None)
     (handler.directory / "temp").mkdir()
     enrol = "[os.environ.update(TMPDIR=given[1]), handler.enroll(given[0])]"  # TEMP is set by wine itself
@@ -220,6 +222,7 @@ def test_directory_of_our_own(handler: Windows, ca: DemoCA) -> None:
 
 
 def test_false_proof_of_possession(handler: Windows, ca: DemoCA) -> None:
+    """A CSR with a wrong signature: refused, and nothing is sent."""
     handler.configure(ca.options())
     der = bytearray(base64.b64decode("".join(csr_pem(["a.example"]).strip().splitlines()[1:-1])))
     der[-1] ^= 1
@@ -229,7 +232,8 @@ def test_false_proof_of_possession(handler: Windows, ca: DemoCA) -> None:
     assert handler.left() == []
 
 
-def test_wrong_secret(handler: Windows, ca: DemoCA) -> None:
+def test_wrong_secret_on_windows(handler: Windows, ca: DemoCA) -> None:
+    """A CA that knows another secret: exit code 4 and the hint; the secret is not shown."""
     handler.configure(ca.options(), secret="wrong-secret")
     done = handler("-v", "enroll", handler.file("www.csr", csr_pem(["a.example"])))
     assert done.returncode == 4
@@ -251,7 +255,8 @@ def wait_for_the_ca(handler: Windows, ca: DemoCA, csr: str) -> str:
     return str(identifier)
 
 
-def test_poll(handler: Windows, ca: DemoCA) -> None:
+def test_poll_on_windows(handler: Windows, ca: DemoCA) -> None:
+    """An order that waits: exit code 3, and after the approval the bundle, in one transaction."""
     csr = as_host(csr_pem(["a.example"]))
     identifier = wait_for_the_ca(handler, ca, csr)
     done = handler("poll", identifier)
@@ -264,6 +269,7 @@ def test_poll(handler: Windows, ca: DemoCA) -> None:
 
 
 def test_refused_at_last(handler: Windows, ca: DemoCA) -> None:
+    """A CA that refuses an order that waits: a poll says so, and nothing is left."""
     csr = as_host(csr_pem(["a.example"]))
     identifier = wait_for_the_ca(handler, ca, csr)
     ca.refuse("all")
@@ -274,7 +280,7 @@ def test_refused_at_last(handler: Windows, ca: DemoCA) -> None:
     assert handler.left() == []
 
 
-def test_one_poll_at_a_time(handler: Windows, ca: DemoCA, silent: tuple[str, list[bytes]]) -> None:
+def test_one_poll_at_a_time_on_windows(handler: Windows, ca: DemoCA, silent: tuple[str, list[bytes]]) -> None:
     """The first is killed, as the service may be: openssl goes with it, and the order can be polled again."""
     csr = as_host(csr_pem(["a.example"]))
     identifier = wait_for_the_ca(handler, ca, csr)
@@ -300,7 +306,8 @@ def test_one_poll_at_a_time(handler: Windows, ca: DemoCA, silent: tuple[str, lis
 # --- Revoke ---------------------------------------------------------------------------------------------------------
 
 
-def test_revoke(handler: Windows, ca: DemoCA) -> None:
+def test_revoke_on_windows(handler: Windows, ca: DemoCA) -> None:
+    """A certificate is revoked with a reason; the second time it is already revoked."""
     handler.configure(ca.options())
     bundle = handler("enroll", handler.file("www.csr", csr_pem(["a.example"]))).stdout
     certificate = handler.file("www.pem", bundle)
@@ -356,7 +363,8 @@ def test_program_that_does_not_end(handler: Windows, silent: tuple[str, list[byt
     wait_until(lambda: seen == [b"here", b"closed"], "the end of what it had started", TIMEOUT)
 
 
-def test_endless_output(handler: Windows) -> None:
+def test_endless_output_on_windows(handler: Windows) -> None:
+    """A program that prints for ever: between 128 and 256 KiB of it are kept."""
     code = "while True: print('x' * 10000)"
     length = handler.evaluate("len(cmp_ca_handler._run([sys.executable, '-c', given[0]], 4).output)", code)
     assert 1 << 17 < length <= 1 << 18
@@ -365,7 +373,8 @@ def test_endless_output(handler: Windows) -> None:
 # --- Configuration and command line ---------------------------------------------------------------------------------
 
 
-def test_check(handler: Windows, ca: DemoCA) -> None:
+def test_check_on_windows(handler: Windows, ca: DemoCA) -> None:
+    """`check --connect` of a right configuration: no errors, and no secret is shown."""
     handler.configure(ca.options())
     done = handler("check", "--connect")
     assert (done.returncode, done.stderr) == (0, "")
@@ -386,6 +395,7 @@ def test_check(handler: Windows, ca: DemoCA) -> None:
     ],
 )
 def test_error_in_the_configuration(changes: dict[str, str | None], expected: str, handler: Windows) -> None:
+    """A wrong key, path, program or variable: the check names it."""
     handler.configure({"cmp_server": "127.0.0.1:1", "cmp_ref": "1234", "cmp_secret": "hush"}, **changes)
     assert expected in handler.evaluate("handler.handler_check()")
 
@@ -397,7 +407,8 @@ def test_batch_file(handler: Windows) -> None:
     assert "is a batch file" in handler.evaluate("handler.handler_check()")
 
 
-def test_convert(handler: Windows) -> None:
+def test_convert_on_windows(handler: Windows) -> None:
+    """A command line with a Windows path: the path is kept as it is."""
     words = ["cmp", "-cmd", "ir", "-server", "10.0.0.1:8080", "-trusted", "C:\\ca\\root.pem", "-ignore_keyusage"]
     done = handler("convert", "--", dos(windows.OPENSSL), *words)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Siemens' CMP RA component between the handler and a CA."""
+"""The handler works with Siemens' CMP RA component, between it and a CA."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def root(ca: DemoCA) -> Path:
 @pytest.mark.parametrize("command", ["ir", "cr"])
 @pytest.mark.parametrize("way", WAYS)
 @binaries
-def test_every_kind(openssl: str, way: str, command: str, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_every_kind_at_siemens(
+    openssl: str, way: str, command: str, ra: SiemensRa, root: Path, handlers: Handlers
+) -> None:
+    """`ir` and `cr`, by secret or signature, the answers protected by the RA or the CA: issued, with both names."""
     handler = handlers(ra.options(way), cmd=command, openssl_bin=openssl)
     chain = enrolled(handler, csr_pem(["www.example.com", "example.com"]), root)
     assert len(chain) == 3
@@ -51,20 +54,25 @@ def test_every_kind(openssl: str, way: str, command: str, ra: SiemensRa, root: P
 
 @pytest.mark.parametrize("certificate", ["ra-ec", "ra-rsa"])
 @binaries
-def test_certificate_of_the_ra(openssl: str, certificate: str, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_certificate_of_the_ra_at_siemens(
+    openssl: str, certificate: str, ra: SiemensRa, root: Path, handlers: Handlers
+) -> None:
+    """Our certificate has an EC or RSA key: issued."""
     handler = handlers(ra.options("signed", certificate), openssl_bin=openssl)
     assert len(enrolled(handler, csr_pem(["www.example.com"]), root)) == 3
 
 
 @pytest.mark.parametrize("mutual", [False, True], ids=["one-way", "mutual"])
 @binaries
-def test_tls(openssl: str, mutual: bool, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_tls_at_siemens(openssl: str, mutual: bool, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+    """TLS with and without a certificate of ours: issued."""
     handler = handlers({**ra.options("secret"), **ra.tls(mutual=mutual)}, openssl_bin=openssl)
     assert len(enrolled(handler, csr_pem(["www.example.com"]), root)) == 3
 
 
 @binaries
 def test_tls_without_our_certificate(openssl: str, ra: SiemensRa, handlers: Handlers) -> None:
+    """An RA that wants a certificate in TLS, and gets none: the error names cmp_tls_cert."""
     options = {**ra.options("secret"), **ra.tls(mutual=True)}
     error = refused(handlers(options, tls_cert=None, tls_key=None, openssl_bin=openssl))
     assert "cmp_tls_cert" in error, error
@@ -73,6 +81,7 @@ def test_tls_without_our_certificate(openssl: str, ra: SiemensRa, handlers: Hand
 @pytest.mark.parametrize("implicit", [False, True])
 @binaries
 def test_confirmation(openssl: str, implicit: bool, ca: DemoCA, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+    """Without cmp_implicit_confirm the CA behind the RA gets a certConf, with it none."""
     before = len(ca.messages)
     options = {"implicit_confirm": str(implicit), "openssl_bin": openssl}
     enrolled(handlers(ra.options("signed"), **options), csr_pem(["www.example.com"]), root)
@@ -81,7 +90,10 @@ def test_confirmation(openssl: str, implicit: bool, ca: DemoCA, ra: SiemensRa, r
 
 @pytest.mark.parametrize("kind", ["rsa:2048", "ec:P-384", "ed25519"])
 @binaries
-def test_kinds_of_keys(openssl: str, kind: str, ra: SiemensRa, root: Path, handlers: Handlers, tmp_path: Path) -> None:
+def test_kinds_of_keys_at_siemens(
+    openssl: str, kind: str, ra: SiemensRa, root: Path, handlers: Handlers, tmp_path: Path
+) -> None:
+    """CSRs with RSA, P-384 and Ed25519 keys: issued."""
     enrolled(handlers(ra.options("secret"), openssl_bin=openssl), csr_of_kind(kind, tmp_path), root)
 
 
@@ -89,6 +101,7 @@ def test_kinds_of_keys(openssl: str, kind: str, ra: SiemensRa, root: Path, handl
 def test_every_extension_of_the_csr(
     openssl: str, ra: SiemensRa, root: Path, handlers: Handlers, tmp_path: Path
 ) -> None:
+    """Must-staple and both kinds of key usage in the CSR: the certificate has them."""
     wanted = ("tlsfeature=status_request", "keyUsage=critical,digitalSignature", "extendedKeyUsage=serverAuth")
     csr = csr_of_kind("ec:P-256", tmp_path, *wanted)
     leaf = enrolled(handlers(ra.options("signed"), openssl_bin=openssl), csr, root)[0]
@@ -96,32 +109,38 @@ def test_every_extension_of_the_csr(
         assert leaf.extensions.get_extension_for_oid(extension.oid).value == extension.value
 
 
-def test_wrong_secret(ra: SiemensRa, handlers: Handlers) -> None:
+def test_wrong_secret_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+    """An RA that knows another secret: the error names cmp_secret."""
     error = refused(handlers(ra.options("secret"), secret="another"))
     assert "cmp_secret" in error, error
 
 
 def test_unknown_reference(ra: SiemensRa, handlers: Handlers) -> None:
+    """An RA that does not know cmp_ref: the error has its notAuthorized and its text."""
     error = refused(handlers(ra.options("secret"), ref="nobody"))
     assert "notAuthorized" in error and "no shared secret is provided" in error, error
 
 
 def test_unknown_certificate_of_the_ra(ra: SiemensRa, handlers: Handlers) -> None:
+    """An RA that does not trust our certificate: signerNotTrusted, and the error names cmp_cert."""
     error = refused(handlers(ra.options("signed", "stranger")))
     assert "signerNotTrusted" in error and "cmp_cert" in error, error
 
 
-def test_ra_without_rights(ra: SiemensRa, handlers: Handlers) -> None:
+def test_ra_without_rights_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+    """An RA whose inventory gives our certificate no rights: the error has its text."""
     error = refused(handlers(ra.options("signed", "no-rights")))
     assert "request refused by external inventory" in error, error
 
 
 def test_forbidden_name(ra: SiemensRa, handlers: Handlers) -> None:
+    """An RA whose inventory forbids the name: the error has badCertTemplate and its text."""
     error = refused(handlers(ra.options("secret")), csr_pem(["www.forbidden.example"]))
     assert "badCertTemplate" in error and "request refused by external inventory" in error, error
 
 
 def test_unknown_path(ra: SiemensRa, handlers: Handlers) -> None:
+    """A cmp_path that the RA does not have: the error names cmp_path."""
     error = refused(handlers(ra.options("secret"), path="nowhere"))
     assert "check cmp_path" in error, error
 
@@ -172,7 +191,8 @@ def test_sender_of_the_ca_does_not_fit_an_answer_of_the_ra(openssl: str, ra: Sie
 
 
 @binaries
-def test_revocation(openssl: str, ca: DemoCA, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_revocation_at_siemens(openssl: str, ca: DemoCA, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+    """Every reason: revoked; two that the CA grants with modifications are an error; twice is alreadyRevoked."""
     handler = handlers(ra.options("signed"), openssl_bin=openssl)
     for reason in REASONS:
         chain = enrolled(handler, csr_pem(["www.example.com"]), root)
@@ -187,7 +207,8 @@ def test_revocation(openssl: str, ca: DemoCA, ra: SiemensRa, root: Path, handler
     assert (code, kind) == (400, "urn:ietf:params:acme:error:alreadyRevoked")
 
 
-def test_revocation_of_an_unknown_certificate(ra: SiemensRa, handlers: Handlers) -> None:
+def test_revocation_of_an_unknown_certificate_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+    """A certificate that the CA has not issued: serverInternal, with a reason."""
     handler = handlers(ra.options("signed"))
     stranger = [ra.pki.made["stranger"][1][0]]
     code, kind, detail = handler.revoke(leaf_for_host(stranger), "superseded")
@@ -195,12 +216,16 @@ def test_revocation_of_an_unknown_certificate(ra: SiemensRa, handlers: Handlers)
 
 
 @binaries
-def test_check_connect(openssl: str, ra: SiemensRa, handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_connect_at_siemens(
+    openssl: str, ra: SiemensRa, handlers: Handlers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`check --connect` of a right configuration finds no error."""
     handlers(ra.options("secret"), openssl_bin=openssl)
     assert cmp_ca_handler.main(["--config", str(handlers.config), "check", "--connect"]) == 0, capsys.readouterr()
 
 
-def test_a_hundred_enrolments_from_eight_threads(ra: SiemensRa, handlers: Handlers) -> None:
+def test_a_hundred_enrolments_from_eight_threads_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+    """All of them get a certificate, and nothing is left."""
     assert len(enrol_many(handlers(ra.options("signed")), 100, 8)) == 100
     assert handlers.left() == []
 

@@ -1,4 +1,4 @@
-"""The whole way: certbot, acme2certifier, the handler, Siemens' RA, and behind it the demo CA or XiPKI."""
+"""The whole way works: certbot, acme2certifier, the handler, Siemens' RA, and behind it the demo CA or XiPKI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""XiPKI's CA behind its CMP gateway."""
+"""The handler works with XiPKI's CA, behind its CMP gateway."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def root(ca: Xipki) -> Path:
 
 @pytest.mark.parametrize("certificate", ["ra-ec", "ra-rsa"])
 @binaries
-def test_certificate_of_the_ra(openssl: str, certificate: str, ca: Xipki, root: Path, handlers: Handlers) -> None:
+def test_certificate_of_the_ra_at_xipki(
+    openssl: str, certificate: str, ca: Xipki, root: Path, handlers: Handlers
+) -> None:
+    """Our certificate has an EC or RSA key: issued, with XiPKI's chain and both names."""
     handler = handlers(ca.options(certificate), openssl_bin=openssl)
     csr = csr_pem(["www.example.com", "example.com"], "www.example.com")
     chain = enrolled(handler, csr, root)
@@ -48,7 +51,8 @@ def test_certificate_of_the_ra(openssl: str, certificate: str, ca: Xipki, root: 
 
 @pytest.mark.parametrize("mutual", [False, True], ids=["one-way", "mutual"])
 @binaries
-def test_tls(openssl: str, mutual: bool, ca: Xipki, root: Path, handlers: Handlers) -> None:
+def test_tls_at_xipki(openssl: str, mutual: bool, ca: Xipki, root: Path, handlers: Handlers) -> None:
+    """TLS with and without a certificate of ours: issued."""
     handler = handlers({**ca.options("ra-ec"), **ca.tls(mutual=mutual)}, openssl_bin=openssl)
     assert len(enrolled(handler, csr_pem(["www.example.com"], "www.example.com"), root)) == 3
 
@@ -77,9 +81,10 @@ def test_demanded_confirmation(openssl: str, strict_ca: Xipki, handlers: Handler
 
 
 @binaries
-def test_implicit_confirmation(
+def test_implicit_confirmation_at_xipki(
     openssl: str, ca: Xipki, root: Path, handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """cmp_implicit_confirm: a p10cr is sent, and no certConf."""
     handler = handlers(ca.options("ra-ec"), implicit_confirm="True", openssl_bin=openssl)
     assert len(enrolled(handler, csr_pem(["www.example.com"], "www.example.com"), root)) == 3
     assert "sending P10CR" in caplog.text and "sending CERTCONF" not in caplog.text
@@ -87,7 +92,10 @@ def test_implicit_confirmation(
 
 @pytest.mark.parametrize("kind", ["rsa:2048", "ec:P-256", "ec:P-384", "ed25519"])
 @binaries
-def test_kinds_of_keys(openssl: str, kind: str, ca: Xipki, root: Path, handlers: Handlers, tmp_path: Path) -> None:
+def test_kinds_of_keys_at_xipki(
+    openssl: str, kind: str, ca: Xipki, root: Path, handlers: Handlers, tmp_path: Path
+) -> None:
+    """CSRs with RSA, P-256, P-384 and Ed25519 keys: issued."""
     enrolled(handlers(ca.options("ra-ec"), openssl_bin=openssl), csr_of_kind(kind, tmp_path), root)
 
 
@@ -100,6 +108,7 @@ def test_key_that_the_ca_does_not_know(ca: Xipki, handlers: Handlers, tmp_path: 
 
 @binaries
 def test_extensions_of_the_csr(openssl: str, ca: Xipki, root: Path, handlers: Handlers, tmp_path: Path) -> None:
+    """The certificate has the key usages that the profile knows; the others this CA leaves out, without a word."""
     wanted = ["keyUsage=critical,digitalSignature", "extendedKeyUsage=serverAuth,clientAuth"]
     csr = csr_of_kind("ec:P-256", tmp_path, *wanted)
     handler = handlers(ca.options("ra-ec"), openssl_bin=openssl)
@@ -142,11 +151,13 @@ def test_shared_secret_is_refused(openssl: str, change: dict[str, str | None], c
 
 
 def test_unknown_ra(ca: Xipki, handlers: Handlers) -> None:
+    """A CA that does not know our certificate: the error has its text, and names cmp_cert."""
     error = refused(handlers(ca.options("stranger")))
     assert "'request is protected but the requestor is not authorized'" in error and "cmp_cert" in error, error
 
 
-def test_ra_without_rights(ca: Xipki, handlers: Handlers) -> None:
+def test_ra_without_rights_at_xipki(ca: Xipki, handlers: Handlers) -> None:
+    """A CA that gives our certificate no right to enrol: the error has notAuthorized."""
     error = refused(handlers(ca.options("no-rights")))
     assert "notAuthorized" in error and "rights" in error, error
 
@@ -159,12 +170,14 @@ def test_wrong_recipient(ca: Xipki, handlers: Handlers) -> None:
 
 @pytest.mark.parametrize("subject", ["forbidden.example.com", ""], ids=["forbidden", "none"])
 def test_name_that_the_profile_does_not_allow(subject: str, ca: Xipki, handlers: Handlers) -> None:
+    """A subject that the profile forbids, or none: the error has badCertTemplate."""
     error = refused(handlers(ca.options("ra-ec")), csr_pem([subject or "www.example.com"], subject))
     assert "badCertTemplate" in error and "profile" in error, error
 
 
 @binaries
 def test_profile_by_path(openssl: str, ca: Xipki, root: Path, handlers: Handlers) -> None:
+    """cmp_path names the profile: 90 days with one, 7 with the other."""
     csr = csr_pem(["www.example.com"], "www.example.com")
     for profile, days in {"tls": 90, "short": 7}.items():
         handler = handlers(ca.options("ra-ec", f"cmp/acme/{profile}"), openssl_bin=openssl)
@@ -191,18 +204,21 @@ def lifetime(certificate: x509.Certificate) -> int:
 
 
 def test_forbidden_profile(ca: Xipki, handlers: Handlers) -> None:
+    """A profile that is not for our certificate: the error has notAuthorized and the profile's name."""
     error = refused(handlers(ca.options("ra-ec", "cmp/acme/secret-profile")))
     assert "notAuthorized" in error and "secret-profile is not allowed" in error, error
 
 
 def test_unknown_profile_and_ca(ca: Xipki, handlers: Handlers) -> None:
+    """A profile or a CA that is not there: rejected; another path: the error names cmp_path."""
     assert "rejected the request" in refused(handlers(ca.options("ra-ec", "cmp/acme/nothing")))
     assert "rejected the request" in refused(handlers(ca.options("ra-ec", "cmp/nobody/tls")))
     assert "check cmp_path" in refused(handlers(ca.options("ra-ec", "nowhere")))
 
 
 @binaries
-def test_revocation(openssl: str, ca: Xipki, root: Path, handlers: Handlers) -> None:
+def test_revocation_at_xipki(openssl: str, ca: Xipki, root: Path, handlers: Handlers) -> None:
+    """Every reason: revoked; two that this CA does not take for a server's certificate are an error."""
     handler = handlers(ca.options("ra-ec"), openssl_bin=openssl)
     for reason in REASONS:
         chain = enrolled(handler, csr_pem(["www.example.com"], "www.example.com"), root)
@@ -215,6 +231,7 @@ def test_revocation(openssl: str, ca: Xipki, root: Path, handlers: Handlers) -> 
 
 @binaries
 def test_second_revocation(openssl: str, ca: Xipki, root: Path, handlers: Handlers) -> None:
+    """A certificate that is revoked already: alreadyRevoked."""
     handler = handlers(ca.options("ra-ec"), openssl_bin=openssl)
     chain = enrolled(handler, csr_pem(["www.example.com"], "www.example.com"), root)
     assert handler.revoke(leaf_for_host(chain), "superseded") == (200, None, None)
@@ -222,7 +239,7 @@ def test_second_revocation(openssl: str, ca: Xipki, root: Path, handlers: Handle
     assert (code, kind) == (400, "urn:ietf:params:acme:error:alreadyRevoked")
 
 
-def test_revocation_of_an_unknown_certificate(ca: Xipki, handlers: Handlers) -> None:
+def test_revocation_of_an_unknown_certificate_at_xipki(ca: Xipki, handlers: Handlers) -> None:
     """One of another CA. To a serial number of its own that it does not know, XiPKI says yes."""
     handler = handlers(ca.options("ra-ec"))
     code, kind, detail = handler.revoke(leaf_for_host(ca.pki.made["stranger"][1]), "superseded")
@@ -231,12 +248,16 @@ def test_revocation_of_an_unknown_certificate(ca: Xipki, handlers: Handlers) -> 
 
 
 @binaries
-def test_check_connect(openssl: str, ca: Xipki, handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_connect_at_xipki(
+    openssl: str, ca: Xipki, handlers: Handlers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`check --connect` of a right configuration finds no error."""
     handlers(ca.options("ra-ec"), openssl_bin=openssl)
     assert cmp_ca_handler.main(["--config", str(handlers.config), "check", "--connect"]) == 0, capsys.readouterr()
 
 
-def test_a_hundred_enrolments_from_eight_threads(ca: Xipki, handlers: Handlers) -> None:
+def test_a_hundred_enrolments_from_eight_threads_at_xipki(ca: Xipki, handlers: Handlers) -> None:
+    """All of them get a certificate, and nothing is left."""
     assert len(enrol_many(handlers(ca.options("ra-ec")), 100, 8)) == 100
     assert handlers.left() == []
 
