@@ -49,7 +49,7 @@ import json
 import logging
 import os
 import re
-import select
+import selectors
 import shutil
 import signal
 import stat
@@ -303,9 +303,10 @@ class CAhandler:
             return outcome
         leaf, settings = outcome.leaf, transaction.settings
         about: dict[str, object] = {"subject": _name_text(leaf.subject), "serial": leaf.serial}
-        changes = _changes(csr, leaf, transaction.read("subject"))
+        changes = _hide(_changes(csr, leaf, transaction.read("subject")), settings.hidden)
         if changes:
-            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
+            what = _hide(_pairs(about), settings.hidden)
+            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", what, changes)
             if settings.refuse_changes:
                 return Outcome(text=self._refuse(leaf, changes, settings), final=True)
         chain = _chain(leaf, transaction)
@@ -315,7 +316,7 @@ class CAhandler:
         seconds = f"{time.monotonic() - transaction.started:.2f}"
         about.update(issuer=_name_text(leaf.issuer), notAfter=leaf.not_after, chain=len(chain))
         about.update(transaction=transaction.cmp_id or "unknown", server=settings.server, seconds=seconds)
-        self.logger.info("certificate issued: %s", _pairs(about))
+        self.logger.info("certificate issued: %s", _hide(_pairs(about), settings.hidden))
         return outcome._replace(bundle=bundle)
 
     def _refuse(self, leaf: Certificate, changes: str, settings: Settings) -> str:
@@ -498,8 +499,19 @@ def _read_ini(path: str) -> Any:
 
 
 def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
-    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
-    return {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
+    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored.
+
+    Raises CMPError where an entry has swallowed another one, or its own value: these are shown nowhere.
+    """
+    entries = {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
+    for key, value in entries.items():
+        name, *rest = key.split()
+        inner = re.search(r"\s(cmp_\w+)\s*[:=]", value)
+        _raise_first(
+            (rest, f"{_one_line(name, 60)}: a colon is missing behind it"),
+            (inner, f"{name}: {inner and inner.group(1)} needs a line of its own, without a blank before it"),
+        )
+    return entries
 
 
 # --- The request --------------------------------------------------------------------------------------------
@@ -1132,7 +1144,8 @@ class Exchange:
 
     def _refused(self) -> Outcome | None:
         """The CA has said no, and openssl has accepted that; or openssl does not take the certificate."""
-        refused = any(answer.refuses() and answer.protected for answer in self.after[-1:])
+        # certConfirmed comes where a proxy has repeated the certConf: the next poll finds out.
+        refused = any(a.refuses() and a.protected and "certConfirmed" not in a.failures for a in self.after[-1:])
         final = self._leaf_refused() or (refused and not any(answer.grants() for answer in self.before))
         return Outcome(text=self._text()[0], final=True) if final and self.run.only(AFTER_ACCEPTANCE) else None
 
@@ -1349,7 +1362,10 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
     # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
     errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
-    kind, searched = (UNAUTHENTIC if newest else UNREACHABLE), " ".join(HTTP_WORDS.sub("", error) for error in errors)
+    kind, searched = (
+        (UNAUTHENTIC if newest else UNREACHABLE),
+        " ".join(HTTP_WORDS.sub(r"\1", error) for error in errors),
+    )
     if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults = _openssl_faults(settings)
         if faults:
@@ -1362,10 +1378,12 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         searched = " ".join(errors)
     elif newest is None and settings.tls and CERTIFICATE_REFUSED.match(errors[0]):
         # The TLS server's names may have line breaks, and what openssl says stands behind them.
-        searched, kind = TLS_REFUSED, UNAUTHENTIC
+        searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
     elif newest and not run.only(AFTER_ACCEPTANCE):
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
-        searched = HTTP_WORDS.sub("", errors[0])
+        searched = HTTP_WORDS.sub(r"\1", errors[0])
+        if NO_SIGNER.match(searched):  # OpenSSL 3.0 says in a warning why it has passed over the one that is there
+            searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
     if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
         usable = newest is not None and 0 <= newest.check_after < 1 << 63
         errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
@@ -1376,8 +1394,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
 
 def _refusal_text(answer: Message, settings: Settings) -> str:
     """What the CA has answered in place of a yes."""
-    verb, status = ("answered", "waiting") if answer.status == WAITING else ("rejected the request:", "rejection")
-    failures = " ".join(answer.failures) or f"PKIStatus: {status}"
+    verb = "rejected the request:" if answer.failures or answer.status == REJECTION else "answered"
+    failures = " ".join(answer.failures) or f"PKIStatus: {'waiting' if answer.status == WAITING else 'other'}"
     # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
     more = {*answer.details} - {*answer.texts} or answer.error_code is not None
     # The failInfo chooses the hint, and of the CA's text one word: it may speak of certificates and secrets, too.
@@ -1440,7 +1458,7 @@ class ChainFinder:
         self.transaction, self.logger, self.left = transaction, transaction.logger, MAX_LINKS
         self.leaf: Certificate | None = None
         self.invalid = False  # openssl calls the leaf itself invalid
-        self.false: list[str] = []  # candidates that have not signed, though they say so
+        self.false: list[str] = []  # candidates that openssl does not take for the issuer, and why
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
         for option, certificates in found.items():
             for path in _file_list(option, transaction.settings.options.get(option) or ""):
@@ -1535,7 +1553,7 @@ class ChainFinder:
             self.false.append(f"{_name_text(issuer.subject)} ({why})")
             if issuer.der not in self.configured:
                 self.left -= 3  # anybody may put such a certificate there, and each costs a process
-                self.logger.warning("passed over a false certificate in extraCerts: %s", self.false[-1])
+                self.logger.warning("passed over a certificate in extraCerts: %s", self.false[-1])
         return run.code == 0
 
     def passed_over(self, below: Certificate) -> str:
@@ -1543,7 +1561,7 @@ class ChainFinder:
         named = [c for c in [*self.named, *self.sent] if _name_key(c.subject) == _name_key(below.issuer) and c != below]
         other = [c for c in named if not _names_as_issuer(below, c)]
         if self.false:
-            return f" (the {self.false[-1]} that is there has not signed it)"
+            return f" (openssl does not take what is there for it: {self.false[-1]})"
         if other and len(other) == len(named):
             keys = f"key identifier is {other[0].subject_key.hex()}, not {below.authority_key.hex()}"
             return f" (the {_name_text(other[0].subject)} that is there has another key: its {_one_line(keys, 120)})"
@@ -1579,7 +1597,7 @@ def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     """What the CA has made of a request that nobody has asked for, or an empty string.
 
-    A CA may repeat a name of the subject as a subjectAltName, and the other way round. `subject` is what was sent as
+    A CA may repeat the common name as a subjectAltName, and the other way round. `subject` is what was sent as
     `-subject`, where the CSR has none.
     """
     try:
@@ -1591,8 +1609,8 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
         return f"it cannot be compared with the CSR: {err}"
     asked_values, got_values = ({text.lower() for _, text in found} for found in names)
     asked_names, got_names = _common_names(csr.subject), _common_names(leaf.subject)
-    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn} | {""}
-    said |= set(re.findall(r"=([^/=+]*)", subject.lower()))
+    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn if a.type == COMMON_NAME} | {""}
+    said |= set(re.findall(r"/cn=([^/=+]*)", subject.lower()))
     missing = sorted(asked - got if asked else asked_names - got_values - got_names)
     added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
     added += sorted(f"CN={name}" for name in got_names - asked_values - said)
@@ -1657,7 +1675,8 @@ implicit_confirm disable_confirm profile verify_hostname verify_email verify_ip:
 days: number enrolment ir
 reqexts policies policy_oids policy_oids_critical: - enrolment ir
 msg_timeout total_timeout verbosity: number fixed
-keep_alive verify_depth auth_level attime: number
+keep_alive verify_depth auth_level: number
+attime: number, certificates are believed that have expired or are not yet valid
 unprotected_errors: -, anyone on the way to the CA can refuse in its name
 unprotected_requests: -, requests are not protected, so only TLS can tell the CA who sends them
 ta_in_ip_extracerts: -, anyone on the way can answer as the CA, in spite of cmp_trusted
@@ -1819,7 +1838,6 @@ def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, di
 
 # Of which kinds or options (!: of all others), regular expression -> what is wrong with a value that it fits.
 VALUE_FAULTS = r"""
-! [\r\n]\s*(cmp_\w+)\s*[:=] -> the line \1 below it begins with a blank, and so is a part of it: remove the blank
 !files [\r\n] -> has more than one line: what is indented belongs to the line above it
 files ^\[.*\]$ -> is a list: write the files into one line, with commas between them
 secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the secret, write pass: before that
@@ -1838,6 +1856,9 @@ server/proxy ^(?!(?:https?://)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)(?::[^/]*)
 server/proxy ^(?:https?://)?(?:\[[^]]*\]|[^:/[]*):(?!//|0*(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-5]\d{3})(?:/|$))([^/]*) ->
     '\1' is no port: 1 to 65535 are possible
 profile ^- -> begins with a hyphen, and openssl would read it as an option
+secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write env:NAME; if it is the secret itself, write pass: before it
+secret ^(ENV|FILE|PASS): -> write the word before the colon in small letters; if it belongs to the secret: pass: before
+tmp_dir/openssl_bin ^~|[$%] -> is taken as it is written, without a shell: write the whole path
 path \s|^\w+:// -> is the path on the server alone, such as pkix/, without a blank
 refuse_changes (?i)^(?!(true|yes|on|false|no|off|)$) -> is a switch: set it to True or False
 msg_timeout/total_timeout ^(?!\d{1,6}$) -> must be a number of seconds
@@ -1940,6 +1961,7 @@ def _split_slash(value: str) -> Iterator[tuple[str, str, str]]:
             what, sign = f"'{_one_line(kind + text, 60)}' is no attribute", "slash" if separator == "/" else "plus sign"
             raise CMPError(f"{what} such as CN=x: write \\{separator} for a {sign} in a value")
         if equals:
+            _check_merged(kind, text, "slash")
             yield separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S)
 
 
@@ -1953,14 +1975,19 @@ def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
             hint = f"; write \\{sign} in a value, \\\\ for a backslash"
             raise CMPError(f"'{shown}' is not a distinguished name such as C=DE, CN=Issuing CA{hint}")
         plain = re.sub(r"((?<!\\)(?:\\\\)*\\\s)?\s*$", r"\1", plain)  # but an escaped blank
-        merged = re.search(r"[\s/]([A-Za-z]+) ?=", plain)
-        if merged and merged.group(1).upper() in DN_TYPES:
-            hint = "write a comma before it, or \\= if it is no attribute"
-            raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
+        _check_merged(kind, plain, "comma")
         _raise_first(
             (plain[:1] == "#", f"{kind}: write the text itself for #hex, or \\# for a number sign at the start")
         )
         yield separator.replace(",", "/"), kind, _unescaped(kind, plain or quoted)
+
+
+def _check_merged(kind: str, text: str, separator: str) -> None:
+    """Raise CMPError where an attribute's value has swallowed the next one."""
+    merged = re.search(r"[\s/]([A-Za-z]+) ?=", text)
+    if merged and merged.group(1).upper() in DN_TYPES:
+        hint = f"write a {separator} before it, or \\= if it is no attribute"
+        raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
 
 
 def _unescaped(kind: str, text: str) -> str:
@@ -2008,9 +2035,9 @@ def _secret(option: str, value: str) -> tuple[str, str]:
         what = "acme2certifier has neither a terminal nor a descriptor for it: use file:PATH or env:NAME"
         raise CMPError(f"{source}: {what}")
     if colon and source == "env":
-        name, secret = rest, _variable_value(rest, secret=True)
+        name, secret = rest.strip(), _variable_value(rest.strip(), secret=True)
     elif colon and source in ("file", "pass"):
-        secret = _first_line(rest) if source == "file" else rest
+        secret = _first_line(rest.strip()) if source == "file" else rest
     line_break = re.search(r"[\r\n\0]", secret)
     _raise_first((not secret, "the secret is empty"), (line_break, "the secret contains a line break: take it out"))
     return name, secret
@@ -2020,11 +2047,12 @@ def _first_line(path: str) -> str:
     """The first line of a file: openssl takes the same. Raises CMPError where it is not what it seems."""
     _check_file(path, "")
     with open(path, "rb") as file:
-        line, where = file.readline(1024).rstrip(b"\n"), f"file:{_one_line(path, 100)}"
+        line, where = file.readline(1025).rstrip(b"\n"), f"file:{_one_line(path, 100)}"
     windows = "has line ends of Windows, which openssl takes into the secret: save it with LF alone"
     _raise_first(
         (line[:3] == b"\xef\xbb\xbf", f"{where} begins with a byte order mark: save it as UTF-8 without BOM"),
         (b"\r" in line, f"{where} {windows}"),
+        (len(line) > 1023, f"the first line of {where} has more than 1,023 bytes"),
         (not line.strip() or b"\0" in line, f"the first line of {where} is empty, or no text in UTF-8 or ASCII"),
     )
     return os.fsdecode(line)
@@ -2161,6 +2189,8 @@ def _useless_findings(options: Mapping[str, str | None], binary: Binary) -> Iter
     everybody = "refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy"
     yield policy and not explicit, "cmp_policy does nothing without cmp_explicit_policy: True", WARNING
     yield explicit and not policy, f"cmp_explicit_policy without cmp_policy {everybody}", WARNING
+    both = "recipient" in options and "srvcert" in options
+    yield both, "cmp_recipient: not used beside cmp_srvcert, whose subject is the recipient", WARNING
     names = ", ".join(f"cmp_{name}" for name in ("verify_hostname", "verify_email", "verify_ip") if name in options)
     what = "about the issued certificate, and not used without cmp_out_trusted"
     yield names and "out_trusted" not in options, f"{names}: {what}", WARNING
@@ -2343,7 +2373,9 @@ def _described(path: str, changed: int, size: int) -> Binary:
         fault = "has no cmp command: install OpenSSL 3"
     else:  # it cannot start: a broken openssl.cnf, a library that is missing
         fault = f"cannot run its cmp command: {said}: repair that, then restart acme2certifier"
-    binary = Binary(path, _one_line(about.output.partition("(")[0], 60), options, spelled, server, fault)
+    # The dynamic linker may have said something before it.
+    version = next(filter(OPENSSL.match, about.output.splitlines()), about.output)
+    binary = Binary(path, _one_line(version.partition("(")[0], 60), options, spelled, server, fault)
     if not binary.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
         options.pop("rspin", None)
     return binary
@@ -2739,9 +2771,9 @@ def _readable(pipe: IO[bytes], seconds: float) -> bool:
                 return False
             time.sleep(0.005)
         return True
-    poller = select.poll()
-    poller.register(pipe, select.POLLIN | select.POLLHUP)
-    return bool(poller.poll(seconds * 1000))
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:  # eventlet takes poll() away
+        selector.register(pipe, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
@@ -2810,8 +2842,12 @@ CONNECT_TIMEOUT = re.compile("connect timeout")
 SENT = re.compile("sending [A-Z]|transfer error:request sent")
 # The first error about a certificate that does not verify, and the one about that of a TLS server, which comes later.
 CERTIFICATE_REFUSED, TLS_REFUSED = re.compile("certificate verification failed"), "certificate verify failed"
-# What an HTTP server may write is not searched for hints, or they would be its choice.
-HTTP_WORDS = re.compile("(reason=|actual=|content=|input=|Content-Type: ).*")
+OUT_OF_DATE = re.compile(
+    r"^cert has expired$|^cert not yet valid$|depth = \d+ error = (?:9|10) \(certificate [a-z ]+\)$"
+)
+NO_SIGNER = re.compile("no suitable sender cert")
+# What an HTTP server, or the signer's name, may say is not searched for hints, or they would be their choice.
+HTTP_WORDS = re.compile(r"(reason= ?(?:\d{3}\b)?|actual=|content=|input=|Content-Type: | name = ).*")
 # The first error where openssl has not even begun. Then the cause is no message of its log, but a line like these.
 NOT_BEGUN = re.compile("cannot set up cmp context|error creating certreq", re.I)
 CAUSE = re.compile(
@@ -2848,6 +2884,7 @@ approval -> the CA queues what needs an approval, and no poll sees it: approve i
 'COMMONNAME' must exist -> set cmp_subject, such as CN=acme
 Wrong number of .* fields|not contain matching field -> add fields for more names to the CA's end entity profile
 failed building own chain -> cmp_own_trusted must hold the root of cmp_cert, cmp_untrusted its intermediates
+error = (9|10) .cert|cert has expired|cert not yet valid -> that certificate is out of date: renew it, or set the clock
 certificate verify failed -> cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name
 failed to validate newly enrolled -> cmp_out_trusted must hold the root of the issued certificates
 does not match the TLS certificate -> cmp_tls_key does not belong to cmp_tls_cert
@@ -2869,8 +2906,8 @@ unexpected pvno -> the CA speaks another version of CMP than 2, which openssl wa
 checkafter -> the CA gives no usable number of seconds after which to ask again: ask its operator
 connect timeout -> nothing answers there: check cmp_server, DNS, the firewall, and that the CMP service runs
 transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server
-(code=|http code )(401|407) -> the web server or proxy wants a user and password, which openssl cmp cannot send
-(code=|http code )403 -> the web server does not let this machine in: check cmp_path, its rules, and cmp_tls_cert
+(code=|http code |reason= ?)(401|407) -> the web server or proxy wants a password, which openssl cmp cannot send
+(code=|http code |reason= ?)403 -> the web server does not let this machine in: check cmp_path and cmp_tls_cert
 (code=|http code )404 -> no CMP service under this path: check cmp_path
 (code=|http code )413 -> the web server takes no request of this size (nginx: client_max_body_size)
 (code=|http code )429 -> too many requests: the server, or a proxy on the way, limits their number
@@ -2878,6 +2915,8 @@ transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or
 (code=|http code )(405|501) -> a web server that takes no CMP requests: check cmp_server and cmp_path
 (code=|http code )50[234]|connect failure -> a proxy on the way cannot reach the CMP server, or the server is busy
 (code=|http code )30\d|redirection not enabled -> the server redirects: set cmp_server and cmp_path to the final address
+(code=|http code )400 -> the server expects TLS (cmp_tls_used: True), or cmp_path is wrong
+(code=|http code )([145]\d\d|20[1-9]) -> the web server does not hand the request to a CMP service: see its log
 missing content type -> an HTTP error without a text (3.5 does not say which: look into the server's log), or no CMP
 unexpected content type|content type mismatch -> check cmp_path; it must be application/pkixcmp, without a charset
 header parse error -> that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS
@@ -3175,7 +3214,7 @@ def _decode(argument: object, label: str) -> bytes:
 # PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers, and of the request that confirms a certificate.
 IP, CP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 12, 19, 23, 24, 26
 # PKIStatus, 5.2.3. With GOOD comes a certificate, in spite of the two warnings; GRANTED says a certConf that takes it.
-GRANTED, WAITING, GOOD = (0, 1), 3, (0, 1, 4, 5)
+GRANTED, REJECTION, WAITING, GOOD = (0, 1), 2, 3, (0, 1, 4, 5)
 # PKIFailureInfo, 5.2.3, in the order of the bits.
 FAILURES = (
     "badAlg badMessageCheck badRequest badTime badCertId badDataFormat wrongAuthority incorrectData missingTimeStamp"
@@ -3222,7 +3261,8 @@ class Message(NamedTuple):
 
     def words(self, secrets: Collection[str]) -> str:
         """What it says, for people: `badCertTemplate, 'unknown extension'`."""
-        said = [", ".join(self.failures) or ("waiting" if self.status == WAITING else "rejection")]
+        status = {WAITING: "waiting", REJECTION: "rejection", None: "nothing"}.get(self.status, f"status {self.status}")
+        said = [", ".join(self.failures) or status + ", and no certificate" * (self.status in GOOD)]
         said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
         said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
         same = {*self.texts}  # some CAs say the same in both, and anybody can say 16,000 different things
@@ -3746,10 +3786,10 @@ def _typed_words() -> list[str]:
     import shlex
 
     text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
-    variable = re.search(r"\$\{?(\w+)", re.sub(r"'[^']*'", "", text))
+    variable = re.search(r"\$[{(]?\w+|`|%\w+%", re.sub(r"'[^']*'", "", text))
     if variable:
         what = "is a variable of the shell, whose value is not known here"
-        raise CMPError(f"${variable.group(1)} {what}: write the value, or for a secret env:NAME")
+        raise CMPError(f"{variable.group()} {what}: write the value, or for a secret env:NAME")
     text = text.replace("\\", "\\\\") if os.sep == "\\" else text  # in a path, and no quote
     try:
         return shlex.split(text.lstrip("$# \t"))

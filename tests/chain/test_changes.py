@@ -10,6 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 
 import cmp_ca_handler
 import demo_ca
@@ -59,6 +60,7 @@ CHANGED = {
     "IPv6": (["IP:2001:db8::1"], "", [SAN + "IP:2001:db8::2"], "missing IP:2001:db8::1; added IP:2001:db8::2"),
     "another kind": (["DNS:10.0.0.1"], "x", [SAN + "IP:10.0.0.1"], "missing DNS:10.0.0.1; added IP:10.0.0.1"),
     "a UPN": (["DNS:a.tld"], "", [SAN + "DNS:a.tld,otherName:1.3.6.1.4.1.311.20.2.3;UTF8:u@x"], "added otherName:"),
+    "CN of another name": (["DNS:a.tld"], "build", [SAN + "DNS:a.tld,DNS:built"], "added DNS:built"),
     "CA": (["DNS:a.tld"], "", ["basicConstraints = CA:TRUE"], "a CA certificate"),
     "keyCertSign": (["DNS:a.tld"], "", ["keyUsage = digitalSignature,keyCertSign"], "a CA certificate"),
 }
@@ -77,6 +79,23 @@ def test_a_changed_certificate_is_warned_of(
     assert len(bundle_certificates(bundle or "")) == 3
     assert [text.startswith(warning) for text in said(caplog)] == [True]
     assert said(caplog)[0] == warning or case == "a UPN"
+
+
+def test_an_unchecked_attribute_is_no_name(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An organizational unit or address in the CSR's subject, of which the CA makes a name: nobody has checked it."""
+    alter(monkeypatch, SAN + "DNS:a.tld,DNS:victim.example,email:boss@victim.example")
+    names = [
+        (x509.NameOID.ORGANIZATIONAL_UNIT_NAME, "victim.example"),
+        (x509.NameOID.EMAIL_ADDRESS, "boss@victim.example"),
+    ]
+    builder = x509.CertificateSigningRequestBuilder()
+    builder = builder.subject_name(x509.Name([x509.NameAttribute(*name) for name in names]))
+    request = builder.add_extension(san("DNS:a.tld"), False).sign(ec.generate_private_key(ec.SECP256R1()), SHA256())
+    csr = request.public_bytes(serialization.Encoding.PEM).decode()
+    assert handlers(ca.options()).enroll(csr)[0] is None
+    assert said(caplog) == ["added DNS:victim.example, email:boss@victim.example"]
 
 
 UNCHANGED = {

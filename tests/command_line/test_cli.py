@@ -240,7 +240,7 @@ def test_convert_without_dashes() -> None:
 
 def test_convert_does_not_take_a_variable_for_a_value() -> None:
     """A shell would put its value there."""
-    for word in ("$SECRET", '"${SECRET}"', "pass:$SECRET"):
+    for word in ("$SECRET", '"${SECRET}"', "pass:$SECRET", '"pass:$(cat secret)"', "pass:`cat secret`", "%SECRET%"):
         result = run("convert", stdin=f"openssl cmp -server 127.0.0.1:80 -ref 1 -secret {word}")
         assert result.returncode == 4 and result.stdout == ""
         assert "is a variable of the shell" in result.stderr and "env:NAME" in result.stderr

@@ -183,6 +183,16 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "address in quotes": ({"server": "'127.0.0.1:1'"}, ["cmp_server", "quotes"]),
     "file in quotes": ({"trusted": '"ca.pem"'}, ["cmp_trusted", "quotes"]),
     "secret in quotes": ({"secret": '"hush hush"'}, ["cmp_secret", "quotes", "pass:"]),
+    "secret is a variable of a shell": ({"secret": "$CMP_SECRET"}, ["cmp_secret", "env:NAME", "pass:"]),
+    "secret is a variable in braces": ({"secret": "${CMP_SECRET}"}, ["cmp_secret", "env:NAME"]),
+    "secret is a variable of Windows": ({"secret": "%CMP_SECRET%"}, ["cmp_secret", "env:NAME"]),
+    "source in capitals": ({"secret": "ENV:CMP_SECRET"}, ["cmp_secret", "small letters"]),
+    "home directory": ({"tmp_dir": "~/cmp"}, ["cmp_tmp_dir", "whole path"]),
+    "directory of systemd": ({"tmp_dir": "%S/cmp"}, ["cmp_tmp_dir", "whole path"]),
+    "directory in a variable": ({"tmp_dir": "$STATE_DIRECTORY"}, ["cmp_tmp_dir", "whole path"]),
+    "long first line": ({"secret": "file:bin/long"}, ["cmp_secret", "1,023"]),
+    "no colon": ({"ref aGVsbG8": "="}, ["cmp_ref", "colon"]),
+    "two entries in a line": ({"path": "pkix/ cmp_days: 3"}, ["cmp_path", "cmp_days", "line of its own"]),
     "directory in quotes": ({"tmp_dir": '"work"'}, ["tmp_dir", "quotes"]),
     "comment": ({"server": "127.0.0.1:1  # the CA"}, ["cmp_server", "comment"]),
     "comment with a semicolon": ({"path": "pkix/ ; x"}, ["cmp_path", "comment"]),
@@ -317,6 +327,7 @@ def test_a_fault_is_named_before_anything_is_sent(
     script(Path("bin/libressl"), f'[ "$1" = version ] && echo "LibreSSL 3.8.2" && exit\necho "{invalid}" >&2\nexit 1\n')
     Path("bin/plain").write_text("#!/bin/sh\n")
     Path("bin/text").write_text("not a program")
+    Path("bin/long").write_text("x" * 1024)
     Path("bin/text").chmod(0o755)
     Path("ca.pem").write_text("")
     Path("open").mkdir()
@@ -645,6 +656,8 @@ def test_a_link_of_our_own(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> No
 
 WEAK = "unprotected_errors unprotected_requests no_check_time ignore_critical allow_proxy_certs"
 WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
+    "recipient beside the pinned certificate": ({"recipient": "CN=x", "srvcert": "pki/cert.pem"}, ["cmp_recipient", "cmp_srvcert"]),
+    "another time": ({"attime": "1000000000"}, ["cmp_attime weakens security"]),
     **{key: ({key: "True"}, [f"cmp_{key} weakens security"]) for key in WEAK.split()},
     "short secret": ({"secret": "hush"}, ["cmp_secret has fewer than 8 characters"]),
     "blank behind the secret": ({"secret": "file:pki/blank.txt"}, ["begins or ends with a blank"]),

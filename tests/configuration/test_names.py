@@ -110,6 +110,7 @@ FAULTY = {
     "C=DE, CN=x  # the CA": ["comment", "backslash"],
     "C=DE, CN=x ; the CA": ["comment"],
     "/C=DE/CN=": ["CN", "no value"],
+    "/O=Acme, CN=x": ["O", "CN=", "slash"],
     "/C=DE/X-Team=x": ["X-Team", "leave it out"],
     "/C=DE/CN=a/b": ["'b'", "\\/"],
     "/CN=a+b": ["'b'", "\\+"],

@@ -11,7 +11,7 @@ from cryptography import x509
 
 from conftest import OPENSSL, Handlers, csr_pem
 from demo_ca import DemoCA
-from shared import enrolled
+from shared import SHORT, begin, check_issued, enrolled, hold, script
 
 STAND_IN = '''\
 #!{python}
@@ -118,3 +118,14 @@ def test_what_an_old_cmpossl_cannot_carry(
     assert any("1.3.6.1.5.5.7.1.24" in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     error = handler.enroll(csr_pem(["a.example"], "line\nbreak"))[0]
     assert error and "cannot send the subject" in error and "OpenSSL 3.0" in error
+
+
+def test_the_dynamic_linker_says_something_first(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """OpenSSL 3 stays OpenSSL 3: all extensions are sent, and an order can wait."""
+    noise = "echo \"ERROR: ld.so: object 'libjemalloc.so.9' cannot be preloaded\" >&2"
+    program = script(tmp_path / "openssl", f'{noise}\nexec {OPENSSL} "$@"\n')
+    csr = csr_pem(["a.example"])
+    handler = handlers(hold(ca).options(), openssl_bin=program, **SHORT)
+    identifier = begin(handler, csr)
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)

@@ -243,6 +243,40 @@ def test_secrets_stay_hidden(key: str, ca: DemoCA, desk: Desk) -> None:
     assert "hush" not in result.stdout + result.stderr
 
 
+BROKEN = {
+    "no colon": "cmp_secret hush-aGVzaA==",
+    "no colon, in a pair": "cmp_secret hush:hush",
+    "indented": "  cmp_secret: hush-hush",
+    "in the same line": "cmp_path: pkix/ cmp_secret: hush-hush",
+    "capitals": "CMP_SECRET hush = hush",
+}
+
+
+@pytest.mark.parametrize(
+    "before", ["cmp_ref: 1", "cmp_tmp_dir: work", "cmp_openssl_bin: openssl", "cmp_trusted: x.pem"]
+)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_secret_in_a_broken_section(case: str, before: str, desk: Desk) -> None:
+    """A colon that is missing, a line that begins with a blank: the secret is a part of something that is no secret."""
+    lines = ["[CAhandler]", "cmp_server: 127.0.0.1:9", before, BROKEN[case], ""]
+    (desk.directory / "acme_srv.cfg").write_text("\n".join(lines))
+    for command in (["check"], ["check", "--json"], ["enroll", "acme_srv.cfg", "-v"]):
+        result = desk(*command)
+        assert result.returncode == 4 and "hush" not in result.stdout + result.stderr
+
+
+def test_a_secret_in_the_names_of_a_certificate(
+    make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CA that puts the shared secret into the subject: the log line about the certificate does not show it."""
+    ca = make_ca(secret="hush-a-secret")
+    caplog.set_level(logging.INFO)
+    csr = csr_pem([], "hush-a-secret and more")
+    assert handlers(ca.options()).enroll(as_host(csr))[0] is None
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("certificate issued")]
+    assert "CN=*** and more" in line
+
+
 def test_what_is_no_secret_is_shown(ca: DemoCA, desk: Desk) -> None:
     """The name of the secret's variable and the server are printed, the variable's value is not."""
     desk.configure(ca.options(), secret=None, secret_variable="RA_SECRET", tls_keypass="file:/dev/null")

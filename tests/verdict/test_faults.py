@@ -491,3 +491,9 @@ def test_key_of_three_parts(ca: DemoCA, handlers: Handlers) -> None:
     der = write_der(0x30, write_der(0x30, parts) + b"".join(part.whole for part in rest))
     error = handlers(ca.options()).enroll(base64.b64encode(der).decode())[0]
     assert error == "not a usable CSR: it is not a PKCS #10 request"
+
+
+def test_without_poll(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """eventlet takes select.poll() away from the whole process."""
+    monkeypatch.delattr("selectors.PollSelector")
+    assert handlers(ca.options()).enroll(csr_pem(["a.example"]))[0] is None

@@ -7,10 +7,12 @@ import hmac
 import re
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from cryptography import x509
 
 import cmp_ca_handler
 from conftest import BINARIES, ENDS, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, every_binary
@@ -283,7 +285,32 @@ def http_server(tcp_server: TcpServer, status: str, kind: str, body: bytes = b"<
     return f"127.0.0.1:{tcp_server(serve)}"
 
 
-CODES = [303, 307, 308, 401, 403, 404, 405, 407, 413, 429, 500, 501, 502, 503, 504]
+CODES = [
+    303,
+    307,
+    308,
+    400,
+    401,
+    402,
+    403,
+    404,
+    405,
+    406,
+    408,
+    410,
+    415,
+    421,
+    431,
+    511,
+    407,
+    413,
+    429,
+    500,
+    501,
+    502,
+    503,
+    504,
+]
 
 
 @pytest.mark.parametrize(
@@ -362,6 +389,36 @@ def test_http_server_chooses_no_hint(
         return next((hint for _, hint in HINTS if error.endswith(f"({hint})")), "")
 
     assert hint_for(TEXT) == hint_for("x" * len(TEXT))
+
+
+@binaries
+def test_the_name_of_a_sender(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """openssl says whose certificate is missing: a name that holds the words of another hint does not choose it."""
+    hints = []
+    for common_name in ("nobody", "approval"):
+        who = [stranger("x", x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)]))]
+        proxy.spoil = lambda _, forward, who=who: signed(forward(), error_body("no"), KEY, who)  # type: ignore[misc]
+        error = error_of(handlers(ca.options("certificate"), server=proxy.server, openssl_bin=openssl))
+        hints.append(error.rpartition(" (")[2])
+    assert hints[0] == hints[1]
+
+
+@binaries
+def test_a_proxy_that_wants_a_password(openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer) -> None:
+    """The answer to CONNECT is 407 or 403: the hint for that, not one about a CMP server that is away."""
+    for status in (407, 403):
+        address = http_server(tcp_server, f"{status} No", "text/html")
+        options = {"server": "https://ca.example:443", "proxy": address, "tls_used": "True", "openssl_bin": openssl}
+        error = error_of(handlers(ca.options(), **options, **SHORT))
+        assert error.endswith(f"({hint(f'code={status}')})")
+
+
+@binaries
+def test_a_signer_that_is_out_of_date(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+    """The CA's answers are signed with a certificate that has expired: the hint says so."""
+    later = str(int(time.time()) + 40 * 365 * 86400)
+    error = error_of(handlers(ca.options("certificate"), openssl_bin=openssl, attime=later))
+    assert error.endswith(f"({hint('cert has expired')})"), error
 
 
 @every_binary

@@ -21,6 +21,7 @@ from proxy import (
     Forward,
     Proxy,
     body,
+    cert_response,
     error_body,
     integer,
     name,
@@ -448,6 +449,40 @@ def test_confirmation_that_is_not_confirmed(
     check_issued(result, csr)
     assert "its confirmation is not proven" in caplog.text
     assert asked.count("ir") == 1
+
+
+@binaries
+def test_a_confirmation_that_a_proxy_repeats(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets the answer to the second certConf, which is certConfirmed: its certificate is not lost."""
+    answer = CONFIRMATIONS["certConfirmed"]
+    proxy.spoil = lambda request, forward: answer(forward) if request == "certConf" else forward()
+    csr = csr_pem(["a.example"])
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert "its confirmation is not proven" in caplog.text
+
+
+STATUSES: dict[str, tuple[bytes, str]] = {
+    "granted, without a certificate": (
+        cert_response(1, status_info(0, [b"soon"], b""), b""),
+        "answered status 0, and no",
+    ),
+    "granted with changes, without one": (cert_response(1, status_info(1, [], b""), b""), "answered status 1, and no"),
+    "a key update": (cert_response(1, status_info(6, [], b""), b""), "answered status 6"),
+    "rejected": (cert_response(1, status_info(2, [], b""), b""), "rejected the request: rejection"),
+}
+
+
+@pytest.mark.parametrize("case", STATUSES)
+def test_no_certificate_is_not_always_a_rejection(case: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A CA that says another status than 2, and sends none: the error says what it has said."""
+    told, expected = STATUSES[case]
+    proxy.spoil = lambda _, forward: saying(forward(), told)
+    error, *rest = handlers({**ca.options(), "cmp_server": proxy.server}).enroll(csr_pem(["a.example"]))
+    assert expected in str(error) and rest == [None, None, None]
 
 
 @binaries
