@@ -49,7 +49,7 @@ import json
 import logging
 import os
 import re
-import selectors
+import select
 import shutil
 import signal
 import stat
@@ -1462,7 +1462,7 @@ class ChainFinder:
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
         for option, certificates in found.items():
             for path in _file_list(option, transaction.settings.options.get(option) or ""):
-                certificates += (there := _certificates(path))
+                certificates += (there := _configured_certificates(path))
                 if not there:
                     what, name = "holds no certificate that can be read: make it PEM", _one_line(path, 100)
                     self.logger.warning("cmp_%s: %s %s", option, name, what)
@@ -1558,7 +1558,7 @@ class ChainFinder:
 
     def passed_over(self, below: Certificate) -> str:
         """The end of a warning: what is there of its issuer's name, and why it is not the issuer."""
-        named = [c for c in [*self.named, *self.sent] if _name_key(c.subject) == _name_key(below.issuer) and c != below]
+        named = [c for c in [*self.named, *self.sent] if c.subject_id == below.issuer_id and c != below]
         other = [c for c in named if not _names_as_issuer(below, c)]
         if self.false:
             return f" (openssl does not take what is there for it: {self.false[-1]})"
@@ -1570,7 +1570,7 @@ class ChainFinder:
 
 def _who(certificate: Certificate) -> tuple[object, bytes]:
     """Its name and key, which it keeps when it is renewed."""
-    return _name_key(certificate.subject), certificate.key
+    return certificate.subject_id, certificate.key
 
 
 def _certificates(path: str) -> list[Certificate]:
@@ -1588,10 +1588,21 @@ def _certificates(path: str) -> list[Certificate]:
     return found
 
 
+def _configured_certificates(path: str) -> list[Certificate]:
+    """The same for a file that the configuration names: read again only when it has changed."""
+    info = os.stat(path) if os.path.isfile(path) else None
+    return _unchanged_certificates(path, info.st_mtime_ns, info.st_size) if info else []
+
+
+@functools.lru_cache(maxsize=16)
+def _unchanged_certificates(path: str, changed: int, size: int) -> list[Certificate]:
+    return _certificates(path)
+
+
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
     """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
     same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
-    return same_key and _name_key(issuer.subject) == _name_key(below.issuer)
+    return same_key and issuer.subject_id == below.issuer_id
 
 
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
@@ -1874,22 +1885,22 @@ keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public ke
 def _check_value(option: str, value: str) -> None:
     """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
     kind = _option(option).kind
-    for names, others, fault, text in _value_faults():
-        if (kind in names or option in names) != others:
-            found = fault.search(value)
-            _raise_first((found, _one_line(found.expand(text)) if found else ""))
+    for fault, text in _value_faults(kind, option):
+        found = fault.search(value)
+        _raise_first((found, _one_line(found.expand(text)) if found else ""))
     if kind in ("file", "files", "key"):
         for name in _file_list(option, _utf8(value)):
             _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
 
 
-@functools.lru_cache(maxsize=1)
-def _value_faults() -> list[tuple[set[str], bool, re.Pattern[str], str]]:
-    """The rows of VALUE_FAULTS: kinds and options, whether all others are meant, expression, text."""
+@functools.lru_cache(maxsize=256)
+def _value_faults(kind: str, option: str) -> list[tuple[re.Pattern[str], str]]:
+    """The rows of VALUE_FAULTS for an option of this kind: expression and text."""
     rows = []
     for line in VALUE_FAULTS.replace("\n    ", " ").strip().splitlines():
         (names, fault), text = line.split(" -> ")[0].split(" ", 1), line.split(" -> ")[1]
-        rows.append((set(names.strip("!").split("/")), names[0] == "!", re.compile(fault, re.S | re.A), text))
+        if bool({kind, option} & set(names.strip("!").split("/"))) != names.startswith("!"):
+            rows.append((re.compile(fault, re.S | re.A), text))
     return rows
 
 
@@ -2466,8 +2477,8 @@ def _run(
 ) -> Run:
     """Run a program and collect what it says; kill it, with all that it started, after `limit` seconds.
 
-    `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked whenever the
-    program has said something, and from time to time: where it says yes, the program is ended as well.
+    `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked from
+    time to time while the program says nothing: where it says yes, the program is ended as well.
     """
     if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use another web server")
@@ -2487,7 +2498,8 @@ def _run(
                         break
                     cut = cut or len(output) + len(chunk) > MAX_OUTPUT
                     output = (output + chunk)[:MAX_OUTPUT]
-                ended = asleep()
+                else:
+                    ended = asleep()
             tries = 0
             while not ended and _exit_code(process) is None and time.monotonic() < deadline:
                 tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
@@ -2611,7 +2623,8 @@ def _directory_fault(path: str, own: bool) -> str:
             return f"cmp_tmp_dir {_one_line(there, 100)} {what}: machines that share it need the same uid number"
         return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    faults = ((place, _writable_by_others(place)) for place in dict.fromkeys([*_way(path), *_way(real)]))
+    places = dict.fromkeys([*_way(path), *(_way(real) if real != path else ())])
+    faults = ((place, _writable_by_others(place)) for place in places)
     return next((f"cmp_tmp_dir: {_one_line(place, 100)} {who}" for place, who in faults if who), "")
 
 
@@ -2646,9 +2659,12 @@ def _openssl_path(path: str) -> str:
 
 def _writable_by_others(path: str) -> str:
     """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
-    if sys.platform == "win32" or not os.path.lexists(path):  # it will be made
+    if sys.platform == "win32":
         return ""
-    info = os.lstat(path)
+    try:
+        info = os.lstat(path)
+    except OSError:  # it will be made
+        return ""
     if info.st_uid not in (os.geteuid(), 0):
         what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else "give it to the user of acme2certifier"
         return f"belongs to another user: {what}"
@@ -2771,9 +2787,11 @@ def _readable(pipe: IO[bytes], seconds: float) -> bool:
                 return False
             time.sleep(0.005)
         return True
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:  # eventlet takes poll() away
-        selector.register(pipe, selectors.EVENT_READ)
-        return bool(selector.select(seconds))
+    if not hasattr(select, "poll"):  # eventlet takes it away
+        return bool(select.select([pipe], [], [], seconds)[0])
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN | select.POLLHUP)
+    return bool(poller.poll(seconds * 1000))
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
@@ -3138,6 +3156,8 @@ class Certificate(NamedTuple):
     not_after: str
     subject: Name
     key: bytes  # the subjectPublicKeyInfo
+    issuer_id: tuple[object, ...]  # to compare names by
+    subject_id: tuple[object, ...]
     extensions: dict[str, bytes]
     subject_key: bytes  # identifier of its key
     authority_key: bytes  # of the key that has signed it
@@ -3169,7 +3189,18 @@ def _certificate(der: bytes) -> Certificate:
         number, algorithm, issuer, validity, subject, key = fields[:6]
         serial = _one_line(f"{int.from_bytes(number.value, 'big', signed=True):x}", 64)
         start, end = map(_time, _sequence(validity.raw))
-        about = (serial, algorithm.raw, _name(issuer.raw), start, end, _name(subject.raw), key.raw)
+        names = _name(issuer.raw), _name(subject.raw)
+        about = (
+            serial,
+            algorithm.raw,
+            names[0],
+            start,
+            end,
+            names[1],
+            key.raw,
+            _name_key(names[0]),
+            _name_key(names[1]),
+        )
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
     try:

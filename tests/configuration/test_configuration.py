@@ -656,7 +656,10 @@ def test_a_link_of_our_own(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> No
 
 WEAK = "unprotected_errors unprotected_requests no_check_time ignore_critical allow_proxy_certs"
 WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
-    "recipient beside the pinned certificate": ({"recipient": "CN=x", "srvcert": "pki/cert.pem"}, ["cmp_recipient", "cmp_srvcert"]),
+    "recipient beside the pinned certificate": (
+        {"recipient": "CN=x", "srvcert": "pki/cert.pem"},
+        ["cmp_recipient", "cmp_srvcert"],
+    ),
     "another time": ({"attime": "1000000000"}, ["cmp_attime weakens security"]),
     **{key: ({key: "True"}, [f"cmp_{key} weakens security"]) for key in WEAK.split()},
     "short secret": ({"secret": "hush"}, ["cmp_secret has fewer than 8 characters"]),

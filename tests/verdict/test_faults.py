@@ -495,5 +495,5 @@ def test_key_of_three_parts(ca: DemoCA, handlers: Handlers) -> None:
 
 def test_without_poll(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     """eventlet takes select.poll() away from the whole process."""
-    monkeypatch.delattr("selectors.PollSelector")
+    monkeypatch.delattr("select.poll")
     assert handlers(ca.options()).enroll(csr_pem(["a.example"]))[0] is None

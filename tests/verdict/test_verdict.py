@@ -184,7 +184,7 @@ def test_openssl_that_ends_when_it_should_be_ended() -> None:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         return True
 
-    run = cmp_ca_handler._run(["/bin/sh", "-c", "echo one; exit 1"], asleep=asleep)
+    run = cmp_ca_handler._run(["/bin/sh", "-c", "echo one; sleep 1; exit 1"], asleep=asleep)
     assert run.asleep and run.code is None and not run.complete()
 
 
