@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 9):  # noqa: UP036 - before an older one fails with what no administrator understands
+if sys.version_info < (3, 9):  # noqa: UP036 - an older one would fail with a SyntaxError
     raise ImportError(f"cmp_ca_handler needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
 import base64
@@ -100,7 +100,7 @@ _warned: set[str] = set()
 
 
 class Outcome(NamedTuple):
-    """How an exchange ended: with the `leaf`, or waiting, or it failed; `final` is a no that the CA won't take back."""
+    """How an exchange ended: with the `leaf`, or waiting, or it failed; `final`: asking again is of no use."""
 
     leaf: Certificate | None = None
     waiting: bool = False
@@ -162,7 +162,7 @@ class CAhandler:
                 try:
                     outcome = self._obtain(wanted, transaction)
                 except BaseException as err:
-                    # A fault of ours does not cost what the CA has answered: it may have issued the certificate.
+                    # If our own code fails, the CA's answers are kept: it may have issued. The order waits.
                     transaction.keep = transaction.answered()
                     if transaction.keep and not isinstance(err, Exception):
                         found = _pairs({"id": transaction.identifier, **about})
@@ -443,7 +443,7 @@ HELPERS = ("acme2certifier.acme_srv.helper", "acme_srv.helper")  # since 0.45; u
 
 def _acme2certifier_helper() -> types.ModuleType | None:
     """acme2certifier's helper module: the one that runs this process, else one that can be imported, else None."""
-    # import_module, for another thread may be in the middle of importing what sys.modules has.
+    # import_module waits where another thread is still importing it; sys.modules would have half of it.
     for name in sorted(HELPERS, key=lambda name: name not in sys.modules):
         try:
             return importlib.import_module(name)
@@ -596,7 +596,7 @@ def _check_key(key: Element) -> None:
 
 
 def _requested(attributes: bytes) -> dict[str, bytes]:
-    """The extensions of the one extension request (RFC 2985, 5.4.2): of two, everybody would read another one."""
+    """The extensions of the one extension request (RFC 2985, 5.4.2): of two, one reader would take the first."""
     parsed = [_sequence(attribute.raw) for attribute in _elements(attributes)]
     requests = [values for kind, values in parsed if _oid(kind.value) in EXTENSION_REQUESTS]
     if len(requests) > 1:
@@ -707,7 +707,8 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
 
     `_check_key`, before this, has refused the keys with which anybody can sign.
     """
-    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). Nobody else does.
+    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). It is done here, for
+    # neither acme2certifier nor `openssl cmp` does it.
     binary, name = transaction.settings.binary, transaction.key_file
     if os.path.exists(transaction.file(name)):
         return  # a poll: it was verified before the CA was asked
@@ -772,7 +773,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
 
 
 def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
-    """The subjectAltNames that `-csr` does not bring; never both, for then the request has two such extensions."""
+    """The names for `-sans`: none where `-csr` brings the CSR's own, for the request would have two such extensions."""
     settings = transaction.settings
     if settings.binary.converts_csr():
         # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
@@ -1060,8 +1061,17 @@ class Exchange:
     """One run of `openssl cmp` for an enrolment, from the start or on from saved answers, and what has come of it.
 
     Three sources tell that, in this order of trust: the file that openssl writes as its last act; the CA's messages,
-    read as DER; openssl's text. Into that text whoever is on the way can write, so it may say "openssl did not accept
-    this answer", and nothing else.
+    read as DER; openssl's text. Anybody on the way can write into that text, so all that it can prove is that openssl
+    did not accept an answer.
+
+    The course of a poll: `CAhandler.poll` hands out a kept result, or locks the directory (`_resume`). Before checkAfter
+    has passed (`_due`) that is all. Else the same request is made again (`_request`), and
+
+    - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`asleep`);
+    - `_issued`, `_refused`: the certificate is there, or the CA's no, which openssl has accepted: the end;
+    - `_keep`: which of the new answers are authentic (`_judgement`)? They are saved, the others deleted;
+    - `_issued_before`: the certificate of an earlier answer, whose confirmation the CA does not answer;
+    - `_undecided`: the order waits.
     """
 
     def __init__(self, request: Sequence[str], key: bytes, transaction: Transaction) -> None:
@@ -1078,7 +1088,7 @@ class Exchange:
         self._clear(self.before)
         self._ask()
         if self.before and self.run.only(TIME_IS_UP) and not self._made(self.first):
-            # openssl counts whole seconds: one may have been over before it was asleep. Nothing was sent.
+            # openssl counts whole seconds, so its time may have run out before it could ask: once more, with more time.
             self._ask(more_seconds=2)
         self.after = [answer for answer in self.transaction.answers() if _number(answer) >= self.first]
         outcome = self._issued() or self._refused()
@@ -1103,12 +1113,12 @@ class Exchange:
         known, file, replay = self.settings.binary.options, self.transaction.file, _needed_again(self.before)
         overrides = _resumed_timeouts(self.settings, self.before[-1], more_seconds) if self.before else {}
         total = int(overrides.get("total_timeout") or self.settings.seconds("total_timeout") or NO_TIMEOUT)
-        # A CA that says checkAfter 0 is asked again and again without a pause. openssl ends where it cannot write a
-        # request, and then nothing is on its way.
+        # A CA that says checkAfter 0 is asked again and again without a pause. So openssl gets names for so many
+        # requests; the next one it cannot write (NO_MORE_REQUESTS), and it ends before it sends that.
         count = POLL_REQUESTS if self.before else min(POLL_REQUESTS + 1 + total, MAX_REQUESTS)
         old, new = [path[:-4] for path in replay], [file(f"{self.first + i:03d}") for i in range(count)]
         files = ["-rspin", ",".join(replay)] if replay else []
-        if "rspin" in known:  # what it has seen already is saved once more
+        if "rspin" in known:  # it saves the replayed answers again: into `scratch`
             files += ["-rspout", ",".join([*[file("scratch")] * len(old), *(f"{path}.new" for path in new)])]
             files += ["-reqout", ",".join([*(f"{path}.req" for path in old + new), file(NO_MORE_REQUESTS)])]
         answer = max(self.settings.seconds("msg_timeout"), self.settings.binary.margin())
@@ -1127,7 +1137,7 @@ class Exchange:
         newest = _saved_message(self.transaction.file(self.transaction.saved()[-1]))
         if newest is None or newest.body != POLLREP or newest.check_after < 1:
             return False  # with checkAfter 0 it does not sleep
-        # Its age, for what was found in time when it came is not found too late a second before the next question.
+        # checkAfter counts from when the answer came, not from now.
         age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
         too_late = newest.check_after - age > self.deadline - time.monotonic()
         return too_late and not os.path.exists(self.transaction.file(f"{_number(newest) + 1:03d}.req"))
@@ -1183,7 +1193,8 @@ class Exchange:
             kept.append(answer)
         if kept:
             _sync(self.transaction.path)  # nothing old is deleted before the new is on the disk
-        # If the newest turns out not to be authentic, the one before it, superseded or not, is the newest again.
+        # While nobody knows about the newest, the pollRep before it is kept, too: if the newest turns out to be false,
+        # openssl goes on from that one.
         needed = {*_needed_again(kept)} if judgement != UNKNOWN else {answer.path for answer in kept}
         return [answer for answer in kept if answer.path in needed]
 
@@ -1197,7 +1208,7 @@ class Exchange:
             return NOT_ACCEPTED if ended and self._made(_number(newest)) else UNKNOWN
         if self.run.only(TIME_IS_UP):
             return ACCEPTED
-        # There are signers at which openssl loops for ever, in each replay too.
+        # Some false signers make openssl loop for ever: a replay would, too.
         if self.run.hung() or not _fits(history, _saved_message(newest.path[:-4] + ".req")):
             return NOT_ACCEPTED
         return self._replayed(history)
@@ -1223,7 +1234,7 @@ class Exchange:
         return NOT_ACCEPTED if complete else UNKNOWN
 
     def _issued_before(self) -> Outcome | None:
-        """An earlier run has got the certificate, and its confirmation does not come to an end, for the second time."""
+        """The certificate that an earlier run has got, where the CA twice does not answer certConf."""
         granted = next((answer for answer in self.before if answer.grants()), None)
         if granted is None or self._leaf_refused() or not self.run.complete() or not self._takes(granted):
             return None
@@ -1298,10 +1309,10 @@ def _fits(history: Sequence[Message], asked: Message | None) -> bool:
 
 
 def _due(answers: Sequence[Message]) -> float:
-    """When the CA may be asked again (checkAfter, RFC 4210, 5.3.22), 0: now. A clock that was set back is no reason."""
+    """When the CA may be asked again (checkAfter, RFC 4210, 5.3.22); 0 is now, also where the clock was set back."""
     newest, pause = answers[-1], answers[-1].check_after
     if newest.body != POLLREP or not newest.path.endswith(".der") or not 0 <= pause < 1 << 32:
-        return 0  # of later times a calendar knows nothing
+        return 0  # `_iso` cannot print larger ones
     saved, pause = os.stat(newest.path).st_mtime, max(pause, 1)
     return saved + pause if 0 <= time.time() - saved < pause else 0
 
@@ -1330,7 +1341,7 @@ def _openssl_cmp(
 ) -> Run:
     """One run of `openssl cmp`, logged without the many names of `files` for answers."""
     settings, command = transaction.settings, _command(transaction.settings, request, overrides)
-    # It holds no secret: those are in the environment.
+    # No secret is in it: they are in the environment.
     transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
     total = int(overrides.get("total_timeout") or settings.seconds("total_timeout"))
     limit = total + GRACE if total else NO_TIMEOUT  # 0 is none
@@ -1412,7 +1423,7 @@ MAX_LINKS = 24  # processes for the links of one chain
 
 
 def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
-    """The leaf and its issuers in order, up to a self-signed one or as far as the pool goes (RFC 8555, 9.1).
+    """The leaf and its issuers in order, up to the self-signed root, or as far as issuers are known (RFC 8555, 9.1).
 
     Whatever goes wrong here does not cost the certificate: what is verified is served, and the log says what is not.
     """
@@ -1484,7 +1495,7 @@ class ChainFinder:
         self.leaf = leaf
         for number, (way, ends) in enumerate(self.ways([leaf])):
             anchored, protected = _who(way[-1]) in self.anchors, _who(way[-1]) in self.protected
-            # In this order, for else the cross-certificate of a stranger would do better than an expired issuer.
+            # In this order: else a stranger's cross-certificate would win against an expired configured issuer.
             rank = (protected and (ends or anchored), all(c.valid() for c in way[1:]), anchored)
             found.append((rank, way, ends))
             if all(rank) or number == MAX_WAYS:
@@ -1512,9 +1523,8 @@ class ChainFinder:
         found = [c for c in found if _who(c) not in trodden]
         # Stable: the configuration stays before caPubs, and these before extraCerts.
         found.sort(key=lambda c: (not c.valid(), c.der not in self.configured))
-        # Authorities are the same again and again, a leaf hardly ever is. So its link is remembered by what it says of
-        # its issuer's key, but only as long as no other key claims to be that one, and for this very issuer: a leaf of
-        # the same authority then needs no process.
+        # Each leaf is new. If it names its issuer's key, and all candidates have that one key, openssl verifies the
+        # link for the first leaf alone: the next leaf of this issuer costs no process.
         sure = len(way) == 1 and last.authority_key and len({c.key for c in found}) == 1
         mark = last.algorithm + last.authority_key if sure else last.der
         for issuer in found:
@@ -1533,7 +1543,7 @@ class ChainFinder:
         self.transaction.write("issuer.pem", _pem(issuer.der))
         self.transaction.write("below.pem", _pem(below.der))
         argv = [program, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
-        argv += ["-check_ss_sig"] if below is issuer else []  # or else it just finds it among the trusted ones
+        argv += ["-check_ss_sig"] if below is issuer else []  # else openssl does not verify a trusted root's signature
         purposes = [program, "x509", "-in", file("below.pem"), "-noout", "-purpose"]
         run = _run([*argv, "-trusted", file("issuer.pem"), file("below.pem")])
         if run.killed():
@@ -1653,7 +1663,7 @@ class Option(NamedTuple):
         return "fixed" in self.marks or self.kind in ("ours", "run", "other", "secret") or bool(self.weak)
 
 
-# Before the colon options, behind it what is special of them:
+# Names of options, a colon, and what is special of them:
 # kind    ours: no option of openssl; run: set by the handler for each run, ignored with a warning; other: no enrolment;
 #         secret: reaches openssl in its environment, for any local user can read an argument list;
 #         name: a distinguished name; file, files, key: a path, a list of paths, a private key; number; -: any text
@@ -1847,7 +1857,7 @@ def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, di
     return _utf8(_slash_dn(value, binary) if kind == "name" else ",".join(_file_list(option, value))), {}
 
 
-# Of which kinds or options (!: of all others), regular expression -> what is wrong with a value that it fits.
+# Kinds or names of options (with !: all but these), a regular expression -> what is wrong with a value that matches.
 VALUE_FAULTS = r"""
 !files [\r\n] -> has more than one line: what is indented belongs to the line above it
 files ^\[.*\]$ -> is a list: write the files into one line, with commas between them
@@ -2104,7 +2114,7 @@ def _san_types(value: str) -> list[str]:
 
 
 Finding = tuple[str, bool]  # what is wrong with the configuration; whether that stops everything, or is a warning
-Question = tuple[object, str, bool]  # whether there is such a finding, and then the two of it
+Question = tuple[object, str, bool]  # whether it is so, and then the Finding
 FATAL, WARNING = True, False
 
 
@@ -2236,7 +2246,7 @@ def _proxy_findings(settings: Settings) -> Iterator[Question]:
 
 
 # The dry run. What openssl refuses, openssl says: it reads all options, opens the files and keys, and makes a request
-# for nobody's key. The null device stands for the answer, so nothing is sent, and nobody else can write into its text.
+# for nobody's key. It reads the answer from the null device, so nothing is sent, and nobody can add to what it says.
 # handler_check() and `check` ask it; an enrolment only where its own run has ended before anything was sent.
 NOBODYS_KEY = base64.b64decode("MDkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDIgADaxfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY=")
 FAULT_BELIEVED = 60  # seconds: somebody may repair what no file shows
@@ -2370,7 +2380,7 @@ def _described(path: str, changed: int, size: int) -> Binary:
     if about.code is None:  # perhaps the machine is busy: that is not remembered
         raise CMPError(f"cmp_openssl_bin: {path}: {about.killed()}")
     found, mock = dict(OPTION.findall(run.output)), MOCK_SERVER.search(run.output)
-    # Our name for what cmpossl before 2020 writes without underscores; two options of its own stay two.
+    # Our name for what cmpossl before 2020 writes without underscores, unless the program has one of that name, too.
     names = {option: name if (name := _option_name(option)) not in found else option for option in found}
     options = {names[option]: bool(value) for option, value in found.items()}
     spelled = {names[option]: option for option in found}
@@ -2408,8 +2418,8 @@ def _object_names(program: str, version: str) -> dict[str, str]:
 def _option_name(option: str, known: Collection[str] = ()) -> str:
     """`option` under the name that this file, or else the openssl that has the options `known`, has for it.
 
-    Whoever knows it by this very name keeps it: srvcert and the mock server's srv_cert are two. Only what nobody knows
-    is looked up without its underscores, with which cmpossl before 2020 is sparing.
+    A name that is known exactly is kept: srvcert and the mock server's srv_cert are two. Only what nobody knows is
+    looked up without its underscores, which cmpossl before 2020 often leaves out.
     """
     if option in OPTIONS or option in known:
         return option
@@ -2452,8 +2462,8 @@ class Run(NamedTuple):
     def only(self, lines: re.Pattern[str]) -> bool:
         """Whether it has said why it failed, and every line of that is one of these.
 
-        Who is on the way to the CA can add lines (by the names in his certificate, by HTTP headers, by a text with line
-        breaks), but cannot take one away.
+        Somebody on the way to the CA can add lines (by names in a certificate, by HTTP headers, by a text with line
+        breaks), but cannot remove one.
         """
         errors = [error for error in self.errors() if not POLLING_FAILED.match(error)]
         sender = any(OTHER_SENDER.search(line.text) for line in self.lines)
@@ -2508,7 +2518,7 @@ def _run(
             code = _exit_code(process)
             _kill(process, job)
     text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
-    # Where it has ended by itself meanwhile, its last words are not read any more: that is no complete run either.
+    # If it has ended by itself meanwhile, its last words were not read: that is no complete run either.
     return Run(None if ended else code, text, _lines(text), cut, asleep=ended)
 
 
@@ -2738,7 +2748,7 @@ def _open_lock(path: str, new: bool) -> int:
         lock = msvcrt.open_osfhandle(handle, os.O_RDWR)
     else:
         low = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
-        try:  # the server's standard files may be closed: openssl's would take its place
+        try:  # where standard input is closed it may be number 0, which openssl gets another file as
             lock = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)
         finally:
             os.close(low)
@@ -3227,7 +3237,7 @@ def _decode(argument: object, label: str) -> bytes:
         raise CMPError("it is empty")
     if len(text) > MAX_DER * 4 // 3 + MAX_DER // 32:  # in base64, with line breaks
         raise CMPError(f"it is larger than {MAX_DER} bytes")
-    # Not anywhere: base64url may spell it, and acme2certifier would read it otherwise.
+    # At the start alone: base64url can contain these characters too, and acme2certifier would decode it.
     if text.lstrip().startswith("-----BEGIN"):
         match = re.search(rf"-----BEGIN {label}-----([^-]*)-----END", text)
         if not match:
