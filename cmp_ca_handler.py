@@ -1064,8 +1064,8 @@ class Exchange:
     read as DER; openssl's text. Anybody on the way can write into that text, so all that it can prove is that openssl
     did not accept an answer.
 
-    The course of a poll: `CAhandler.poll` hands out a kept result, or locks the directory (`_resume`). Before checkAfter
-    has passed (`_due`) that is all. Else the same request is made again (`_request`), and
+    The course of a poll: `CAhandler.poll` hands out a kept result, or locks the directory (`_resume`). Before the time
+    of checkAfter (`_due`) that is all. Then the same request is made again (`_request`), and
 
     - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`asleep`);
     - `_issued`, `_refused`: the certificate is there, or the CA's no, which openssl has accepted: the end;
@@ -1375,7 +1375,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
     errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
     kind, searched = (
         (UNAUTHENTIC if newest else UNREACHABLE),
-        " ".join(HTTP_WORDS.sub(r"\1", error) for error in errors),
+        " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors),
     )
     if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults = _openssl_faults(settings)
@@ -1392,7 +1392,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
     elif newest and not run.only(AFTER_ACCEPTANCE):
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
-        searched = HTTP_WORDS.sub(r"\1", errors[0])
+        searched = FOREIGN_WORDS.sub(r"\1", errors[0])
         if NO_SIGNER.match(searched):  # OpenSSL 3.0 says in a warning why it has passed over the one that is there
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
     if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
@@ -2875,7 +2875,7 @@ OUT_OF_DATE = re.compile(
 )
 NO_SIGNER = re.compile("no suitable sender cert")
 # What an HTTP server, or the signer's name, may say is not searched for hints, or they would be their choice.
-HTTP_WORDS = re.compile(r"(reason= ?(?:\d{3}\b)?|actual=|content=|input=|Content-Type: | name = ).*")
+FOREIGN_WORDS = re.compile(r"(reason= ?(?:\d{3}\b)?|actual=|content=|input=|Content-Type: | name = |:/(?=[\w.]+=)).*")
 # The first error where openssl has not even begun. Then the cause is no message of its log, but a line like these.
 NOT_BEGUN = re.compile("cannot set up cmp context|error creating certreq", re.I)
 CAUSE = re.compile(
