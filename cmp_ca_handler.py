@@ -1378,7 +1378,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors),
     )
     if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
-        faults = _openssl_faults(settings)
+        faults, _ = _openssl_faults(settings)
         if faults:
             return f"configuration error: {'; '.join(faults)}", CONFIGURATION
         errors = [line.text for line in run.lines if CAUSE.match(line.text)]
@@ -2250,7 +2250,7 @@ def _proxy_findings(settings: Settings) -> Iterator[Question]:
 # handler_check() and `check` ask it; an enrolment only where its own run has ended before anything was sent.
 NOBODYS_KEY = base64.b64decode("MDkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDIgADaxfR8uEsQkf4vOblY6RA8ncDfYEt6zOg9KE5RdiYwpY=")
 FAULT_BELIEVED = 60  # seconds: somebody may repair what no file shows
-_dry_runs: dict[object, tuple[float, list[str]]] = {}
+_dry_runs: dict[object, tuple[float, list[str], list[str]]] = {}
 
 
 def _dry_run(settings: Settings) -> Settings:
@@ -2260,21 +2260,25 @@ def _dry_run(settings: Settings) -> Settings:
     names = {name for o, value in settings.options.items() for name in _file_list(o, value or "")}
     files = [(n, os.stat(n).st_mtime_ns, os.stat(n).st_size) for n in sorted(names) if os.path.isfile(n)]
     mark = (settings.binary.path, settings.directory, *settings.options.items(), *settings.secrets.items(), *files)
-    asked, faults = _dry_runs.get(mark, (0.0, None))
+    asked, faults, expired = _dry_runs.get(mark, (0.0, None, []))
     if faults is None or (faults and abs(time.time() - asked) > FAULT_BELIEVED):
-        faults = _openssl_faults(settings)
+        faults, expired = _openssl_faults(settings)
         if faults is not None:
-            _dry_runs[mark] = (time.time(), faults)
-    return settings._replace(errors=faults or ())
+            _dry_runs[mark] = (time.time(), faults, expired)
+    return settings._replace(errors=faults or (), warnings=[*settings.warnings, *expired])
 
 
-def _openssl_faults(settings: Settings) -> list[str] | None:
-    """What openssl says against the settings, with the entry that it is about; None where it was killed."""
+def _openssl_faults(settings: Settings) -> tuple[list[str] | None, list[str]]:
+    """What openssl says against the settings, with the entry that it is about, and which certificates have expired.
+
+    None where it was killed: that says nothing about the settings.
+    """
     run, made = _rehearse(settings)
-    texts = [line.text for line in run.lines]
+    texts = list(dict.fromkeys(line.text for line in run.lines))
+    expired = [f"openssl says: {_foreign(text, settings.hidden)}" for text in texts if EXPIRED_FILE.match(text)]
     faults = [text for text in texts if SKIPPED.search(text)]
     if run.killed() or (made and not faults):
-        return None if run.killed() else []  # a run that was killed says nothing about them
+        return None if run.killed() else [], expired
     if not faults:
         errors = [line.text for line in run.lines if line.level == "error" and not NOT_BEGUN.match(line.text)]
         faults = [text for text in texts if CAUSE.search(text) and not NOT_BEGUN.match(text)] + errors
@@ -2287,7 +2291,7 @@ def _openssl_faults(settings: Settings) -> list[str] | None:
     if not named:  # the one without which openssl makes a request
         named = [o for o in options if _rehearse(settings, without=o)[1]][:1]
     key = f"cmp_{named[0]}: " if named else "the configuration: "
-    return [f"{key}openssl says: {said}{_hint(' '.join(texts))}"]
+    return [f"{key}openssl says: {said}{_hint(' '.join(texts))}"], expired
 
 
 def _rehearse(settings: Settings, without: str = "") -> tuple[Run, bool]:
@@ -2885,6 +2889,7 @@ CAUSE = re.compile(
 )
 # Of a dry run: what openssl passes over, almost in silence.
 SKIPPED = re.compile("Skipping unknown .* attribute|No value provided for .* attribute", re.I)
+EXPIRED_FILE = re.compile("Warning: certificate from ")
 # OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
 ONE_WAY_TLS = re.compile("-tls_used given without -tls_key;")
 # For `check --connect` and `cacerts`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import http.server
 import os
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import pkcs12
 
 import demo_ca
 from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, every_binary, needs_root, nobody_at
@@ -475,6 +480,23 @@ def test_the_file_whose_path_holds_other_values(ca: DemoCA, desk: Desk) -> None:
 
 
 # --- PKCS #12 ---------------------------------------------------------------------------------------------------------
+
+
+@binaries
+def test_any_file_that_has_expired(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+    """Also in PKCS #12 and among the trusted ones: openssl says which file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "old")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.not_valid_before(datetime.datetime(2020, 1, 1)).not_valid_after(datetime.datetime(2021, 1, 1))
+    certificate = builder.serial_number(1).sign(key, hashes.SHA256())
+    secret = serialization.BestAvailableEncryption(b"password")
+    (tmp_path / "old.p12").write_bytes(pkcs12.serialize_key_and_certificates(None, key, certificate, None, secret))
+    (tmp_path / "old.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files = {"cert": "old.p12", "key": "old.p12", "keypass": "pass:password", "untrusted": "old.pem"}
+    desk.configure(ca.options(), openssl_bin=openssl, secret=None, ref=None, **files)
+    found = [w for w in Checked(desk("check")).warnings if "has expired" in w]
+    assert len(found) == 2 and "old.p12" in "".join(found) and "old.pem" in "".join(found)
 
 
 @pytest.mark.parametrize("openssl", BINARIES[:2])
