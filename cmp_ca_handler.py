@@ -506,10 +506,10 @@ def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
     entries = {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
     for key, value in entries.items():
         name, *rest = key.split()
-        inner = re.search(r"\s(cmp_\w+)\s*[:=]", value)
+        inner = re.findall(r"\s(cmp_\w+)\s*[:=]", value)
         _raise_first(
             (rest, f"{_one_line(name, 60)}: a colon is missing behind it"),
-            (inner, f"{name}: {inner and inner.group(1)} needs a line of its own, without a blank before it"),
+            (inner, f"{name}: {''.join(inner[:1])} needs a line of its own, without a blank before it"),
         )
     return entries
 
@@ -1878,7 +1878,8 @@ server/proxy ^(?:https?://)?(?:\[[^]]*\]|[^:/[]*):(?!//|0*(?:[1-9]\d{0,3}|[1-5]\
     '\1' is no port: 1 to 65535 are possible
 profile ^- -> begins with a hyphen, and openssl would read it as an option
 secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write env:NAME; if it is the secret itself, write pass: before it
-secret ^(ENV|FILE|PASS): -> write the word before the colon in small letters; if it belongs to the secret: pass: before
+secret ^(ENV|FILE|PASS): -> write env:, file: and pass: in small letters;
+    if that is the secret itself, write pass: before it
 tmp_dir/openssl_bin ^~|[$%] -> is taken as it is written, without a shell: write the whole path
 path \s|^\w+:// -> is the path on the server alone, such as pkix/, without a blank
 refuse_changes (?i)^(?!(true|yes|on|false|no|off|)$) -> is a switch: set it to True or False
@@ -3205,17 +3206,8 @@ def _certificate(der: bytes) -> Certificate:
         serial = _one_line(f"{int.from_bytes(number.value, 'big', signed=True):x}", 64)
         start, end = map(_time, _sequence(validity.raw))
         names = _name(issuer.raw), _name(subject.raw)
-        about = (
-            serial,
-            algorithm.raw,
-            names[0],
-            start,
-            end,
-            names[1],
-            key.raw,
-            _name_key(names[0]),
-            _name_key(names[1]),
-        )
+        ids = _name_key(names[0]), _name_key(names[1])
+        about = (serial, algorithm.raw, names[0], start, end, names[1], key.raw, ids[0], ids[1])
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
     try:
