@@ -3824,7 +3824,7 @@ def _typed_words() -> list[str]:
     import shlex
 
     text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
-    variable = re.search(r"\$[{(]?\w+|`|%\w+%", re.sub(r"'[^']*'", "", text))
+    variable = re.search(r"\$[{(]?\w+|`|%[A-Za-z_]\w{2,}%", re.sub(r"'[^']*'", "", text))
     if variable:
         what = "is a variable of the shell, whose value is not known here"
         raise CMPError(f"{variable.group()} {what}: write the value, or for a secret env:NAME")
