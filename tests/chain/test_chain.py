@@ -299,20 +299,15 @@ SCENES = {
     "below its own name": own_name(),
 }
 SOURCES = ("untrusted", "trusted", "capubs", "extra")
+PLACES = [  # of the wrong ones, of the right ones, and whether they are in the usual order
+    *((source, source, order) for source in SOURCES for order in (1, -1)),
+    *(("untrusted", "extra", 1), ("untrusted", "capubs", 1), ("capubs", "extra", 1), ("extra", "capubs", 1)),
+]
 
 
-@pytest.mark.parametrize(
-    ("false", "real"),
-    [
-        *((source, source) for source in SOURCES),
-        *(("untrusted", "extra"), ("untrusted", "capubs"), ("capubs", "extra"), ("extra", "capubs")),
-    ],
-)
 @pytest.mark.parametrize("scene", SCENES)
 def test_the_right_issuer_is_chosen(
     scene: str,
-    false: str,
-    real: str,
     serve: Callable[..., Mock],
     handlers: Handlers,
     tmp_path: Path,
@@ -320,10 +315,11 @@ def test_the_right_issuer_is_chosen(
 ) -> None:
     """The right ones in one source, the wrong ones in another, or in the same, in either order."""
     leaf, good, bad = SCENES[scene]
-    sources: dict[str, list[str]] = {source: [] for source in SOURCES}
-    sources[real] += good
-    sources[false] += bad
-    for order in (1, -1) if false == real else (1,):
+    for place in PLACES:
+        false, real, order = place
+        sources: dict[str, list[str]] = {source: [] for source in SOURCES}
+        sources[real] += good
+        sources[false] += bad
         files = {}
         for name, certificates in sources.items():
             if certificates and name in ("untrusted", "trusted"):
@@ -331,9 +327,9 @@ def test_the_right_issuer_is_chosen(
                 files[name] = str(tmp_path / f"{name}.pem")
         server = serve(leaf, sources["extra"][::order], sources["capubs"][::order])
         error, bundle, _, _ = handlers(server.options(), **files).enroll(csr_pem([], "leaf", key=LEAF.key))
-        assert error is None, order
-        assert pem([bundle or ""]) == pem([leaf, *good]), order
-        assert verify(bundle, good[-1], OPENSSL, tmp_path) == "", order
+        assert error is None, place
+        assert pem([bundle or ""]) == pem([leaf, *good]), place
+        assert verify(bundle, good[-1], OPENSSL, tmp_path) == "", place
     assert [w for w in warnings(caplog) if "passed over a certificate" not in w] == []
     assert handlers.left() == []
 

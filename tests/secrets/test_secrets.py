@@ -252,17 +252,15 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    "before", ["cmp_ref: 1", "cmp_tmp_dir: work", "cmp_openssl_bin: openssl", "cmp_trusted: x.pem"]
-)
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_secret_in_a_broken_section(case: str, before: str, desk: Desk) -> None:
+def test_a_secret_in_a_broken_section(case: str, desk: Desk) -> None:
     """A colon that is missing, a line that begins with a blank: the secret is a part of something that is no secret."""
-    lines = ["[CAhandler]", "cmp_server: 127.0.0.1:9", before, BROKEN[case], ""]
-    (desk.directory / "acme_srv.cfg").write_text("\n".join(lines))
-    for command in (["check"], ["check", "--json"], ["enroll", "acme_srv.cfg", "-v"]):
-        result = desk(*command)
-        assert result.returncode == 4 and "hush" not in result.stdout + result.stderr
+    for before in ("cmp_ref: 1", "cmp_tmp_dir: work", "cmp_openssl_bin: openssl", "cmp_trusted: x.pem"):
+        lines = ["[CAhandler]", "cmp_server: 127.0.0.1:9", before, BROKEN[case], ""]
+        (desk.directory / "acme_srv.cfg").write_text("\n".join(lines))
+        for command in (["check"], ["check", "--json"], ["enroll", "acme_srv.cfg", "-v"]):
+            result = desk(*command)
+            assert result.returncode == 4 and "hush" not in result.stdout + result.stderr, before
 
 
 def test_a_secret_in_the_names_of_a_certificate(
