@@ -367,6 +367,22 @@ FOUND_BY_OPENSSL: dict[str, tuple[dict[str, str | None], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_openssl_is_asked_once(
+    right: bool, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """acme2certifier checks at each GET of its directory: no fault is believed for ever, a fault for a minute."""
+    log = tmp_path / "log"
+    program = recorder(tmp_path / "openssl", log)
+    handler = handlers(ca.options(), openssl_bin=program, digest="sha256" if right else "sha-256")
+    counts = []
+    for believed in (60, 60, -1):
+        monkeypatch.setattr(cmp_ca_handler, "FAULT_BELIEVED", believed)
+        assert (handler.handler_check() is None) == right
+        counts.append(log.read_text().count("-rspin"))
+    assert counts == [1, 1, 1 if right else 2]
+
+
 @pytest.mark.parametrize("fault", FOUND_BY_OPENSSL)
 def test_what_openssl_finds(fault: str, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check and an enrolment say the same, with what to do; the enrolment ends before anything is sent."""

@@ -115,7 +115,8 @@ def test_what_an_old_cmpossl_cannot_carry(
     handler = handlers(ca.options(), openssl_bin=old_openssl[0])
     must_staple = x509.TLSFeature([x509.TLSFeatureType.status_request])
     enrolled(handler, csr_pem(["a.example"], extensions=[must_staple]))
-    assert any("1.3.6.1.5.5.7.1.24" in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    lost = "openssl before 3.0 leaves out these parts of the CSR: 1.3.6.1.5.5.7.1.24"  # and no name
+    assert lost in [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     error = handler.enroll(csr_pem(["a.example"], "line\nbreak"))[0]
     assert error and "cannot send the subject" in error and "OpenSSL 3.0" in error
 

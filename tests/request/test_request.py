@@ -198,6 +198,14 @@ def test_empty_subject(names: list[str], configured: str | None, expected: Subje
         assert wire(wire.handler(openssl_bin=openssl, subject=configured), base64url(der)) == right, openssl
 
 
+def test_names_of_an_empty_subject_that_gets_one(wire: Wire) -> None:
+    """instant-acme marks them as critical, for its CSR has no subject: with one they are not."""
+    der = csr_der(name_der([]), [extension_der(IP_ONLY, critical=True)])
+    right = in_csr(der)._replace(subject=name_der([[(CN, UTF8, "fixed")]]), extensions=[extension_der(IP_ONLY)])
+    for openssl in ENDS:
+        assert wire(wire.handler(openssl_bin=openssl, subject="CN=fixed"), base64url(der)) == right, openssl
+
+
 def test_configured_subject_is_for_empty_ones_only(wire: Wire) -> None:
     """A CSR with a subject keeps its own."""
     der = csr_der(name_der([[(CN, UTF8, "own")]]), [DNS])

@@ -783,3 +783,18 @@ def test_any_locale_will_do(
     error = call("enroll", as_host(csr), recipient="C=DE, O=Müller, CN=Demo Issuing CA")[0]
     assert "internal" not in error
     assert handlers.left() == []
+
+
+def test_an_answer_that_cannot_be_read_now(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CA has answered, and the process has no descriptor left to read it: the order waits all the same."""
+    handler, csr = handlers(hold(ca).options(), **SHORT), csr_pem(["a.example"])
+
+    def none_left(_: str) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(cmp_ca_handler, "_saved_message", none_left)
+        error, _, _, identifier = handler.enroll(as_host(csr))
+    assert error is None and identifier
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
