@@ -457,6 +457,19 @@ def pem_der(text: str) -> bytes:
     return x509.load_pem_x509_certificate(text.encode()).public_bytes(serialization.Encoding.DER)
 
 
+def test_a_copy_of_the_issuer_that_calls_itself_a_root(
+    serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path
+) -> None:
+    """A stranger's certificate of the issuer's name and key, which names itself as its issuer."""
+    copy = certificate(KNOWN, KNOWN._replace(key=EVIL.key))
+    (tmp_path / "issuer.pem").write_text(CA_PEM)
+    server = serve(LEAF_KNOWN, [copy])
+    handler = handlers(server.options(), untrusted=str(tmp_path / "issuer.pem"))
+    error, bundle, _, _ = handler.enroll(csr_pem([], "leaf", key=LEAF.key))
+    assert error is None
+    assert pem([bundle or ""]) == pem([LEAF_KNOWN, CA_PEM])
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_later_leaf_costs_nothing(
     source: str, serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path, counted: Counted

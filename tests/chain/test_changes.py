@@ -194,6 +194,15 @@ def crl_count(ca: DemoCA) -> int:
     return len(list(x509.load_pem_x509_crl((ca.directory / "ca.crl").read_bytes())))
 
 
+def test_refused_and_revoked_before(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll that was killed has revoked it: the next one does not say that it could not be revoked."""
+    alter(monkeypatch, SAN + "DNS:evil.example.org")
+    again = (400, cmp_ca_handler.ACME_ERROR + "alreadyRevoked", "certRevoked")
+    monkeypatch.setattr(cmp_ca_handler.CAhandler, "_revoke", lambda *_: again)
+    error = handlers(ca.options(), refuse_changes="True").enroll(csr_pem(["a.tld"]))[0]
+    assert error and error.endswith("refused and revoked")
+
+
 def test_refused_but_not_revoked(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CA does not let this RA revoke: the error names the certificate that is left."""
     alter(monkeypatch, SAN + "DNS:evil.example.org")

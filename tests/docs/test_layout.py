@@ -137,6 +137,7 @@ INNER = {
     "_load_config": "for _helper; an exception is made here",
     "_name": "reads the name in a request that was sent",
     "_open_lock": "the order is finished between opening and locking",
+    "_openssl_cmp": "the disk is full when openssl writes its next request",
     "_option_name": "no two names of all the programs become one",
     "_profile_entries": "which keys acme2certifier may set from a profile",
     "_prove_possession": "an exception is made here",

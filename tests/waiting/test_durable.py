@@ -798,3 +798,24 @@ def test_an_answer_that_cannot_be_read_now(ca: DemoCA, handlers: Handlers, monke
     assert error is None and identifier
     ca.approve("all")
     check_issued(handler.poll("name", identifier, ""), csr)
+
+
+def test_the_disk_is_full_for_the_next_request(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """openssl has taken the certificate; its certConf gets no answer, and is not on the disk: the order waits."""
+    run, csr = cmp_ca_handler._openssl_cmp, csr_pem(["a.example"])
+
+    def full(transaction: cmp_ca_handler.Transaction, *arguments: Any) -> cmp_ca_handler.Run:
+        with contextlib.suppress(FileExistsError):
+            os.symlink("/dev/full", transaction.file("002.req"))
+        return run(transaction, *arguments)
+
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, **SHORT)
+    proxy.spoil_next("certConf", lambda _: None)
+    with monkeypatch.context() as broken:
+        broken.setattr(cmp_ca_handler, "_openssl_cmp", full)
+        error, _, _, identifier = handler.enroll(as_host(csr))
+    assert error is None and identifier
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert (requests(ca)["ir"], requests(ca)["certConf"]) == (1, 1)
