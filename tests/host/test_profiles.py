@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cmp_ca_handler import CAhandler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, csr_pem, every_binary, needs
 from demo_ca import DemoCA
 from host import HANDLER, Host, pinned
-from shared import knows_profiles, requested_profile, save_request
+from shared import knows_profiles, recorder, requested_profile, save_request
 
 pytestmark = pytest.mark.e2e
 BY_PATH = {"handler_module": str(HANDLER)}
@@ -188,3 +189,18 @@ def test_attributes_set_by_force_have_no_effect(ca: DemoCA, handlers: Handlers) 
     error, bundle, _, _ = handler.enroll(as_host(csr_pem(["a.example"])))
     assert error is None and bundle
     assert not os.path.exists("/nonexistent")
+
+
+def test_numbers_and_switches_in_a_profile(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """JSON has them without quotes; a list of them reaches the handler as one of its values."""
+
+    def choose(_: object, chosen: types.SimpleNamespace, *__: object) -> None:
+        chosen.cmp_days, chosen.cmp_ignore_keyusage = 30, True
+
+    log = tmp_path / "log"
+    program = recorder(tmp_path / "openssl", log)
+    handler = handlers(ca.options(), openssl_bin=program, days="10", ignore_keyusage="False")
+    handler._helper = types.ModuleType("helper")
+    handler._helper.eab_profile_header_info_check = choose  # type: ignore[attr-defined]
+    assert handler.enroll(as_host(csr_pem(["a.example"])))[0] is None
+    assert " -days 30 " in log.read_text() and " -ignore_keyusage " in log.read_text()
