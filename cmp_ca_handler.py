@@ -2776,20 +2776,22 @@ def _start(argv: Sequence[str], secrets: Mapping[str, str], keep: Sequence[int])
 
     It and all that it starts are a process group, or on Windows a job, whose handle comes second.
     """
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    if sys.platform == "win32":
-        environment = {**os.environ, **secrets, "OPENSSL_WIN32_UTF8": "1"}  # else it reads its arguments as ANSI
-        argv, flags = [os.path.abspath(argv[0]), *argv[1:]], subprocess.CREATE_NO_WINDOW
-        process = subprocess.Popen(argv, env=environment, creationflags=flags, **streams)
-        # No lock can be inherited. Instead, what is in the job ends when this process does.
-        job: int = _kernel32.CreateJobObjectW(None, None)
-        limits = ctypes.create_string_buffer(144 if sys.maxsize > 1 << 32 else 112)
-        limits[17] = b"\x20"  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
-        _kernel32.SetInformationJobObject(job, 9, limits, len(limits))
-        _kernel32.AssignProcessToJobObject(job, int(process._handle))  # type: ignore[attr-defined]
-        return process, job
-    added = {**os.environ, **secrets} if secrets else None
-    return subprocess.Popen(argv, env=added, pass_fds=keep, start_new_session=True, **streams), 0
+    # Not DEVNULL: where the pipe cannot be made, older Pythons (Debian 12's) leave its descriptor open.
+    with open(os.devnull, "rb", buffering=0) as null:
+        streams: dict[str, Any] = {"stdin": null, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        if sys.platform == "win32":
+            environment = {**os.environ, **secrets, "OPENSSL_WIN32_UTF8": "1"}  # else it reads its arguments as ANSI
+            argv, flags = [os.path.abspath(argv[0]), *argv[1:]], subprocess.CREATE_NO_WINDOW
+            process = subprocess.Popen(argv, env=environment, creationflags=flags, **streams)
+            # No lock can be inherited. Instead, what is in the job ends when this process does.
+            job: int = _kernel32.CreateJobObjectW(None, None)
+            limits = ctypes.create_string_buffer(144 if sys.maxsize > 1 << 32 else 112)
+            limits[17] = b"\x20"  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+            _kernel32.SetInformationJobObject(job, 9, limits, len(limits))
+            _kernel32.AssignProcessToJobObject(job, int(process._handle))  # type: ignore[attr-defined]
+            return process, job
+        added = {**os.environ, **secrets} if secrets else None
+        return subprocess.Popen(argv, env=added, pass_fds=keep, start_new_session=True, **streams), 0
 
 
 def _readable(pipe: IO[bytes], seconds: float) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -497,3 +498,16 @@ def test_without_poll(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.Monkey
     """eventlet takes select.poll() away from the whole process."""
     monkeypatch.delattr("select.poll")
     assert handlers(ca.options()).enroll(csr_pem(["a.example"]))[0] is None
+
+
+def test_no_descriptor_is_lost_where_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """openssl cannot be started, for there is no room for its pipe: Python 3.11.2 itself would lose a descriptor."""
+
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("os.pipe", none_left)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(cmp_ca_handler.CMPError, match="Too many open files"):
+        cmp_ca_handler._run([OPENSSL, "version"])
+    assert len(os.listdir("/proc/self/fd")) == len(before)
