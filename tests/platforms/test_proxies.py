@@ -87,7 +87,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 # --- nginx ends TLS ---------------------------------------------------------------------------------------------------
 
-NGINX = """\
+HTTP = """\
 daemon off;
 master_process off;
 pid {{directory}}/pid;
@@ -100,6 +100,10 @@ http {{{{
     fastcgi_temp_path {{directory}};
     uwsgi_temp_path {{directory}};
     scgi_temp_path {{directory}};
+"""
+NGINX = (
+    HTTP
+    + """\
     server {{{{
         listen 127.0.0.1:{{port}} ssl;
         ssl_certificate {ca}/tls.pem;
@@ -111,6 +115,7 @@ http {{{{
     }}}}
 }}}}
 """
+)
 
 
 def nginx(start: Start, ca: DemoCA, more: str = "") -> dict[str, str]:
@@ -166,19 +171,9 @@ def test_nginx_without_a_ca_behind_it(ca: DemoCA, start: Start, enrol: Enrol, ch
 
 # --- nginx before two CMP servers -------------------------------------------------------------------------------------
 
-TWO = """\
-daemon off;
-master_process off;
-pid {{directory}}/pid;
-error_log stderr;
-events {{{{}}}}
-http {{{{
-    access_log off;
-    client_body_temp_path {{directory}};
-    proxy_temp_path {{directory}};
-    fastcgi_temp_path {{directory}};
-    uwsgi_temp_path {{directory}};
-    scgi_temp_path {{directory}};
+TWO = (
+    HTTP
+    + """\
     upstream cmp {{{{
         server {first} max_fails=0;
         server {second} backup;
@@ -192,6 +187,7 @@ http {{{{
     }}}}
 }}}}
 """
+)
 
 
 @pytest.fixture
