@@ -301,11 +301,11 @@ class CAhandler:
         outcome = Exchange(_request(csr, transaction), csr.key, transaction).outcome()
         if outcome.leaf is None:
             return outcome
-        leaf, settings = outcome.leaf, transaction.settings
+        leaf, settings, hidden = outcome.leaf, transaction.settings, transaction.settings.hidden
         about: dict[str, object] = {"subject": _name_text(leaf.subject), "serial": leaf.serial}
-        changes = _hide(_changes(csr, leaf, transaction.read("subject")), settings.hidden)
+        changes = _changes(csr, leaf, transaction.read("subject"))
         if changes:
-            what = _hide(_pairs(about), settings.hidden)
+            what, changes = _hide(_pairs(about), hidden), _hide(changes, hidden)
             self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", what, changes)
             if settings.refuse_changes:
                 return Outcome(text=self._refuse(leaf, changes, settings), final=True)
@@ -316,7 +316,7 @@ class CAhandler:
         seconds = f"{time.monotonic() - transaction.started:.2f}"
         about.update(issuer=_name_text(leaf.issuer), notAfter=leaf.not_after, chain=len(chain))
         about.update(transaction=transaction.cmp_id or "unknown", server=settings.server, seconds=seconds)
-        self.logger.info("certificate issued: %s", _hide(_pairs(about), settings.hidden))
+        self.logger.info("certificate issued: %s", _hide(_pairs(about), hidden))
         return outcome._replace(bundle=bundle)
 
     def _refuse(self, leaf: Certificate, changes: str, settings: Settings) -> str:
@@ -379,11 +379,8 @@ class CAhandler:
             error = check(self.logger, chosen, argument, self.profile_mapping_field)
             if error:
                 raise CMPError(_one_line(str(error)), REQUEST)
-        values = {entry: getattr(chosen, entry, None) for entry in self._profile_entries()}
-        return {
-            **self.section,
-            **{entry: str(value) for entry, value in values.items() if isinstance(value, (str, int))},
-        }
+        values = ((entry, getattr(chosen, entry, None)) for entry in self._profile_entries())
+        return {**self.section, **{entry: str(value) for entry, value in values if isinstance(value, (str, int))}}
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error there is."""
@@ -506,11 +503,11 @@ def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
     entries = {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
     for key, value in entries.items():
         name, *rest = key.split()
-        inner = re.findall(r"\s(cmp_\w+)\s*[:=]", value)
-        _raise_first(
-            (rest, f"{_one_line(name, 60)}: a colon is missing behind it"),
-            (inner, f"{name}: {''.join(inner[:1])} needs a line of its own, without a blank before it"),
-        )
+        if rest:
+            raise CMPError(f"{_one_line(name, 60)}: a colon is missing behind it")
+        inner = re.search(r"\s(cmp_\w+)\s*[:=]", value)
+        if inner:
+            raise CMPError(f"{name}: {inner.group(1)} needs a line of its own, without a blank before it")
     return entries
 
 
@@ -970,16 +967,14 @@ def _sweep(settings: Settings, logger: logging.Logger) -> None:
             age = now - os.lstat(path).st_mtime
             if not re.fullmatch("[0-9a-f]{32}", name) or age <= SWEPT_AFTER:
                 continue
-            states = [state for state in ("enrolling", "revoking") if os.path.exists(f"{path}/{state}")]
+            states = [s for s in ("waiting", "enrolling", "revoking") if os.path.exists(f"{path}/{s}")]
             if os.path.exists(f"{path}/issued"):
                 if age > RESULT_KEPT:
                     _delete(path)
-            elif os.path.exists(f"{path}/waiting"):
-                continue
-            elif states:
-                _sweep_killed(settings, name, states[0], logger)
-            else:  # killed while it was made or deleted
+            elif not states:  # killed while it asked, or was made or deleted
                 _delete(path)
+            elif states[0] != "waiting":
+                _sweep_killed(settings, name, states[0], logger)
         except (CMPError, OSError) as err:
             logger.debug("not swept: %s", _one_line(str(err)))
 
@@ -1373,10 +1368,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
     # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
     errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
-    kind, searched = (
-        (UNAUTHENTIC if newest else UNREACHABLE),
-        " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors),
-    )
+    kind = UNAUTHENTIC if newest else UNREACHABLE
+    searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors)
     if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults, _ = _openssl_faults(settings)
         if faults:
@@ -1429,8 +1422,8 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
     """
     warn = transaction.logger.warning
     try:
-        finder = ChainFinder(transaction)
-        chain, anchored, ends = finder.best(leaf)
+        finder = ChainFinder(leaf, transaction)
+        chain, anchored, ends = finder.best()
     except (CMPError, OSError) as err:
         warn("cannot look for the chain now: %s", _one_line(str(err)))
         return [leaf]
@@ -1465,9 +1458,8 @@ class ChainFinder:
     preferred to it.
     """
 
-    def __init__(self, transaction: Transaction) -> None:
-        self.transaction, self.logger, self.left = transaction, transaction.logger, MAX_LINKS
-        self.leaf: Certificate | None = None
+    def __init__(self, leaf: Certificate, transaction: Transaction) -> None:
+        self.leaf, self.transaction, self.logger, self.left = leaf, transaction, transaction.logger, MAX_LINKS
         self.invalid = False  # openssl calls the leaf itself invalid
         self.false: list[str] = []  # candidates that openssl does not take for the issuer, and why
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
@@ -1489,11 +1481,10 @@ class ChainFinder:
         self.anchors, self.protected = set(map(_who, anchors)), set(map(_who, self.named))
         self.configured = {c.der for c in self.named}
 
-    def best(self, leaf: Certificate) -> tuple[list[Certificate], bool, bool]:
+    def best(self) -> tuple[list[Certificate], bool, bool]:
         """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
         found: list[tuple[tuple[bool, bool, bool], list[Certificate], bool]] = []
-        self.leaf = leaf
-        for number, (way, ends) in enumerate(self.ways([leaf])):
+        for number, (way, ends) in enumerate(self.ways([self.leaf])):
             anchored, protected = _who(way[-1]) in self.anchors, _who(way[-1]) in self.protected
             # In this order: else a stranger's cross-certificate would win against an expired configured issuer.
             rank = (protected and (ends or anchored), all(c.valid() for c in way[1:]), anchored)
@@ -1772,9 +1763,10 @@ class Settings(NamedTuple):
 
 def _settings(section: Mapping[str, str]) -> Settings:
     """Read the section. Starts no process but to ask a new openssl what it can do."""
-    twice = [key for key in section if _entry(key) != key and _entry(key) in section]
-    errors = [f"{key} is another spelling of {_entry(key)}, which is there, too: delete one" for key in twice]
-    section = {_entry(key): str(value).strip() for key, value in section.items()}
+    names = {key: _entry(key) for key in section}
+    twice = [(key, name) for key, name in names.items() if name != key and name in section]
+    errors = [f"{key} is another spelling of {name}, which is there, too: delete one" for key, name in twice]
+    section = {names[key]: str(value).strip() for key, value in section.items()}
     binary, san_types = NO_BINARY, sorted(CHECKED_KINDS)
     try:
         binary = _binary(section.get("cmp_openssl_bin") or "openssl")
@@ -1898,7 +1890,8 @@ def _check_value(option: str, value: str) -> None:
     kind = _option(option).kind
     for fault, text in _value_faults(kind, option):
         found = fault.search(value)
-        _raise_first((found, _one_line(found.expand(text)) if found else ""))
+        if found:
+            raise CMPError(_one_line(found.expand(text)))
     if kind in ("file", "files", "key"):
         for name in _file_list(option, _utf8(value)):
             _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
@@ -2198,7 +2191,7 @@ def _credential_findings(settings: Settings, kind: str, elsewhere: bool) -> Iter
     path = options.get(key) or ""
     yield _readable_by_all(path), f"cmp_{key}: every local user can read {path}: chmod o-r", WARNING
     path, now, soon = options.get(cert) or "", _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
-    for found in _certificates(path)[:1]:
+    for found in _configured_certificates(path)[:1]:
         what, start, end = f"cmp_{cert}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
         yield start > now, f"{what} is not valid before {start[:10]}", level
         yield end <= now, f"{what} has expired on {end[:10]}: renew it", level
@@ -3302,7 +3295,7 @@ class Message(NamedTuple):
     def words(self, secrets: Collection[str]) -> str:
         """What it says, for people: `badCertTemplate, 'unknown extension'`."""
         status = {WAITING: "waiting", REJECTION: "rejection", None: "nothing"}.get(self.status, f"status {self.status}")
-        said = [", ".join(self.failures) or status + ", and no certificate" * (self.status in GOOD)]
+        said = [", ".join(self.failures) or status + (", and no certificate" if self.status in GOOD else "")]
         said += [f"'{_foreign(', '.join(self.texts), secrets)}'"] if self.texts else []
         said += [f"errorCode {self.error_code}"] if self.error_code is not None else []
         same = {*self.texts}  # some CAs say the same in both, and anybody can say 16,000 different things

@@ -446,8 +446,8 @@ def test_a_mesh_of_known_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
     finder.named, finder.anchors, finder.configured, finder.protected = [], set(), set(), set()
     looked = Mocked(return_value=True)
     monkeypatch.setattr(cmp_ca_handler.ChainFinder, "signed_by", looked)
-    leaf = cmp_ca_handler._certificate(pem_der(certificate(LEAF, mesh[0])))
-    chain, anchored, ends = finder.best(leaf)
+    finder.leaf = cmp_ca_handler._certificate(pem_der(certificate(LEAF, mesh[0])))
+    chain, anchored, ends = finder.best()
     assert 1 < len(chain) <= 10
     assert (anchored, ends) == (False, False)
     assert 0 < looked.call_count < 1000
