@@ -255,9 +255,10 @@ def run_pytest(arguments: list[str]) -> int:
     It runs in ROOT, where its settings are. Tests use free ports and directories of their own, so they may
     run side by side; those that may not carry `pytest.mark.xdist_group`.
     """
-    workers = 2 * (os.cpu_count() or 1)  # most of the time they wait for a time-out
+    workers = 4 * (os.cpu_count() or 1)  # most of the time they wait for a time-out
     given = [from_root(argument) for argument in arguments] or [f"--numprocesses={workers}", "--dist=loadgroup"]
     os.chdir(ROOT)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the same modules
     os.execv(PYTHON, [str(PYTHON), "-m", "pytest", *given])
 
 

@@ -68,6 +68,11 @@ def needs(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(skip, reason=f"{', '.join(lacking)} not found (on Debian: {how})")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: a worker that begins one last would let the others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def csr_pem(names: list[str], subject: str = "", **more: Any) -> str:
     """A CSR as certbot makes it: EC key, DNS names, an empty subject unless one is given."""
     key = more.get("key") or ec.generate_private_key(ec.SECP256R1())
@@ -120,15 +125,20 @@ def ca(make_ca: Callable[..., DemoCA]) -> DemoCA:
     return make_ca()
 
 
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the handler remembers for a process's life, it is to forget for each test: their order must not matter."""
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the handler know what a new process knows, until `monkeypatch` ends."""
     for name, value in vars(cmp_ca_handler).copy().items():
         if name[0] == "_" and name[1] != "_" and isinstance(value, (dict, list, set)):
             monkeypatch.setattr(cmp_ca_handler, name, type(value)())
         # Not what is known of a binary: that is true of it in every test, and costs two processes.
         if hasattr(value, "cache_clear") and name != "_described":
             value.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the handler remembers for a process's life, it is to forget for each test: their order must not matter."""
+    forget(monkeypatch)
 
 
 class Handlers:
@@ -173,6 +183,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def start_mock(command: list[str], log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """Start OpenSSL's server on a port that it takes itself, and says: a free one may be gone before it asks for it."""
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, "-port", "0"], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    accepted = re.compile(r"^ACCEPT .*:(\d+) ", re.M)
+    wait_until(lambda: accepted.search(log.read_text()) or process.poll() is not None, "the mock server's start")
+    found = accepted.search(log.read_text())
+    assert found, log.read_text()
+    return process, int(found.group(1))
 
 
 @contextlib.contextmanager
@@ -230,9 +251,8 @@ def mock(ca_directory: Path, tmp_path: Path) -> Iterator[Callable[..., Mock]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(certificate: Path, *options: str, openssl: str = OPENSSL) -> Mock:
-        port = free_port()
         file = ca_directory.joinpath
-        command = [openssl, "cmp", "-config", "", "-port", str(port), "-accept_raverified"]
+        command = [openssl, "cmp", "-config", "", "-accept_raverified"]
         command += [
             "-srv_ref",
             "1234",
@@ -244,12 +264,8 @@ def mock(ca_directory: Path, tmp_path: Path) -> Iterator[Callable[..., Mock]]:
         command += ["-srv_cert", str(file("cmp.pem")), "-srv_key", str(file("cmp.key"))]
         command += ["-srv_untrusted", str(file("sub.pem")), "-rsp_cert", str(certificate)]
         command += ["-rsp_extracerts", str(file("sub.pem")), *options]
-        log = (tmp_path / f"mock-{port}.log").open("wb")
-        with log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process, port = start_mock(command, tmp_path / f"mock-{len(started)}.log")
         started.append(process)
-        wait_until(lambda: listens(port) or process.poll() is not None, "the mock server's start")
-        assert process.poll() is None, Path(log.name).read_text()
         return Mock(port, ca_directory, process)
 
     yield start

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
+import io
 import json
+import logging
 import os
 import re
 import string
@@ -15,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from unittest import mock
 
 import pytest
 from cryptography import x509
@@ -23,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+import cmp_ca_handler
 from cmp_ca_handler import CAhandler, main
 from conftest import (
     OPENSSL,
@@ -30,6 +35,7 @@ from conftest import (
     as_host,
     bundle_certificates,
     csr_pem,
+    forget,
 )
 from demo_ca import DemoCA, read_der, write_der
 from host import HANDLER, ROOT
@@ -324,6 +330,32 @@ def run(
     )
 
 
+def called(
+    *arguments: str, stdin: str = "", cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which knows what a new one knows. That is much faster."""
+    log, out, err = logging.getLogger("cmp_ca_handler"), io.StringIO(), io.StringIO()
+    level = log.level
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, environment):
+        forget(patch)
+        os.environ.pop("ACME_SRV_CONFIGFILE", None)
+        os.environ.update(environment)
+        patch.setattr(log, "handlers", [])
+        patch.setattr(log, "propagate", False)  # and back again
+        patch.setattr(cmp_ca_handler, "HELPERS", ())
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        if cwd:
+            patch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(arguments)
+            except SystemExit as end:  # of argparse
+                code = int(end.code or 0)
+            finally:
+                log.setLevel(level)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
 def pairs(line: str) -> dict[str, str]:
     """What stands behind the colon of a line: `key=value`, in quotes where it is more than one word."""
     rest = line.partition(": ")[2]
@@ -354,7 +386,7 @@ class Desk:
         (self.directory / "acme_srv.cfg").write_text("\n".join(["[CAhandler]", *lines, ""]))
 
     def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run("--config", "acme_srv.cfg", *arguments, cwd=self.directory, **environment)
+        return called("--config", "acme_srv.cfg", *arguments, cwd=self.directory, **environment)
 
 
 def knows_profiles(openssl: str) -> bool:

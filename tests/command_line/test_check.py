@@ -94,7 +94,12 @@ def test_all_is_well_with_tls(openssl: str, make_ca: MakeCA, connect: Callable[.
 @pytest.fixture
 def web_server(tmp_path: Path) -> Iterator[str]:
     """A web server with files: it has no POST."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Standard error is the command line's."""
+
+    handler = functools.partial(Silent, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"

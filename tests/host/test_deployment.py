@@ -32,15 +32,16 @@ WAITS = "CMP enrolment.* waits"  # what the handler logs
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `pip install .` has put the handler."""
+    """Where `pip install .` has put the handler; what builds it is there already."""
     target = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--target", str(target), "."]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-build-isolation"]
+    command += ["--target", str(target), "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return target
 
 
-def loading(way: str, tmp_path: Path, installed: Path) -> tuple[dict[str, str], Path | None, Path]:
+def loading(way: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[dict[str, str], Path | None, Path]:
     """The keys, the PYTHONPATH and the file that acme2certifier then loads."""
     by_name, by_path = {"handler_module": "cmp_ca_handler"}, {"handler_file": str(HANDLER)}
     if way == "copied":
@@ -51,18 +52,20 @@ def loading(way: str, tmp_path: Path, installed: Path) -> tuple[dict[str, str], 
         return {}, tmp_path / "tree", copy
     if way == "handler_file":
         return by_path, None, HANDLER
-    return {**by_name, **(by_path if way == "both keys" else {})}, installed, installed / "cmp_ca_handler.py"
+    target = request.getfixturevalue("installed")
+    return {**by_name, **(by_path if way == "both keys" else {})}, target, target / "cmp_ca_handler.py"
 
 
+@pytest.mark.xdist_group("installed")
 @pytest.mark.parametrize("way", ["installed", "both keys", "copied", "handler_file"])
-def test_loaded_in_each_way(way: str, ca: DemoCA, tmp_path: Path, installed: Path) -> None:
+def test_loaded_in_each_way(way: str, ca: DemoCA, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The recommended ways under gunicorn with threads, and no request fails while the file is being loaded.
 
     A file named by its path is loaded without a lock (by acme2certifier 0.45 and on, its own handlers too): with
     threads the first requests can fail. So handler_file gets its first request alone, as handler_module by path
     does in test_host.py.
     """
-    option, pythonpath, loaded = loading(way, tmp_path, installed)
+    option, pythonpath, loaded = loading(way, tmp_path, request)
     server = [HOST] if way == "handler_file" else GUNICORN
     with Host(tmp_path, {**option, **ca.options()}, pythonpath=pythonpath, server=server) as host:
         with ThreadPoolExecutor(1 if way == "handler_file" else 16) as pool:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 import cmp_ca_handler
-from conftest import BINARIES, OPENSSL, Handlers, as_host, csr_pem, every_binary, free_port, listens, wait_until
+from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, csr_pem, every_binary, start_mock
 from demo_ca import DemoCA, read_envelope
 from host import ROOT
 from proxy import TcpServer
@@ -691,8 +691,7 @@ class Relay:
 @contextlib.contextmanager
 def party(pki: Pki, attempt: Try, tcp_server: TcpServer) -> Iterator[tuple[str, Relay]]:
     """The CA of one attempt: its address and its relay."""
-    port = free_port()
-    command = [OPENSSL, "cmp", "-config", "", "-port", str(port), "-accept_raverified", "-srv_trusted", pki("root")]
+    command = [OPENSSL, "cmp", "-config", "", "-accept_raverified", "-srv_trusted", pki("root")]
     command += [
         "-srv_cert",
         pki(attempt.signer),
@@ -701,10 +700,9 @@ def party(pki: Pki, attempt: Try, tcp_server: TcpServer) -> Iterator[tuple[str, 
         "-rsp_cert",
         pki(attempt.leaf),
     ]
-    null = subprocess.DEVNULL
-    with subprocess.Popen([*command, *attempt.mock.split()], stdin=null, stdout=null, stderr=null) as process:
+    process, port = start_mock([*command, *attempt.mock.split()], pki.directory / "mock.log")
+    with process:
         try:
-            wait_until(lambda: listens(port) or process.poll() is not None, "the mock server's start")
             relay = Relay(pki, attempt, f"http://127.0.0.1:{port}/pkix/")
             yield f"127.0.0.1:{tcp_server(relay.serve)}", relay
         finally:
@@ -721,7 +719,7 @@ def configured(pki: Pki, attempt: Try, server: str) -> dict[str, str | None]:
     }
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize("option", HOLDS_OFF)
 def test_right_and_wrong_party(option: str, openssl: str, pki: Pki, handlers: Handlers, tcp_server: TcpServer) -> None:
     """The right one: issued, and revoked. The wrong one: refused, and nothing is kept."""

@@ -18,6 +18,7 @@ DELAYS = [0, 0.1, 0.22, 0.5, 1, 2, 3]  # seconds that each answer takes
 
 @every_binary
 @pytest.mark.parametrize("check_after", [0, 1, 2, 4, 6])
+@pytest.mark.slow
 def test_no_order_is_lost(
     check_after: int, openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer
 ) -> None:
