@@ -371,14 +371,17 @@ class CAhandler:
         # For a list in a profile it looks at these, at a revocation, too.
         chosen.header_info_field = load("config_headerinfo_load", None)
         chosen.profiles = load("config_profile_load", {})
-        if revocation:
-            check_revocation = getattr(self._helper, "eab_profile_revocation_check", None)
-            if check_revocation and chosen.eab_profiling and chosen.eab_handler:
+        check_revocation, error = getattr(self._helper, "eab_profile_revocation_check", None), None
+        try:
+            if not revocation:
+                error = check(self.logger, chosen, argument, self.profile_mapping_field)
+            elif check_revocation and chosen.eab_profiling and chosen.eab_handler:
                 check_revocation(self.logger, chosen, argument)
-        else:
-            error = check(self.logger, chosen, argument, self.profile_mapping_field)
-            if error:
-                raise CMPError(_one_line(str(error)), REQUEST)
+        except Exception as err:  # it stumbles over an empty list, a number, a header without "="
+            what = f"acme2certifier cannot apply the profile of this account or order ({type(err).__name__})"
+            raise CMPError(f"{what}: look at the file that [EABhandler] names, and at [Order]") from err
+        if error:
+            raise CMPError(_one_line(str(error)), REQUEST)
         values = ((entry, getattr(chosen, entry, None)) for entry in self._profile_entries())
         return {**self.section, **{entry: str(value) for entry, value in values if isinstance(value, (str, int))}}
 
@@ -520,8 +523,12 @@ def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
 
 COMMON_NAME, SUBJECT_ALT_NAME, KEY_USAGE, BASIC_CONSTRAINTS = "2.5.4.3", "2.5.29.17", "2.5.29.15", "2.5.29.19"
 EXTENDED_KEY_USAGE, OCSP_SIGNING = "2.5.29.37", "1.3.6.1.5.5.7.3.9"
+TN_AUTH_LIST = "1.3.6.1.5.5.7.1.26"  # RFC 8226
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
-RSASSA_PSS = "1.2.840.113549.1.1.10"
+RSASSA_PSS, ED25519 = "1.2.840.113549.1.1.10", "1.3.101.112"
+P25519 = 2**255 - 19
+ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+SMALL_ORDER = (0, 1, P25519 - 1, P25519, P25519 + 1, ORDER_8, P25519 - ORDER_8)  # y of the points that sign anything
 RSA_KEYS = ("1.2.840.113549.1.1.1", "2.5.8.1.1", RSASSA_PSS)
 # The extensions that everybody reads; those of other arcs are the CA's alone to understand.
 STANDARD_ARCS = ("2.5.29.", "1.3.6.1.5.5.7.")
@@ -563,7 +570,9 @@ def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values(
         _check_der(der)
         information, _, _ = _sequence(der)
         version, subject, key, *attributes = _sequence(information.raw)
-        if version.raw != b"\x02\x01\x00" or [a.tag for a in attributes] not in ([], [0xA0]):
+        if version.tag == 0x02 and version.value != b"\0":  # as certbot before 2.0 wrote it
+            raise CMPError("its version is not 1, the only one that there is: update the ACME client")
+        if version.tag != 0x02 or [a.tag for a in attributes] not in ([], [0xA0]):
             raise CMPError("it is not a PKCS #10 request")
         _check_key(key)
         csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
@@ -584,7 +593,8 @@ def _check_key(key: Element) -> None:
     if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
         # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
         raise CMPError("its key has explicit parameters, so its signature proves nothing: use RSA or a named curve")
-    if not any(bits.value[2:]):  # a point at infinity, or the like
+    small = oid == ED25519 and int.from_bytes(bits.value[1:], "little") % (1 << 255) in SMALL_ORDER
+    if small or not any(bits.value[2:]):  # a point at infinity, or the like
         raise CMPError("its key is one with which anybody can sign, so its signature proves nothing: make a new one")
     if oid in RSA_KEYS:
         exponent = int.from_bytes(_sequence(bits.value[1:])[1].value, "big", signed=True)
@@ -666,16 +676,24 @@ def _check_common_name(csr: CSR) -> None:
         if name.text is None or "\0" in name.text or (name.tag == 0x14 and not name.raw.isascii()):
             raise CMPError("its common name (CN) is no string that everybody reads alike: use UTF8String")
     checked = {name.lower() for kind, name in _alternative_names(csr.extensions) if kind in CHECKED_KINDS}
-    for host in sorted(_common_names(csr.subject) - checked) if checked else ():
+    hosts = _common_names(csr.subject)
+    if TN_AUTH_LIST in csr.extensions and (hosts or SUBJECT_ALT_NAME in csr.extensions):
+        raise CMPError("it asks for telephone numbers (TNAuthList) and names: acme2certifier checks only one of them")
+    for host in sorted(hosts - checked) if SUBJECT_ALT_NAME in csr.extensions else ():
         what = f"its common name (CN) {_one_line(host, 80)} is not among its subjectAltNames"
         raise CMPError(f"{what}: nobody has checked it")
 
 
 def _common_names(subject: Name) -> set[str]:
     """The CNs that can be mistaken for a host's name or address, as subjectAltNames would have it."""
-    texts = {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
-    texts = {re.sub("[\u3002\uff0e\uff61]", ".", text).rstrip(".") for text in texts}  # dots, too (RFC 3490, 3.1)
+    dots = "[\u2024\u3002\ufe52\uff0e\uff61]"  # these are dots, too (RFC 3490, 3.1; NFKC)
+    texts = {re.sub(dots, ".", text).rstrip(".") for text in _cn_texts(subject)}
     return {text for text in texts if re.fullmatch(r"[^\s.@]+(\.[^\s.@]+)+|[0-9a-f]*:[0-9a-f:.]+", text)}
+
+
+def _cn_texts(subject: Name) -> set[str]:
+    """The CNs in small letters."""
+    return {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
 
 
 def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]:
@@ -730,7 +748,7 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
     if "cacertsout" in known:
         arguments += ["-cacertsout", file("capubs.pem")]
     if settings.options.get("cmd") == "p10cr":  # the request is the CSR
-        if not csr.extensions.get(SUBJECT_ALT_NAME) and _common_names(csr.subject):
+        if not csr.extensions.get(SUBJECT_ALT_NAME) and _cn_texts(csr.subject):
             transaction.logger.warning("the CSR has no subjectAltName: many clients refuse such a certificate")
         return [*arguments, "-csr", file("csr.pem")]
     arguments += ["-newkey", file(transaction.key_file)]
@@ -774,8 +792,8 @@ def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     settings = transaction.settings
     if settings.binary.converts_csr():
         # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
-        lonely = SUBJECT_ALT_NAME not in csr.extensions and "reqexts" not in settings.options
-        return [name for name in _common_names(csr.subject) if re.fullmatch(r"[\w.:*-]+", name, re.A)] if lonely else []
+        lonely = not csr.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} and "reqexts" not in settings.options
+        return [name for name in _cn_texts(csr.subject) if re.fullmatch(r"[\w.:*-]+", name, re.A)] if lonely else []
     names = _alternative_names(csr.extensions)
     carried = [(k, name) for k, name in names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
     lost = [kind for kind, name in names if (kind, name) not in carried]
@@ -1617,12 +1635,14 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
         asked, got = ({f"{kind}:{text.lower()}" for kind, text in found} for found in names)
         others = [] if _same_key(leaf.key, csr.key) else ["another key"]
         others += ["a CA certificate"] if _signs_certificates(leaf.extensions) else []
+        if UNREADABLE in leaf.extensions:
+            raise CMPError("its extensions are malformed, or one is there twice")
     except (CMPError, IndexError, ValueError) as err:
         return f"it cannot be compared with the CSR: {err}"
     asked_values, got_values = ({text.lower() for _, text in found} for found in names)
     asked_names, got_names = _common_names(csr.subject), _common_names(leaf.subject)
-    said = {(a.text or "").strip().lower() for rdn in csr.subject for a in rdn if a.type == COMMON_NAME} | {""}
-    said |= set(re.findall(r"/cn=([^/=+]*)", subject.lower()))
+    sent = [] if csr.subject else re.findall(r"/cn=((?:\\.|[^\\/=+])*)", subject.lower())
+    said = {"", *(re.sub(r"\\(.)", r"\1", text) for text in sent), *(() if asked else _cn_texts(csr.subject))}
     missing = sorted(asked - got if asked else asked_names - got_values - got_names)
     added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
     added += sorted(f"CN={name}" for name in got_names - asked_values - said)
@@ -2630,6 +2650,8 @@ def _directory_fault(path: str, own: bool) -> str:
             what = f"belongs to {_user(owner)} (uid {owner}), and this is {user} (uid {os.geteuid()})"
             return f"cmp_tmp_dir {_one_line(there, 100)} {what}: machines that share it need the same uid number"
         return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
+    if there == real and os.name == "posix" and os.stat(real).st_mode & 0o1002 == 0o1002:
+        return f"cmp_tmp_dir {name}: every local user can put something there: name a directory of your own in it"
     # Whoever can rename our directories, or those above, can put another public key into a request.
     places = dict.fromkeys([*_way(path), *(_way(real) if real != path else ())])
     faults = ((place, _writable_by_others(place)) for place in places)
@@ -2998,6 +3020,7 @@ OS_HINTS = {
 # A few lines that read tags, lengths and names; openssl verifies.
 
 SUBJECT_KEY_ID, AUTHORITY_KEY_ID = "2.5.29.14", "2.5.29.35"
+UNREADABLE = "unreadable"  # in place of a certificate's extensions
 # Attribute type -> (openssl's short name, the string tag that openssl encodes it with, longest value). A subject
 # made of these alone survives the way through `-subject` byte for byte; any other is left to `-csr`.
 PRINTABLE, IA5, UTF8 = 0x13, 0x16, 0x0C
@@ -3144,7 +3167,7 @@ def _slash_form(name: Name, exact: bool) -> str | None:
     """`name` for `-subject`, None where that cannot carry it, or, with `exact`, not to the very same bytes."""
     text = ""
     for rdn in name:
-        if exact and len(rdn) > 1:  # openssl would sort its attributes
+        if exact and len(rdn) != 1:  # openssl would sort its attributes
             return None
         for position, a in enumerate(rdn):
             if a.type not in ATTRIBUTES or not a.text or not a.text.isprintable():
@@ -3205,16 +3228,15 @@ def _certificate(der: bytes) -> Certificate:
         about = (serial, algorithm.raw, names[0], start, end, names[1], key.raw, ids[0], ids[1])
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
-    try:
+    extensions, subject_key, authority_key = {UNREADABLE: b""}, b"", b""
+    with contextlib.suppress(*MALFORMED):  # openssl has accepted it, so it is served
         parsed = [_sequence(e.raw) for e in _sequence(fields[-1].value)] if fields[-1].tag == 0xA3 else []
-        extensions = {_oid(extension[0].value): extension[-1].value for extension in parsed}
-        if len(extensions) < len(parsed):  # of two, everybody reads another one
-            raise CMPError("it has an extension twice")
-        subject_key = next(_elements(extensions.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
-        authority = {field.tag: field.value for field in _sequence(extensions.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
-    except MALFORMED:  # openssl has accepted it, so it is served
-        return Certificate(der, *about, {}, b"", b"")
-    return Certificate(der, *about, extensions, subject_key, authority.get(0x80, b""))
+        found = {_oid(extension[0].value): extension[-1].value for extension in parsed}
+        extensions = found if len(found) == len(parsed) else extensions  # of two, everybody reads another one
+        subject_key = next(_elements(found.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
+        authority = {field.tag: field.value for field in _sequence(found.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
+        authority_key = authority.get(0x80, b"")
+    return Certificate(der, *about, extensions, subject_key, authority_key)
 
 
 def _pem(der: bytes, label: str = "CERTIFICATE") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
+import subprocess
 
 import pytest
 from cryptography import x509
@@ -61,6 +62,9 @@ CHANGED = {
     "another kind": (["DNS:10.0.0.1"], "x", [SAN + "IP:10.0.0.1"], "missing DNS:10.0.0.1; added IP:10.0.0.1"),
     "a UPN": (["DNS:a.tld"], "", [SAN + "DNS:a.tld,otherName:1.3.6.1.4.1.311.20.2.3;UTF8:u@x"], "added otherName:"),
     "CN of another name": (["DNS:a.tld"], "build", [SAN + "DNS:a.tld,DNS:built"], "added DNS:built"),
+    # acme2certifier before 0.46 does not look at a CN beside subjectAltNames
+    "CN as a name": (["DNS:a.tld"], "build-server", [SAN + "DNS:a.tld,DNS:build-server"], "added DNS:build-server"),
+    "CN as an e-mail address": (["DNS:a.tld"], "u@a.tld", [SAN + "DNS:a.tld,email:u@a.tld"], "added email:u@a.tld"),
     "CA": (["DNS:a.tld"], "", ["basicConstraints = CA:TRUE"], "a CA certificate"),
     "keyCertSign": (["DNS:a.tld"], "", ["keyUsage = digitalSignature,keyCertSign"], "a CA certificate"),
 }
@@ -102,8 +106,8 @@ UNCHANGED = {
     "as asked": (["DNS:a.tld"], "", []),
     "letters": (["DNS:A.tld", "email:Me@a.tld"], "", [SAN + "DNS:a.TLD,email:me@A.tld"]),
     "another order": (["DNS:a.tld", "DNS:b.tld", "IP:10.0.0.1"], "", [SAN + "IP:10.0.0.1,DNS:b.tld,DNS:a.tld"]),
-    "CN as a name": (["DNS:a.tld"], "build-server", [SAN + "DNS:a.tld,DNS:build-server"]),
     "CN alone": ([], "www.a.tld", [SAN + "DNS:www.a.tld"]),
+    "CN of one label alone": ([], "intranet", [SAN + "DNS:intranet"]),
     "CN stays": ([], "www.a.tld", []),
     "CN is no host": (["DNS:a.tld"], "Build server 3", []),
     "IPv6": (["IP:2001:db8::1"], "", []),
@@ -280,3 +284,26 @@ def test_names_that_cannot_be_read(
     assert error is None
     assert bundle  # without a chain: to openssl verify, too, the extension is invalid
     assert said(caplog) == ["it cannot be compared with the CSR: DER cut short"]
+
+
+@pytest.mark.parametrize(
+    ("name", "twice", "warning"),
+    [
+        ("a.tld", False, ""),
+        ("evil.example", False, "missing DNS:a.tld; added DNS:evil.example"),
+        ("a.tld", True, "it cannot be compared with the CSR: its extensions are malformed, or one is there twice"),
+    ],
+)
+def test_a_leaf_of_which_one_extension_cannot_be_read(name: str, twice: bool, warning: str, ca: DemoCA) -> None:
+    """The other extensions count: no name is missing that is there, and none is added in silence."""
+    (ca.directory / "odd.cnf").write_text(f"authorityKeyIdentifier = DER:30030401\n{SAN}DNS:{name}\n")
+    (ca.directory / "odd.csr").write_text(csr_pem(["a.tld"], "x"))
+    command = "openssl x509 -req -in odd.csr -CA sub.pem -CAkey sub.key -extfile odd.cnf -outform DER".split()
+    made = subprocess.run(command, cwd=ca.directory, capture_output=True, check=True).stdout
+    tbs, *signature = demo_ca.read_der(made).parts()
+    *fields, extensions = tbs.parts()
+    listed = [extension.whole for extension in extensions.parts()[0].parts()]
+    again = demo_ca.write_der(0xA3, demo_ca.write_der(0x30, b"".join([*listed, *listed[:twice]])))
+    parts = demo_ca.write_der(0x30, b"".join(field.whole for field in fields) + again), *(p.whole for p in signature)
+    leaf = cmp_ca_handler._certificate(demo_ca.write_der(0x30, b"".join(parts)))
+    assert cmp_ca_handler._changes(read_csr((ca.directory / "odd.csr").read_text()), leaf, "") == warning

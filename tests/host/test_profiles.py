@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
 import types
 from pathlib import Path
 
@@ -204,3 +205,19 @@ def test_numbers_and_switches_in_a_profile(ca: DemoCA, handlers: Handlers, tmp_p
     handler._helper.eab_profile_header_info_check = choose  # type: ignore[attr-defined]
     assert handler.enroll(as_host(csr_pem(["a.example"])))[0] is None
     assert " -days 30 " in log.read_text() and " -ignore_keyusage " in log.read_text()
+
+
+def test_the_hosts_function_stumbles(ca: DemoCA, handlers: Handlers) -> None:
+    """acme2certifier raises IndexError at an empty list in a profile, or at a header without "=": an ordinary error."""
+    handler = handlers(ca.options())
+    handler._helper = types.ModuleType("helper")
+    handler._helper.eab_profile_header_info_check = lambda *_: [][0]  # type: ignore[attr-defined]
+    handler._helper.eab_profile_revocation_check = lambda *_: [][0]  # type: ignore[attr-defined]
+    handler._helper.config_eab_profile_load = lambda *_: (True, object())  # type: ignore[attr-defined]
+    csr = csr_pem(["a.example"])
+    certificate = subprocess.run(["openssl", "x509", "-in", ca.directory / "ra.pem"], capture_output=True, text=True)
+    for error in (handler.enroll(as_host(csr))[0], handler.revoke(certificate.stdout)[2]):
+        assert error and error.startswith(
+            "acme2certifier cannot apply the profile of this account or order (IndexError)"
+        )
+    assert ca.messages == []

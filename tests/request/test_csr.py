@@ -143,7 +143,15 @@ def of_foreign_dsa_generator() -> bytes:
     return signed(information, lambda data: key.sign(data, hashes.SHA256()), algorithm)
 
 
+def of_ed25519(point: bytes) -> bytes:
+    """A CSR for such a public key, with a signature that does not matter."""
+    key = sequence(sequence(oid("1.3.101.112")), write_der(0x03, b"\0" + point))
+    information = sequence(VERSION, PLAIN, key, write_der(0xA0, request(MINE)))
+    return signed(information, lambda _: bytes(64), sequence(oid("1.3.101.112")))
+
+
 MINE, VICTIM = names("a.example"), names("victim.example")
+TELEPHONES = extension("1.3.6.1.5.5.7.1.26", sequence(write_der(0xA0, write_der(IA5, b"709J"))))  # TNAuthList, RFC 8226
 SEQUENCE_OF_NAMES = sequence(write_der(0x82, b"a.example"))
 UPN = write_der(0xA0, oid("1.3.6.1.4.1.311.20.2.3") + write_der(0xA0, write_der(UTF8, b"admin@victim.example")))
 DIRECTORY_NAME = write_der(0xA4, name_der([[(CN, UTF8, "victim.example")]]))
@@ -241,12 +249,26 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
         csr(request(MINE), subject=cn("victim.example.")),
         "(CN) victim.example is not among its",
     ),
+    "host beside a URI alone": (
+        csr(request(names(write_der(0x86, b"urn:x"))), subject=cn("victim.example")),
+        "not a type that cmp_san_types allows",
+    ),
+    "host with a leader for a dot": (
+        csr(request(MINE), subject=cn("victim\u2024example")),
+        "(CN) victim.example is not",
+    ),
     "host with other dots": (csr(request(MINE), subject=cn("victim\u3002example")), "(CN) victim.example is not among"),
     "wildcard": (csr(request(MINE), subject=cn("*.a.example")), "(CN) *.a.example is not among its subjectAltNames"),
     "address": (csr(request(MINE), subject=cn("192.0.2.1")), "(CN) 192.0.2.1 is not among its subjectAltNames"),
     "address of IPv6": (csr(request(MINE), subject=cn("2001:db8::1")), "(CN) 2001:db8::1 is not among its"),
     # the rest
-    "another version": (csr(request(MINE), version=b"\x02\x01\x01"), "not a PKCS #10 request"),
+    "another version": (
+        csr(request(MINE), version=b"\x02\x01\x02"),
+        "its version is not 1, the only one that there is",
+    ),
+    "no version": (csr(request(MINE), version=b"\x05\x00"), "not a PKCS #10 request"),
+    "telephone numbers and a name": (csr(request(MINE, TELEPHONES)), "acme2certifier checks only one of them"),
+    "telephone numbers and a host": (csr(request(TELEPHONES), subject=cn("v.example")), "checks only one of them"),
     "another tag for attributes": (
         signed(sequence(VERSION, PLAIN, public_key(KEY), write_der(0xA1, request(MINE)))),
         "not a PKCS #10 request",
@@ -272,6 +294,18 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     # keys
     "RSA exponent 1": (of_rsa_exponent_1, "so its signature proves nothing"),
     "point at infinity": (of_point_at_infinity, "anybody can sign"),
+    **{
+        f"Ed25519, a point of order {order}": (of_ed25519(bytes.fromhex(point)), "anybody can sign")
+        for order, point in (
+            (1, "01" + 31 * "00"),
+            (2, "ec" + 30 * "ff" + "7f"),
+            (4, 32 * "00"),
+            ("4, its other sign", 31 * "00" + "80"),
+            ("4, p for 0", "ed" + 30 * "ff" + "7f"),
+            ("8", "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+            ("8, the other one", "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"),
+        )
+    },
     "OCSPSigning": (
         csr(request(MINE, extension("2.5.29.37", sequence(oid("1.3.6.1.5.5.7.3.1"), oid("1.3.6.1.5.5.7.3.9"))))),
         "OCSPSigning",

@@ -63,6 +63,7 @@ from proxy import (
 from shared import (
     ENROLLER,
     SHORT,
+    age,
     begin,
     check_issued,
     extension_der,
@@ -254,6 +255,21 @@ def test_parent_directory_of_others(
     for error in (handler.handler_check(), enroll(handler)[0]):
         assert re.search(f"cmp_tmp_dir.*{whose}", str(error))
     assert ca.messages == []
+
+
+def test_a_directory_where_everybody_can_put_something(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """cmp_tmp_dir: /tmp itself. A link that another user puts there led the sweep to files of acme2certifier's user."""
+    shared, precious = tmp_path / "tmp", tmp_path / "precious"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    precious.mkdir()
+    (precious / "ra.key").touch()
+    age(precious, 7200)
+    (shared / ("0" * 32)).symlink_to(precious)
+    handler = handlers(ca.options(), tmp_dir=str(shared))
+    for error in (handler.handler_check(), enroll(handler)[0]):
+        assert "every local user can put something there: name a directory of your own in it" in str(error)
+    assert (precious / "ra.key").exists() and ca.messages == []
 
 
 def test_warnings_of_the_log_are_those_of_check(
