@@ -221,7 +221,7 @@ class CAhandler:
         about.update(subject=_wanted(wanted), server=transaction.settings.server)
         if csr and _decode(csr, CSR_LABEL) != wanted.der:
             raise CMPError("the poll identifier belongs to another CSR", REQUEST)
-        answers = _usable(transaction.answers())
+        answers = transaction.usable()
         if not answers:  # without them, openssl would begin a second transaction
             raise CMPError(f"{transaction.path} holds no answer that can be used: order the certificate again", DISK)
         about["transaction"] = answers[-1].transaction
@@ -272,7 +272,8 @@ class CAhandler:
                 run = _openssl_cmp(transaction, [*_by_serial(certificate, settings), *arguments])
             newest = next(reversed(transaction.answers()), None)
         _log_messages(self.logger, run, settings)
-        if run.code == 0 and not run.errors():
+        # Its text may have line breaks, and look like an error of openssl's.
+        if run.code == 0 and (newest.status in GOOD if newest and newest.body == RP else not run.errors()):
             self.logger.info("certificate revoked: %s", _pairs({**about, "reason": reason}))
             return (200, None, None)
         detail, kind = _failure_text(run, newest, settings)
@@ -383,7 +384,10 @@ class CAhandler:
         if error:
             raise CMPError(_one_line(str(error)), REQUEST)
         values = ((entry, getattr(chosen, entry, None)) for entry in self._profile_entries())
-        return {**self.section, **{entry: str(value) for entry, value in values if isinstance(value, (str, int))}}
+        return {
+            **self.section,
+            **{entry: str(value) for entry, value in values if isinstance(value, (str, int, float))},
+        }
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error there is."""
@@ -910,10 +914,20 @@ class Transaction:
         self.cmp_id = found[-1].transaction if found else self.cmp_id
         return found
 
+    def usable(self) -> list[Message]:
+        """The answers that openssl can go on from.
+
+        The newest may be somebody's recording, which a process that was killed has left: then it is to another request.
+        """
+        found = _usable(self.answers())
+        if found and found[-1].path.endswith(".new") and not _fits(found, _saved_message(found[-1].path[:-4] + ".req")):
+            found.pop()
+        return found
+
     def answered(self) -> bool:
         """Whether there is an answer to go on from; where none can be read now (no descriptors), any answer."""
         try:
-            return bool(_usable(self.answers()))
+            return bool(self.usable())
         except OSError:
             return any(os.path.exists(self.file(name)) for name in ("001.new", "001.der"))
 
@@ -1067,6 +1081,7 @@ def _delete(path: str, but: str = "") -> None:
 POLL_REQUESTS, MAX_REQUESTS = 4, 15  # that a poll, and any run of openssl, may send
 NO_MORE_REQUESTS = "no-directory/no-more"  # a file that cannot be written
 SHORT_CHECK_AFTER = 5  # seconds of checkAfter that a poll sleeps, rather than have too little time for the answer
+OF_THE_MESSAGE = ("badMessageCheck", "badDataFormat", "badTime")
 ACCEPTED, NOT_ACCEPTED, UNKNOWN = "accepted", "not accepted", "unknown"  # by openssl
 
 
@@ -1090,7 +1105,7 @@ class Exchange:
     def __init__(self, request: Sequence[str], key: bytes, transaction: Transaction) -> None:
         self.request, self.key = request, key  # openssl's arguments; the subjectPublicKeyInfo
         self.transaction, self.settings = transaction, transaction.settings
-        self.before = _usable(transaction.answers())
+        self.before = transaction.usable()
         self.first = max(map(_number, self.before), default=0) + 1  # of the answers of this run
         self.after: list[Message] = []
         self.run, self.deadline = Run(None, ""), 0.0
@@ -1167,8 +1182,10 @@ class Exchange:
 
     def _refused(self) -> Outcome | None:
         """The CA has said no, and openssl has accepted that; or openssl does not take the certificate."""
-        # certConfirmed comes where a proxy has repeated the certConf: the next poll finds out.
-        refused = any(a.refuses() and a.protected and "certConfirmed" not in a.failures for a in self.after[-1:])
+        # certConfirmed comes where a proxy has repeated the certConf: the next poll finds out. At a poll some failures
+        # tell of the message, which somebody on the way may have changed, not of the order.
+        spoilt = {"certConfirmed", *(OF_THE_MESSAGE if self.before else ())}
+        refused = any(a.refuses() and a.protected and not spoilt & {*a.failures} for a in self.after[-1:])
         final = self._leaf_refused() or (refused and not any(answer.grants() for answer in self.before))
         return Outcome(text=self._text()[0], final=True) if final and self.run.only(AFTER_ACCEPTANCE) else None
 
@@ -1216,15 +1233,13 @@ class Exchange:
         newest = history[-1]
         if not newest.path.endswith(".new") or self._made(_number(newest) + 1):
             return ACCEPTED  # before this run; or it has made the request that follows
-        if newest not in self.after:  # a poll that was killed has left it, and now it was replayed
-            ended = self.run.complete() or self.run.hung()
-            return NOT_ACCEPTED if ended and self._made(_number(newest)) else UNKNOWN
+        if newest not in self.after and not self.run.hung():  # a poll that was killed has left it: now it was replayed
+            return NOT_ACCEPTED if self.run.complete() and self._made(_number(newest)) else UNKNOWN
         if self.run.only(TIME_IS_UP):
             return ACCEPTED
-        # Some false signers make openssl loop for ever: a replay would, too.
-        if self.run.hung() or not _fits(history, _saved_message(newest.path[:-4] + ".req")):
+        if not _fits(history, _saved_message(newest.path[:-4] + ".req")):
             return NOT_ACCEPTED
-        return self._replayed(history)
+        return self._replayed(history)  # also where openssl has hung: the machine may have been paused
 
     def _replayed(self, history: Sequence[Message]) -> str:
         """What openssl makes of the newest of these answers: it gets them all again, and no server."""
@@ -1239,8 +1254,10 @@ class Exchange:
             self.transaction.remove(*requests)
             overrides = {**nowhere, "total_timeout": str(total)}
             run = _openssl_cmp(self.transaction, self.request, files, overrides, lambda: self._made(number + 1))
-            if run.code == 0 or self._made(number + 1) or (self._made(number) and run.only(POLLREP_TAKEN)):
+            if run.code == 0 or self._made(number + 1) or (self._made(number) and run.only(TAKEN)):
                 return ACCEPTED
+            if run.hung():  # some false signers make openssl loop for ever
+                return NOT_ACCEPTED
             # Half a request, or none for this answer: the disk is full, which says nothing about the answer.
             half = os.path.exists(file(requests[-1])) and _saved_message(file(requests[-1])) is None
             complete = complete and run.complete() and self._made(number) and not half
@@ -1358,7 +1375,13 @@ def _openssl_cmp(
     transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
     total = int(overrides.get("total_timeout") or settings.seconds("total_timeout"))
     limit = total + GRACE if total else NO_TIMEOUT  # 0 is none
-    return _run([*command, *files], limit, settings.secrets, [transaction.lock], asleep)
+    run = _run([*command, *files], limit, settings.secrets, [transaction.lock], asleep)
+    # What openssl calls an error before it sends anything, and goes on, is none: say, that its own TLS certificate has
+    # another root than the server's. Below the verbosity at which it says "sending", somebody else could say that.
+    says = int(settings.options.get("verbosity") or SAYS_SENDING) >= SAYS_SENDING
+    sent = next((number for number, line in enumerate(run.lines) if SENT.match(line.text)), 0) if says else 0
+    early = [line._replace(level="note") if line.level in ERROR_LEVELS else line for line in run.lines[:sent]]
+    return run._replace(lines=[*early, *run.lines[sent:]])
 
 
 def _command(
@@ -1385,8 +1408,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         kind = UNREACHABLE if run.code is None else INTERNAL
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
     # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-    errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
-    kind = UNAUTHENTIC if newest else UNREACHABLE
+    errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
+    kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
     searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors)
     if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults, _ = _openssl_faults(settings)
@@ -1396,9 +1419,9 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         kind = CONFIGURATION if faults is None else REQUEST  # with another request, all is well
         searched = " ".join(line.text for line in run.lines)  # no server has written anything
     elif not errors:
-        errors = [line.text for line in run.lines if OTHER_SENDER.search(line.text)]  # for 3.0 that is no error
+        errors = [line.text for line in run.lines if OTHER_SENDER.match(line.text)]  # for 3.0 that is no error
         searched = " ".join(errors)
-    elif newest is None and settings.tls and CERTIFICATE_REFUSED.match(errors[0]):
+    elif newest is None and CERTIFICATE_REFUSED.match(errors[0]):
         # The TLS server's names may have line breaks, and what openssl says stands behind them.
         searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
     elif newest and not run.only(AFTER_ACCEPTANCE):
@@ -1406,6 +1429,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         searched = FOREIGN_WORDS.sub(r"\1", errors[0])
         if NO_SIGNER.match(searched):  # OpenSSL 3.0 says in a warning why it has passed over the one that is there
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
+        if "srvcert" in settings.options and not _hint(searched):  # its words are those of whatever has failed inside
+            searched = SRVCERT_REFUSED
     if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
         usable = newest is not None and 0 <= newest.check_after < 1 << 63
         errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
@@ -1545,7 +1570,9 @@ class ChainFinder:
         import hashlib  # acme2certifier has it already
 
         link = hashlib.sha256(b"%d " % len(mark) + mark + issuer.der).digest()
-        if link in _links or self.left <= 0:
+        # What anybody can put into extraCerts may not use up what the configured issuers need.
+        reserved = 0 if issuer.der in self.configured or issuer is self.leaf else MAX_LINKS // 3
+        if link in _links or self.left <= reserved:
             return link in _links
         self.left -= 1
         file, program = self.transaction.file, self.transaction.settings.binary.path
@@ -1758,7 +1785,7 @@ class Settings(NamedTuple):
     def hidden(self) -> Collection[str]:
         """What must appear nowhere. openssl prints the passwords of proxies, whatever characters they have."""
         users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
-        return {*self.secrets.values(), *(user.partition(":")[2] for user in users)} - {""}
+        return {*self.secrets.values(), *users, *(user.partition(":")[2] for user in users)} - {""}
 
     @property
     def server(self) -> str:
@@ -1807,7 +1834,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
                 san_types = _san_types(value) if option == "san_types" else san_types
             elif _option(option).kind != "run":
                 options.pop(option, None)  # the configured ones in their order, after the defaults
-                if value.lower() not in OFF or option == "profile":
+                if value.lower() not in OFF or option in ("profile", "cmd", "popo"):
                     options[option] = ""  # there, if not usable: so nothing says that it is missing
                     options[option], named = _read_value(option, value, binary)
                     secrets.update(named)
@@ -1855,7 +1882,10 @@ def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, di
     kind, switch = _option(option).kind, value.lower() in ON and option != "profile"
     if value[:1] == "\0":  # the name of a variable
         if option == "ref":
-            return _variable_value(value[1:]), {}
+            value = _variable_value(value[1:])
+            _raise_first((value != value.strip(), "begins or ends with a blank or a line break"))
+            _check_value(option, value)
+            return value, {}
         value = f"env:{value[1:]}"
     elif binary.options and binary.options[option] == switch:
         raise CMPError("needs a value, not True" if switch else "is a switch: set it to True or False")
@@ -1871,6 +1901,7 @@ def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, di
 
 # Kinds or names of options (with !: all but these), a regular expression -> what is wrong with a value that matches.
 VALUE_FAULTS = r"""
+!secret -----BEGIN -> is the content of a file: write its path
 !files [\r\n] -> has more than one line: what is indented belongs to the line above it
 files ^\[.*\]$ -> is a list: write the files into one line, with commas between them
 secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the secret, write pass: before that
@@ -1878,7 +1909,7 @@ secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the 
 secret ^(?!pass:).*\s[#;] -> a comment needs a line of its own; if it belongs to the secret, write pass: before that
 name \s[#;](\s|$) -> a comment needs a line of its own; if it belongs to the name, write a backslash before it
 !name/secret \s[#;] -> a comment needs a line of its own
-!secret (?i)pin-value= -> every local user can see a pin-value in the list of processes:
+!secret (?i)pin-value\s*= -> every local user can see a pin-value in the list of processes:
     write pin-source=file:PATH in its place, or cmp_keypass: env:NAME
 provparam (?i)(pin|pass|secret)[^=]*=(?!file:) -> every local user can see a PIN there:
     write file:PATH for it, or use cmp_keypass: env:NAME
@@ -1893,6 +1924,7 @@ secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write env:NAME; if it is the sec
 secret ^(ENV|FILE|PASS): -> write env:, file: and pass: in small letters;
     if that is the secret itself, write pass: before it
 tmp_dir/openssl_bin ^~|[$%] -> is taken as it is written, without a shell: write the whole path
+!secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write the value itself
 path \s|^\w+:// -> is the path on the server alone, such as pkix/, without a blank
 refuse_changes (?i)^(?!(true|yes|on|false|no|off|)$) -> is a switch: set it to True or False
 msg_timeout/total_timeout ^(?!\d{1,6}$) -> must be a number of seconds
@@ -1908,13 +1940,18 @@ keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public ke
 def _check_value(option: str, value: str) -> None:
     """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
     kind = _option(option).kind
+    _check_text(kind, option, value)
+    if kind in ("file", "files", "key"):
+        for name in _file_list(option, _utf8(value)):
+            _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
+
+
+def _check_text(kind: str, option: str, value: str) -> None:
+    """The same, without a look at the files that it names."""
     for fault, text in _value_faults(kind, option):
         found = fault.search(value)
         if found:
             raise CMPError(_one_line(found.expand(text)))
-    if kind in ("file", "files", "key"):
-        for name in _file_list(option, _utf8(value)):
-            _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
 
 
 @functools.lru_cache(maxsize=256)
@@ -1935,7 +1972,7 @@ PEM_KINDS = {"PKCS7": PKCS7, "CMS": PKCS7, "X509 CRL": "a CRL", "": "something t
 def _check_file(name: str, wanted: str) -> None:
     """Raise CMPError where a file cannot be read, or holds no `wanted` but something else; DER is openssl's to read."""
     shown = _one_line(name, 100)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not os.path.exists(name):
+    if wanted and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not os.path.exists(name):
         return  # a URI such as pkcs11:, which is openssl's to open
     if not os.path.isfile(name) or not os.access(name, os.R_OK):
         raise CMPError(f"{shown} {'cannot be read by this process' if os.path.isfile(name) else 'is not a file'}")
@@ -2019,7 +2056,7 @@ def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
 
 def _check_merged(kind: str, text: str, separator: str) -> None:
     """Raise CMPError where an attribute's value has swallowed the next one."""
-    merged = re.search(r"[\s/]([A-Za-z]+) ?=", text)
+    merged = re.search(r"(?:\s|(?<!\\)/)([A-Za-z]+) ?=", text)
     if merged and merged.group(1).upper() in DN_TYPES:
         hint = f"write a {separator} before it, or \\= if it is no attribute"
         raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
@@ -2224,6 +2261,9 @@ def _useless_findings(options: Mapping[str, str | None], binary: Binary) -> Iter
     everybody = "refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy"
     yield policy and not explicit, "cmp_policy does nothing without cmp_explicit_policy: True", WARNING
     yield explicit and not policy, f"cmp_explicit_policy without cmp_policy {everybody}", WARNING
+    lonely = "out_trusted" in options and "untrusted" not in options
+    what = "whoever takes the issuers out of an answer has its certificate refused; set cmp_untrusted, too"
+    yield lonely, f"cmp_out_trusted without cmp_untrusted: {what}", WARNING
     both = "recipient" in options and "srvcert" in options
     yield both, "cmp_recipient: not used beside cmp_srvcert, whose subject is the recipient", WARNING
     names = ", ".join(f"cmp_{name}" for name in ("verify_hostname", "verify_email", "verify_ip") if name in options)
@@ -2314,7 +2354,7 @@ def _rehearse(settings: Settings, without: str = "") -> tuple[Run, bool]:
     # A wrong PIN costs one try of the token, and anybody's GET of the directory would be one: such keys are left out.
     for kind in ("", "tls_"):
         key = options.get(f"{kind}key") or ""
-        if key and not os.path.isfile(key):
+        if key and not os.path.isfile(key) and not key.startswith("file:"):
             left_out = (f"{kind}key", f"{kind}keypass", f"{kind}cert")
             options = {option: value for option, value in options.items() if option not in left_out}
             options.update({} if kind or "secret" in options else {"unprotected_requests": None})
@@ -2458,12 +2498,16 @@ class Run(NamedTuple):
     code: int | None
     output: str
     lines: Sequence[Line] = ()
-    cut: bool = False  # it said more than is kept
+    cut: bool = False  # it said more than is kept, or more than was read in time
     asleep: bool = False  # ended by us while it slept: nothing was in flight
 
     def errors(self) -> list[str]:
         """The texts of openssl's error messages, each once."""
-        return list(dict.fromkeys(x.text for x in self.lines if x.level in ("fatal", "alert", "critical", "error")))
+        return list(dict.fromkeys(line.text for line in self.lines if line.level in ERROR_LEVELS))
+
+    def reasons(self) -> list[str]:
+        """The same without the line that stands beside the errors of a poll, and says nothing by itself."""
+        return [error for error in self.errors() if not POLLING_FAILED.match(error)]
 
     def sent(self) -> bool:
         """Whether it has tried to send anything. Before that, nobody else can have written into its text."""
@@ -2483,8 +2527,8 @@ class Run(NamedTuple):
         Somebody on the way to the CA can add lines (by names in a certificate, by HTTP headers, by a text with line
         breaks), but cannot remove one.
         """
-        errors = [error for error in self.errors() if not POLLING_FAILED.match(error)]
-        sender = any(OTHER_SENDER.search(line.text) for line in self.lines)
+        errors = self.reasons()
+        sender = any(OTHER_SENDER.match(line.text) for line in self.lines)
         return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
 
     def killed(self) -> str:
@@ -2514,7 +2558,7 @@ def _run(
         process, job = _start(argv, secrets, keep)
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
-    output, cut, ended, deadline = b"", False, False, time.monotonic() + limit
+    output, cut, whole, ended, deadline = b"", False, False, False, time.monotonic() + limit
     assert process.stdout is not None  # noqa: S101 - it is a pipe
     with process.stdout as pipe:
         try:
@@ -2523,6 +2567,7 @@ def _run(
                 if _readable(pipe, TICK):
                     chunk = os.read(pipe.fileno(), 65536)
                     if not chunk:
+                        whole = True
                         break
                     cut = cut or len(output) + len(chunk) > MAX_OUTPUT
                     output = (output + chunk)[:MAX_OUTPUT]
@@ -2537,7 +2582,7 @@ def _run(
             _kill(process, job)
     text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
     # If it has ended by itself meanwhile, its last words were not read: that is no complete run either.
-    return Run(None if ended else code, text, _lines(text), cut, asleep=ended)
+    return Run(None if ended else code, text, _lines(text), cut or not whole, asleep=ended)
 
 
 def _lines(output: str) -> list[Line]:
@@ -2581,7 +2626,7 @@ def _hide(text: str, secrets: Iterable[str]) -> str:
             if len(spelled) > 3:
                 text = text.replace(spelled, "***")
     # What looks like one: the PIN of a token, the password of a proxy.
-    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret))=[^;&?\s'\"]+", r"\1=***", text)
+    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret))\s*=[^;&?\s'\"]+", r"\1=***", text)
     return re.sub(r"(//)[^/@\s'\"]+@", r"\1***@", text)
 
 
@@ -2852,6 +2897,7 @@ def _kill(process: subprocess.Popen[bytes], job: int) -> None:
 # openssl's words: all texts of openssl that this file looks for. Where a new version has other words for one of them,
 # tests fail with it, and this is the place to change.
 
+ERROR_LEVELS = ("fatal", "alert", "critical", "error")
 # cmpossl of 2019 has its levels in capitals.
 MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
 QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
@@ -2880,22 +2926,26 @@ TIME_IS_UP = re.compile(
     "|transfer error:request sent: (POLLREQ|CERTCONF), expected response: (POLLREP|PKICONF)$",
     re.I,
 )
-# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says.
-POLLREP_TAKEN = re.compile("total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$", re.I)
+# Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says; and about a
+# certificate that it has accepted, but cannot confirm, for its signature has no hash (Ed448).
+TAKEN = re.compile(
+    "total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$"
+    "|error creating certconf|unknown sigid algs|decode error$",
+    re.I,
+)
 # A sender that is not cmp_expect_sender: for OpenSSL 3.0 no error.
 OTHER_SENDER = re.compile("does not match expected sender")
-# It stands beside the errors of a poll, and says nothing by itself.
 POLLING_FAILED = re.compile("polling failed")
 # The end of a run that only has to see what was saved, or of one that the CA lets wait: no errors for the log.
 END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", f"{TIME_IS_UP.pattern}|{POLLING_FAILED.pattern}"
 CONNECT_TIMEOUT = re.compile("connect timeout")
-SENT = re.compile("sending [A-Z]|transfer error:request sent")
+SENT, SAYS_SENDING = re.compile("sending [A-Z]|transfer error:request sent"), 6
 # The first error about a certificate that does not verify, and the one about that of a TLS server, which comes later.
 CERTIFICATE_REFUSED, TLS_REFUSED = re.compile("certificate verification failed"), "certificate verify failed"
 OUT_OF_DATE = re.compile(
     r"^cert has expired$|^cert not yet valid$|depth = \d+ error = (?:9|10) \(certificate [a-z ]+\)$"
 )
-NO_SIGNER = re.compile("no suitable sender cert")
+NO_SIGNER, SRVCERT_REFUSED = re.compile("no suitable sender cert"), "srvcert does not validate"
 # What an HTTP server, or the signer's name, may say is not searched for hints, or they would be their choice.
 FOREIGN_WORDS = re.compile(r"(reason= ?(?:\d{3}\b)?|actual=|content=|input=|Content-Type: | name = |:/(?=[\w.]+=)).*")
 # The first error where openssl has not even begun. Then the cause is no message of its log, but a line like these.
@@ -2937,7 +2987,8 @@ Wrong number of .* fields|not contain matching field -> add fields for more name
 failed building own chain -> cmp_own_trusted must hold the root of cmp_cert, cmp_untrusted its intermediates
 error = (9|10) .cert|cert has expired|cert not yet valid -> that certificate is out of date: renew it, or set the clock
 certificate verify failed -> cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name
-failed to validate newly enrolled -> cmp_out_trusted must hold the root of the issued certificates
+failed to validate newly enrolled -> cmp_out_trusted must hold the root, cmp_untrusted the issuers of certificates
+error creating certconf -> openssl cannot confirm such a certificate: cmp_disable_confirm: True, if the CA allows that
 does not match the TLS certificate -> cmp_tls_key does not belong to cmp_tls_cert
 TLS client private key -> check cmp_tls_key and cmp_tls_keypass, and for a token its name, the PIN and the module
 wrong pbm value -> the shared secret does not fit: check cmp_ref and cmp_secret
@@ -2969,7 +3020,7 @@ transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or
 (code=|http code )400 -> the server expects TLS (cmp_tls_used: True), or cmp_path is wrong
 (code=|http code )([145]\d\d|20[1-9]) -> the web server does not hand the request to a CMP service: see its log
 missing content type -> an HTTP error without a text (3.5 does not say which: look into the server's log), or no CMP
-unexpected content type|content type mismatch -> check cmp_path; it must be application/pkixcmp, without a charset
+unexpected content type|content type mismatch -> an HTTP error, or no CMP: check cmp_path; it has no charset
 header parse error -> that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS
 wrong version number -> the server does not speak TLS on this port: check cmp_server and cmp_tls_used
 failed reading data|error sending -> the connection was closed: check cmp_tls_used, cmp_tls_cert, and the CA's log
@@ -3125,6 +3176,7 @@ class Attribute(NamedTuple):
 
 
 Name = list[list[Attribute]]
+SPECIAL = re.compile(r"^[ #]| $|(?<=\s)#|[,+\"\\;<>=]")  # in RFC 4514's notation; behind a blank a # begins a comment
 
 
 def _name(raw: bytes) -> Name:
@@ -3157,7 +3209,7 @@ def _name_text(name: Name) -> str:
     for rdn in name:
         pairs = []
         for a in rdn:
-            value = "#" + a.raw.hex() if a.text is None else re.sub(r'([,+"\\<>;=])', r"\\\1", a.text)
+            value = "#" + a.raw.hex() if a.text is None else SPECIAL.sub(r"\\\g<0>", a.text)
             pairs.append(f"{ATTRIBUTES[a.type][0] if a.type in ATTRIBUTES else a.type}={value}")
         rdns.append("+".join(pairs))
     return _one_line(", ".join(rdns)) or "(empty)"
@@ -3439,7 +3491,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_CODES.get(kind, FAILED)
         if isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
             code, text = WRONG_USAGE, f"{err.strerror}: {err.filename}"  # a file that was named wrongly
-        print(f"error: {text}", file=sys.stderr)
+        told = json.dumps({"status": "failed", "error": text, "class": kind}) if args.json else f"error: {text}"
+        print(told, file=sys.stdout if args.json else sys.stderr)
         return code
 
 
@@ -3629,7 +3682,7 @@ def _list_command(settings: Settings, args: Any) -> int:
             continue
         transaction = Transaction(settings, name, "waiting", -1, logging.getLogger(__name__))
         try:
-            answers, since = _usable(transaction.answers()), os.stat(transaction.file("csr.pem")).st_mtime
+            answers, since = transaction.usable(), os.stat(transaction.file("csr.pem")).st_mtime
             due = _due(answers) if answers else 0
         except FileNotFoundError:  # a poll has finished it meanwhile
             continue
@@ -3689,7 +3742,7 @@ def _shown(key: str, value: str, settings: Settings) -> str:
     public = option in known.keys() - settings.binary.mock_server or option in OURS or (not known and option in OPTIONS)
     if _option(option).kind in ("secret", "run", "other") or not public or not key.startswith("cmp_"):
         return "(hidden)" if value else ""
-    if option.endswith("_variable") and value not in os.environ:  # perhaps the secret itself, by mistake
+    if (option.endswith("_variable") and value not in os.environ) or "-----BEGIN" in value:  # the secret, by mistake
         return "(hidden)"
     if option in ("server", "proxy") and "@" in value:
         value = f"***@{value.rpartition('@')[2]}"
@@ -3802,10 +3855,12 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
 
 def _general_message(settings: Settings, information: str, logger: logging.Logger) -> tuple[Run, Message | None]:
     """Send a general message, for some `information` or none; how openssl ended, and the answer as it was saved."""
-    settings = settings.without_enrolment("genm")
+    recipient, settings = settings.options.get("issuer"), settings.without_enrolment("genm")
     with closing(_begin(settings, "asking", logger)) as transaction:
         path, saved = transaction.file("001.new"), transaction.file("capubs.pem")  # that it writes, and insists on
         arguments = ["-infotype", information, "-cacertsout", saved] if information else []
+        if recipient and not settings.options.keys() & {"recipient", "srvcert"}:
+            arguments += ["-recipient", recipient]  # as openssl does it for an enrolment
         arguments += ["-rspout", path] if "rspout" in settings.binary.options else []
         run = _openssl_cmp(transaction, arguments)
         answer = _saved_message(path)
@@ -3879,6 +3934,12 @@ def _convert(words: list[str]) -> int:
             ours.append(f"-{option}")
         elif value or not takes_value:  # an empty value is none
             found[option] = _comma_dn(value) if kind == "name" else value or "True"
+            lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
+            try:
+                _raise_first((lost, "a section cannot hold this value: use a variable or a file, or another value"))
+                _check_text(kind, option, found[option])
+            except CMPError as err:
+                errors.append(f"cmp_{option}: {err}")
     _print_section(program, found, ours)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
@@ -3906,9 +3967,8 @@ def _comma_dn(value: str) -> str:
         return value
     text = ""
     for separator, kind, part in _split_slash(value):
-        escaped = re.sub(r"^[ #]| $|\s(?=[#;]\s)|[,+\"\\;<>=]", r"\\\g<0>", part)
-        text += {"+": "+", "/": ", "}[separator] + f"{kind}={escaped}"
-    return text[2:]
+        text += {"+": "+", "/": ", "}[separator] + f"{kind}=" + SPECIAL.sub(r"\\\g<0>", part)
+    return text[2:] or "/"
 
 
 if __name__ == "__main__":
