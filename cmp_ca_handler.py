@@ -1379,7 +1379,7 @@ def _openssl_cmp(
     # What openssl calls an error before it sends anything, and goes on, is none: say, that its own TLS certificate has
     # another root than the server's. Below the verbosity at which it says "sending", somebody else could say that.
     says = int(settings.options.get("verbosity") or SAYS_SENDING) >= SAYS_SENDING
-    sent = next((number for number, line in enumerate(run.lines) if SENT.match(line.text)), 0) if says else 0
+    sent = next((number for number, line in enumerate(run.lines) if SENDING.match(line.text)), 0) if says else 0
     early = [line._replace(level="note") if line.level in ERROR_LEVELS else line for line in run.lines[:sent]]
     return run._replace(lines=[*early, *run.lines[sent:]])
 
@@ -2261,6 +2261,8 @@ def _useless_findings(options: Mapping[str, str | None], binary: Binary) -> Iter
     everybody = "refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy"
     yield policy and not explicit, "cmp_policy does nothing without cmp_explicit_policy: True", WARNING
     yield explicit and not policy, f"cmp_explicit_policy without cmp_policy {everybody}", WARNING
+    nobody = "secret" in options and not options.keys() & {"ref", "cert"}
+    yield nobody, "cmp_secret without cmp_ref: most CAs then do not know whose secret it is", WARNING
     lonely = "out_trusted" in options and "untrusted" not in options
     what = "whoever takes the issuers out of an answer has its certificate refused; set cmp_untrusted, too"
     yield lonely, f"cmp_out_trusted without cmp_untrusted: {what}", WARNING
@@ -2939,7 +2941,8 @@ POLLING_FAILED = re.compile("polling failed")
 # The end of a run that only has to see what was saved, or of one that the CA lets wait: no errors for the log.
 END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", f"{TIME_IS_UP.pattern}|{POLLING_FAILED.pattern}"
 CONNECT_TIMEOUT = re.compile("connect timeout")
-SENT, SAYS_SENDING = re.compile("sending [A-Z]|transfer error:request sent"), 6
+SENT = re.compile("sending [A-Z]|transfer error:request sent")
+SENDING, SAYS_SENDING = re.compile("sending [A-Z]+$"), 6  # and the verbosity from which on it says so
 # The first error about a certificate that does not verify, and the one about that of a TLS server, which comes later.
 CERTIFICATE_REFUSED, TLS_REFUSED = re.compile("certificate verification failed"), "certificate verify failed"
 OUT_OF_DATE = re.compile(
