@@ -10,19 +10,22 @@ cryptography; this file decides what to send, keeps secrets out of sight, and ma
 but the standard library. For the command line: `python3 cmp_ca_handler.py --help`.
 
 It is to be read before it is trusted with the credentials of a CA, from top to bottom. Nine parts follow, each with
-its entry first; a function stands below the first one that calls it. The command line is last: nothing above calls it.
+its types and its entry first; a function stands below the first one that calls it. Nothing calls the command line, at
+the end.
 
     question                                                 where to look
-    What becomes of an order?                                CAhandler.enroll, CAhandler.poll
+    What becomes of an order?                                CAhandler.enroll
+    What does a poll do?                                     CAhandler.poll, Exchange
     What may a profile of an account set?                    CAhandler._profiled_section, OPTIONS
-    Which CSRs are refused? Who proves possession?           _read_csr, _prove_possession
+    Which CSRs are refused?                                  _read_csr
+    Who proves possession of the key?                        _prove_possession, _check_key
     What is sent?                                            _request, _command
     Which file is whose? What if a poller is killed?         Transaction
     What does the CA's answer mean, and who says so?         Exchange
     Which chain is served?                                   ChainFinder
     What is compared with the CSR?                           _changes
     What does a revocation answer, a second one too?         CAhandler._revoke
-    Which options are there, and what is special of each?    OPTIONS
+    Which options are there, and how is one added?           OPTIONS
     Who says that the configuration is right?                _findings, _dry_run
     Where could a secret come out?                           the comment above _secret
     How does openssl run, and when is it ended?              _run, Exchange.asleep
@@ -192,7 +195,7 @@ class CAhandler:
         try:
             _check_identifier(poll_identifier)
             about["id"] = poll_identifier
-            # Whatever else is wrong with the configuration: the result of an earlier poll is handed out.
+            # Whatever is wrong with the other entries: the result of an earlier poll is handed out.
             settings = _settings(self._configured())
             if settings.directory_fault:
                 raise CMPError(settings.directory_fault)
@@ -261,18 +264,19 @@ class CAhandler:
     def _revoke(self, certificate: Certificate, reason: str, settings: Settings) -> Revoked:
         """Ask the CA to revoke, with the server and the credentials of `settings`."""
         settings = settings.without_enrolment("rr")
-        about = {"serial": certificate.serial, "issuer": _name_text(certificate.issuer), "server": settings.server}
+        issuer = _hide(_name_text(certificate.issuer), settings.hidden)
+        about = {"serial": certificate.serial, "issuer": issuer, "server": settings.server}
         with closing(_begin(settings, "revoking", self.logger)) as transaction:
             transaction.write("old.pem", _pem(certificate.der))
             arguments = ["-revreason", str(REASONS[reason])]
             if "rspout" in settings.binary.options:
                 arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
             run = _openssl_cmp(transaction, ["-oldcert", transaction.file("old.pem"), *arguments])
-            if not transaction.answers() and any(map(INVALID_CERTIFICATE.search, run.errors())):  # not by openssl
+            if not transaction.answers() and any(map(INVALID_CERTIFICATE.search, run.errors())):  # nothing was sent
                 run = _openssl_cmp(transaction, [*_by_serial(certificate, settings), *arguments])
             newest = next(reversed(transaction.answers()), None)
         _log_messages(self.logger, run, settings)
-        # Its text may have line breaks, and look like an error of openssl's.
+        # The CA's text may have line breaks, and look like an error of openssl's.
         if run.code == 0 and (newest.status in GOOD if newest and newest.body == RP else not run.errors()):
             self.logger.info("certificate revoked: %s", _pairs({**about, "reason": reason}))
             return (200, None, None)
@@ -390,7 +394,7 @@ class CAhandler:
         }
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
-        """The settings. Raises CMPError, before anything is sent, with every error there is."""
+        """The settings. Raises CMPError, before anything is sent, with every error found."""
         settings = _settings(section)
         for warning in settings.warnings:
             if warning not in _warned:  # once per process is enough
@@ -505,7 +509,7 @@ def _read_ini(path: str) -> Any:
 def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
     """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored.
 
-    Raises CMPError where an entry has swallowed another one, or its own value: these are shown nowhere.
+    Raises CMPError where an entry has swallowed another one, or its own value: values are shown nowhere.
     """
     entries = {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
     for key, value in entries.items():
@@ -829,27 +833,28 @@ class Transaction:
     """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs.
 
     enrolling, waiting, revoking, asking  one of them: its state, and the lock
-    csr.pem, pubkey.der           the request: what the client has signed, and its key
+    csr.pem, pubkey.der (or .pem) the request: what the client has signed, and its key
     subject, profile              what was sent as -subject; what the order's profile has set
     NNN.der                       the CA's answers; the newest holds the nonce that it expects next
-    NNN.new                       an answer as openssl saved it: the last of them may be anybody's
+    NNN.new, NNN.req              an answer as openssl saved it, the last of them may be anybody's; its request
     repeated                      a repeated certConf got no answer
     issued                        the result of a poll, kept for a day, when all else is gone
-    of one run alone              NNN.req, scratch, cert.pem, extracerts.pem, capubs.pem, request.cnf; of the chain
+    of one run alone              scratch, cert.pem, extracerts.pem, capubs.pem, request.cnf; of the chain
                                   issuer.pem, below.pem; of a revocation old.pem
 
     Who sees which file, and why nothing is lost:
 
     - enroll() makes the directory, holds the lock, and asks. The CA says "waiting". wait() renames `enrolling` to
       `waiting` and syncs all: only now acme2certifier gets the identifier. Killed before that, nobody knows of the
-      order, and the sweep deletes the directory an hour later.
+      order, and the sweep of a later one deletes the directory when it is an hour old.
     - A poller takes the lock and has openssl ask. It is killed with -9: the system lets go of the lock, and openssl,
-      which holds it too, goes on until its time is up, so no second poller asks in between. What it gets is there
-      as NNN.new. The next poll replays it: openssl goes on from it, or refuses it, and then it is thrown away.
+      which holds it too, goes on until its time is up, so no second poller asks in between (on Windows it ends, too).
+      What it gets is there as NNN.new. The next poll throws it away if it does not fit its request (`usable`), or
+      replays it: openssl goes on from it, or refuses it. A poll without any usable answer asks nothing.
     - The CA says yes. finish() writes the bundle as `issued`, whole and synced, before the poller says so. Killed then,
       the next poll hands out the same bundle. Killed after it, too; and a day later the sweep deletes it.
-    - Two pollers: the second finds the lock taken. It opens the lock file, the first one finishes and lets go, the
-      second gets the lock of a file that is gone: `_resume` looks whether it is still there.
+    - Two pollers: the second finds the lock taken, and waits. Or it opens the lock file, then the first one finishes
+      and lets go, so it gets the lock of a file that is gone: `_resume` looks whether it is still there.
     - The sweep sees `enrolling`. The enrolment gets "waiting", renames it and lets go. The sweep gets the lock of a
       file that is now called `waiting`: its old name is gone, so it leaves the directory alone.
     """
@@ -917,7 +922,7 @@ class Transaction:
     def usable(self) -> list[Message]:
         """The answers that openssl can go on from.
 
-        The newest may be somebody's recording, which a process that was killed has left: then it is to another request.
+        The newest may be somebody's recording, saved while a process was killed: then it does not fit its request.
         """
         found = _usable(self.answers())
         if found and found[-1].path.endswith(".new") and not _fits(found, _saved_message(found[-1].path[:-4] + ".req")):
@@ -930,6 +935,10 @@ class Transaction:
             return bool(self.usable())
         except OSError:
             return any(os.path.exists(self.file(name)) for name in ("001.new", "001.der"))
+
+    def warn(self, text: str, *values: object) -> None:
+        """Log a warning that has names of certificates in it: whoever has made them may know the secret."""
+        self.logger.warning("%s", _hide(text % values, self.settings.hidden))
 
     def wait(self) -> None:
         """Let it wait for the CA. That is a promise, so it is on the disk before it is said."""
@@ -1031,7 +1040,7 @@ def _check_identifier(identifier: object) -> None:
 
 
 def _kept_result(settings: Settings, identifier: str) -> str:
-    """The bundle that an earlier poll has returned, empty if there is none."""
+    """The bundle that an earlier poll has got, empty if there is none."""
     path = f"{settings.directory}/{identifier}/issued"
     if os.path.islink(path) or not os.path.isfile(path):
         return ""
@@ -1046,7 +1055,7 @@ def _resume(settings: Settings, identifier: str, logger: logging.Logger, state: 
     """
     base, path = settings.directory, f"{settings.directory}/{identifier}"
     text = f"no transaction {identifier} in {base}: it is finished, or cmp_tmp_dir has changed or was lost"
-    # Of an enrolment that was killed nobody knows the identifier, but who finds it may go on with it.
+    # acme2certifier does not know the identifier of an enrolment that was killed, but who finds it may go on with it.
     killed = state == "waiting" and not os.path.exists(f"{path}/waiting")
     try:
         lock = _locked(f"{path}/{'enrolling' if killed else state}")
@@ -1064,7 +1073,7 @@ def _resume(settings: Settings, identifier: str, logger: logging.Logger, state: 
 
 
 def _delete(path: str, but: str = "") -> None:
-    """Delete a transaction's directory, or all in it `but` one file. Takes one descriptor: no more may be left."""
+    """Delete a transaction's directory, or all in it `but` one file. Needs one descriptor: there may be no more."""
     names = os.listdir(path)
     try:
         for name in names:
@@ -1086,17 +1095,18 @@ ACCEPTED, NOT_ACCEPTED, UNKNOWN = "accepted", "not accepted", "unknown"  # by op
 
 
 class Exchange:
-    """One run of `openssl cmp` for an enrolment, from the start or on from saved answers, and what has come of it.
+    """`openssl cmp` runs for an enrolment, from the start or on from saved answers; and what has come of it.
 
     Three sources tell that, in this order of trust: the file that openssl writes as its last act; the CA's messages,
-    read as DER; openssl's text. Anybody on the way can write into that text, so all that it can prove is that openssl
-    did not accept an answer.
+    read as DER; openssl's text. Anybody on the way can add to that text, but take nothing away. So a strange line
+    proves that openssl did not accept an answer; only where there is none, the others tell something (`Run.only`).
 
     The course of a poll: `CAhandler.poll` hands out a kept result, or locks the directory (`_resume`). Before the time
     of checkAfter (`_due`) that is all. Then the same request is made again (`_request`), and
 
     - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`asleep`);
-    - `_issued`, `_refused`: the certificate is there, or the CA's no, which openssl has accepted: the end;
+    - `_issued`, `_refused`: the certificate is there, or the CA's no, which openssl has accepted, or a certificate that
+      openssl does not take: the end;
     - `_keep`: which of the new answers are authentic (`_judgement`)? They are saved, the others deleted;
     - `_issued_before`: the certificate of an earlier answer, whose confirmation the CA does not answer;
     - `_undecided`: the order waits.
@@ -1150,7 +1160,7 @@ class Exchange:
             files += ["-rspout", ",".join([*[file("scratch")] * len(old), *(f"{path}.new" for path in new)])]
             files += ["-reqout", ",".join([*(f"{path}.req" for path in old + new), file(NO_MORE_REQUESTS)])]
         answer = max(self.settings.seconds("msg_timeout"), self.settings.binary.margin())
-        # A poll asks once. Otherwise there must be time for an answer, and openssl counts whole seconds.
+        # A poll is not to sleep. Otherwise there must be time for an answer, and openssl counts whole seconds.
         self.deadline = time.monotonic() + (0 if self.before else total - answer - 1)
         self.run = _openssl_cmp(self.transaction, self.request, files, overrides, self.asleep)
 
@@ -1204,7 +1214,7 @@ class Exchange:
         return _failure_text(self.run, newest, self.settings)
 
     def _keep(self) -> list[Message]:
-        """Let the transaction hold its authentic answers, on the disk, and no others; these are returned.
+        """The authentic answers, which are on the disk now; `_clear` deletes the others.
 
         openssl saves an answer before it checks it. It goes on only from one that it has accepted, so all are authentic
         but perhaps the newest. That one is thrown away only if openssl has certainly not accepted it: a live answer
@@ -1264,7 +1274,7 @@ class Exchange:
         return NOT_ACCEPTED if complete else UNKNOWN
 
     def _issued_before(self) -> Outcome | None:
-        """The certificate that an earlier run has got, where the CA twice does not answer certConf."""
+        """The certificate that an earlier run has got, where the CA answers something else, or twice nothing."""
         granted = next((answer for answer in self.before if answer.grants()), None)
         if granted is None or self._leaf_refused() or not self.run.complete() or not self._takes(granted):
             return None
@@ -1445,8 +1455,8 @@ def _refusal_text(answer: Message, settings: Settings) -> str:
     failures = " ".join(answer.failures) or f"PKIStatus: {'waiting' if answer.status == WAITING else 'other'}"
     # Where the CA says more than that it does not trust the signer, that is the reason, not the certificate.
     more = {*answer.details} - {*answer.texts} or answer.error_code is not None
-    # The failInfo chooses the hint, and of the CA's text one word: it may speak of certificates and secrets, too.
-    words = re.findall("approval", " ".join([*answer.texts, *answer.details]), re.I)
+    # The failInfo chooses the hint, and of the CA's text these words: it may speak of certificates and secrets, too.
+    words = CA_WORDS.findall(" ".join([*answer.texts, *answer.details]))
     hint = "" if failures == "signerNotTrusted" and more else _hint(" ".join([*words, failures]))
     return f"CMP server {settings.server} {verb} {answer.words(settings.hidden)}{hint}"
 
@@ -1463,7 +1473,7 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
 
     Whatever goes wrong here does not cost the certificate: what is verified is served, and the log says what is not.
     """
-    warn = transaction.logger.warning
+    warn = transaction.warn
     try:
         finder = ChainFinder(leaf, transaction)
         chain, anchored, ends = finder.best()
@@ -1488,21 +1498,21 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
     return chain
 
 
-# Links that openssl has verified in this process: a hash of what was signed and of the issuer's certificate, for
-# strangers can send large ones.
+# Links that openssl has verified in this process, as hashes, for strangers can send large certificates: of the one
+# below (of a leaf perhaps what names its issuer's key: see `issuers`), and of the issuer.
 _links: set[bytes] = set()
 
 
 class ChainFinder:
-    """Finds the ways from a certificate upwards, and has openssl verify each link.
+    """Finds the ways from a certificate upwards, and has openssl verify each link (`issuers` says when again).
 
     Nothing is trusted because of where it stands: a certificate from extraCerts, which nothing protects (RFC 4210,
-    5.1), is served if openssl says that it has signed the one below, and a way that ends in the configuration is
-    preferred to it.
+    5.1), is served if openssl says that it has signed the one below, and a way that ends in the configuration, or
+    in caPubs, is preferred to it.
     """
 
     def __init__(self, leaf: Certificate, transaction: Transaction) -> None:
-        self.leaf, self.transaction, self.logger, self.left = leaf, transaction, transaction.logger, MAX_LINKS
+        self.leaf, self.transaction, self.left = leaf, transaction, MAX_LINKS
         self.invalid = False  # openssl calls the leaf itself invalid
         self.false: list[str] = []  # candidates that openssl does not take for the issuer, and why
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
@@ -1511,7 +1521,7 @@ class ChainFinder:
                 certificates += (there := _configured_certificates(path))
                 if not there:
                     what, name = "holds no certificate that can be read: make it PEM", _one_line(path, 100)
-                    self.logger.warning("cmp_%s: %s %s", option, name, what)
+                    transaction.warn("cmp_%s: %s %s", option, name, what)
         anchors = found["trusted"] + found["out_trusted"]
         # What the configuration names, and caPubs, which are protected.
         self.named = [*found["untrusted"], *anchors, *_certificates(transaction.file("capubs.pem"))]
@@ -1522,7 +1532,7 @@ class ChainFinder:
                     self.sent.append(_certificate(element.raw))
         # A renewed certificate of an anchor has its name and key.
         self.anchors, self.protected = set(map(_who, anchors)), set(map(_who, self.named))
-        self.configured = {c.der for c in self.named}
+        self.known = {c.der for c in self.named}
 
     def best(self) -> tuple[list[Certificate], bool, bool]:
         """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
@@ -1551,12 +1561,12 @@ class ChainFinder:
         return self.signed_by(certificate, certificate, certificate.der)
 
     def issuers(self, way: list[Certificate]) -> Iterator[Certificate]:
-        """Who has signed the last one of `way`, valid ones first, what came in extraCerts last."""
+        """Who has signed the last one of `way`: valid ones first, and among equals what came in extraCerts last."""
         last, trodden = way[-1], set(map(_who, way))
         found = list({c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}.values())
         found = [c for c in found if _who(c) not in trodden]
         # Stable: the configuration stays before caPubs, and these before extraCerts.
-        found.sort(key=lambda c: (not c.valid(), c.der not in self.configured))
+        found.sort(key=lambda c: (not c.valid(), c.der not in self.known))
         # Each leaf is new. If it names its issuer's key, and all candidates have that one key, openssl verifies the
         # link for the first leaf alone: the next leaf of this issuer costs no process.
         sure = len(way) == 1 and last.authority_key and len({c.key for c in found}) == 1
@@ -1571,7 +1581,7 @@ class ChainFinder:
 
         link = hashlib.sha256(b"%d " % len(mark) + mark + issuer.der).digest()
         # What anybody can put into extraCerts may not use up what the configured issuers need.
-        reserved = 0 if issuer.der in self.configured or issuer is self.leaf else MAX_LINKS // 3
+        reserved = 0 if issuer.der in self.known or issuer is self.leaf else MAX_LINKS // 3
         if link in _links or self.left <= reserved:
             return link in _links
         self.left -= 1
@@ -1597,9 +1607,9 @@ class ChainFinder:
         elif below is not issuer:
             why = _one_line((FALSE_SIGNER.findall(run.output) or [run.output])[0], 100)
             self.false.append(f"{_name_text(issuer.subject)} ({why})")
-            if issuer.der not in self.configured:
+            if issuer.der not in self.known:
                 self.left -= 3  # anybody may put such a certificate there, and each costs a process
-                self.logger.warning("passed over a certificate in extraCerts: %s", self.false[-1])
+                self.transaction.warn("passed over a certificate in extraCerts: %s", self.false[-1])
         return run.code == 0
 
     def passed_over(self, below: Certificate) -> str:
@@ -1708,9 +1718,10 @@ class Option(NamedTuple):
 # marks   fixed: no profile sets it: the program and what it loads, credentials, and how long it keeps a worker busy;
 #         enrolment: no part of a revocation; ir: nor of a p10cr; tls: nothing without TLS
 # weak    behind a comma: why the option weakens security; no profile sets it
-# An option without a row has nothing special. To add one of our own: its row here; what is wrong with a value, a row
-# in VALUE_FAULTS; its field in Settings, read in `_settings`; what it does, in `CAhandler.enroll` (what `_read_csr`
-# refuses is refused to orders that wait, too); its line in docs/configuration.md.
+# An option without a row has nothing special. To add one of our own: its name in the row `ours`, which no profile sets;
+# what is wrong with a value, a row in VALUE_FAULTS under its name; its field in Settings, read in `_settings`, inside
+# the try; what it does, in `CAhandler.enroll` (what `_read_csr` refuses is refused to orders that wait, too); its line
+# in docs/configuration.md.
 OPTIONS_TABLE = """
 openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes: ours
 server path proxy no_proxy ignore_keyusage: -
@@ -1783,7 +1794,7 @@ class Settings(NamedTuple):
 
     @property
     def hidden(self) -> Collection[str]:
-        """What must appear nowhere. openssl prints the passwords of proxies, whatever characters they have."""
+        """What must appear nowhere (see `_hide`). openssl prints the passwords of proxies, whatever is in them."""
         users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
         return {*self.secrets.values(), *users, *(user.partition(":")[2] for user in users)} - {""}
 
@@ -2089,12 +2100,14 @@ def _attribute_type(kind: str, binary: Binary) -> str:
 
 # Where a secret could come out, and what keeps it in:
 #   openssl's arguments   `_read_value` puts `env:NAME` there; VALUE_FAULTS refuses PINs and passwords in other options
-#   openssl's environment `_start` adds `Settings.secrets` for that one process; nobody but its user can read it
-#   the log, errors       openssl's lines, and the CA's texts in its answers, pass `_foreign` as a whole: it masks
-#                         `Settings.hidden`, and what looks like a secret; none of ours shows the value of a secret
+#   openssl's environment `_start` adds `Settings.secrets` for that one process; its user and root can read it
+#   the log, errors       openssl's lines, the CA's texts, and names in its certificates pass `_hide`, each as a whole
+#                         (`_foreign`, `Transaction.warn`): it masks `Settings.hidden`, and what looks like a secret;
+#                         none of our texts shows the value of a secret
 #   unexpected exceptions `_explained` shows type and line, never the text
 #   what cannot be read   `_load_config` and `_read_ini` say the number of the line, not what is in it
-#   files                 none is written with one: openssl reads `cmp_secret: file:` and the like through us
+#   files                 none is written with one: what `cmp_secret: file:` names we read, not openssl; a profile
+#                         cannot set one (`Option.fixed`)
 #   the command line      `check` shows no value of a secret, nor of an entry that it does not know; `convert` prints
 #                         what the user has typed, with a warning
 
@@ -2628,7 +2641,7 @@ def _hide(text: str, secrets: Iterable[str]) -> str:
             if len(spelled) > 3:
                 text = text.replace(spelled, "***")
     # What looks like one: the PIN of a token, the password of a proxy.
-    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret))\s*=[^;&?\s'\"]+", r"\1=***", text)
+    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret))\s*=\s*[^;&?\s'\"]+", r"\1=***", text)
     return re.sub(r"(//)[^/@\s'\"]+@", r"\1***@", text)
 
 
@@ -2789,7 +2802,7 @@ def _sync(path: str) -> None:
 
 
 def _locked(path: str, new: bool = False) -> int:
-    """A descriptor of a lock file that we hold, until this process ends. Raises BlockingIOError where another does."""
+    """A descriptor of a lock file that we hold, until we and openssl end. Raises BlockingIOError if another does."""
     lock = _open_lock(path, new)
     try:
         if sys.platform == "win32":
@@ -2948,6 +2961,10 @@ CERTIFICATE_REFUSED, TLS_REFUSED = re.compile("certificate verification failed")
 OUT_OF_DATE = re.compile(
     r"^cert has expired$|^cert not yet valid$|depth = \d+ error = (?:9|10) \(certificate [a-z ]+\)$"
 )
+# EJBCA's, in its refusals.
+CA_WORDS = re.compile(
+    "approval|'COMMONNAME' must exist|Wrong number of [^.]{1,60} fields|not contain matching field", re.I
+)
 NO_SIGNER, SRVCERT_REFUSED = re.compile("no suitable sender cert"), "srvcert does not validate"
 # What an HTTP server, or the signer's name, may say is not searched for hints, or they would be their choice.
 FOREIGN_WORDS = re.compile(r"(reason= ?(?:\d{3}\b)?|actual=|content=|input=|Content-Type: | name = |:/(?=[\w.]+=)).*")
@@ -2981,7 +2998,8 @@ MOCK_SERVER = re.compile("^Mock server options:\n(.*?)(?:\n\n|\\Z)", re.M | re.S
 OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
 ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
 
-# What openssl says (a regular expression) -> what to do. The first one that fits counts, so special ones come first.
+# What openssl says, or the CA (a regular expression) -> what to do. The first one that fits counts, so special ones
+# come first. Nothing is decided by them.
 # A test holds docs/troubleshooting.md to the same list.
 HINTS = r"""
 approval -> the CA queues what needs an approval, and no poll sees it: approve it there, or switch approvals off
@@ -3179,7 +3197,7 @@ class Attribute(NamedTuple):
 
 
 Name = list[list[Attribute]]
-SPECIAL = re.compile(r"^[ #]| $|(?<=\s)#|[,+\"\\;<>=]")  # in RFC 4514's notation; behind a blank a # begins a comment
+SPECIAL = re.compile(r"(^|(?<=\s))#|[,+\"\\;<>=]")  # in RFC 4514's notation; behind a blank a # begins a comment
 
 
 def _name(raw: bytes) -> Name:
@@ -3212,10 +3230,15 @@ def _name_text(name: Name) -> str:
     for rdn in name:
         pairs = []
         for a in rdn:
-            value = "#" + a.raw.hex() if a.text is None else SPECIAL.sub(r"\\\g<0>", a.text)
+            value = "#" + a.raw.hex() if a.text is None else _escaped(a.text)
             pairs.append(f"{ATTRIBUTES[a.type][0] if a.type in ATTRIBUTES else a.type}={value}")
         rdns.append("+".join(pairs))
     return _one_line(", ".join(rdns)) or "(empty)"
+
+
+def _escaped(text: str) -> str:
+    """An attribute's value in RFC 4514's notation; a blank at its end would be stripped, with a backslash, too."""
+    return re.sub("^ | $", r"\\20", SPECIAL.sub(r"\\\g<0>", text))
 
 
 def _slash_form(name: Name, exact: bool) -> str | None:
@@ -3323,7 +3346,7 @@ def _decode(argument: object, label: str) -> bytes:
 
 # PKIBody, RFC 4210 section 5.1.2: the tags of a CA's answers, and of the request that confirms a certificate.
 IP, CP, RP, PKICONF, ERROR, CERTCONF, POLLREP = 1, 3, 12, 19, 23, 24, 26
-# PKIStatus, 5.2.3. With GOOD comes a certificate, in spite of the two warnings; GRANTED says a certConf that takes it.
+# PKIStatus, 5.2.3. GOOD is a yes, two of them with a warning; GRANTED is what a certConf says that takes a certificate.
 GRANTED, REJECTION, WAITING, GOOD = (0, 1), 2, 3, (0, 1, 4, 5)
 # PKIFailureInfo, 5.2.3, in the order of the bits.
 FAILURES = (
@@ -3970,7 +3993,7 @@ def _comma_dn(value: str) -> str:
         return value
     text = ""
     for separator, kind, part in _split_slash(value):
-        text += {"+": "+", "/": ", "}[separator] + f"{kind}=" + SPECIAL.sub(r"\\\g<0>", part)
+        text += {"+": "+", "/": ", "}[separator] + f"{kind}={_escaped(part)}"
     return text[2:] or "/"
 
 
