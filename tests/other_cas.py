@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 import demo_ca
 from demo_ca import DemoCA, Issued, Work, read_der, write_der
 
+PrivateKey = Union[ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey]
+
 
 def make_stranger(directory: Path) -> None:
-    """The self-signed certificate of a CA that has nothing to do with the demo CA: stranger.pem."""
+    """The self-signed certificate of a CA that has nothing to do with the demo CA, and its key: stranger.pem, .key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "A Stranger")])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -25,6 +27,36 @@ def make_stranger(directory: Path) -> None:
     builder = builder.add_extension(x509.BasicConstraints(True, None), True)
     certificate = builder.sign(key, hashes.SHA256())
     (directory / "stranger.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (directory / "stranger.key").touch(0o600)
+    (directory / "stranger.key").write_bytes(key_pem(key))
+
+
+def key_pem(key: PrivateKey) -> bytes:
+    """A private key in PEM."""
+    form = serialization.PrivateFormat.PKCS8
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def mutual_tls(ca: DemoCA) -> dict[str, str]:
+    """The section for a CA behind TLS, with a client certificate of another root than the server's."""
+    own = {"cmp_tls_cert": f"{ca.directory}/stranger.pem", "cmp_tls_key": f"{ca.directory}/stranger.key"}
+    return {**ca.options(), **own}
+
+
+def new_signer(directory: Path, kind: str = "EC", subject: x509.Name | None = None) -> tuple[bytes, bytes]:
+    """Another certificate and key, in PEM, for the signer of the demo CA's answers, under another name if told so."""
+    key = ec.generate_private_key(ec.SECP256R1()) if kind == "EC" else rsa.generate_private_key(65537, 2048)
+    old, issuer = (x509.load_pem_x509_certificate((directory / f"{name}.pem").read_bytes()) for name in ("cmp", "root"))
+    builder = x509.CertificateBuilder(issuer.subject, subject or old.subject, key.public_key())
+    builder = builder.serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(old.not_valid_before_utc).not_valid_after(old.not_valid_after_utc)
+    for extension in old.extensions:
+        same = not isinstance(extension.value, x509.SubjectKeyIdentifier)
+        value = extension.value if same else x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        builder = builder.add_extension(value, extension.critical)
+    root = serialization.load_pem_private_key((directory / "root.key").read_bytes(), None)
+    assert isinstance(root, ec.EllipticCurvePrivateKey)
+    return builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM), key_pem(key)
 
 
 class JunkCA(DemoCA):

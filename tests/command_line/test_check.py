@@ -24,9 +24,10 @@ import demo_ca
 from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, every_binary, needs_root, nobody_at
 from demo_ca import DemoCA, read_der
 from host import HANDLER
+from other_cas import new_signer
 from proxy import Proxy, TcpServer, spoilt
 from proxy import name as common_name
-from shared import SHORT, Desk, run, version
+from shared import SHORT, Desk, run, save_request, version
 
 EVERYTHING = "address: yes, path: yes, trust: yes, credentials: yes"
 MakeCA = Callable[..., DemoCA]
@@ -433,6 +434,40 @@ def test_the_sender_to_expect(openssl: str, ca: DemoCA, connect: Callable[..., C
     again = connect(ca.options("certificate"), openssl, expect_sender=name)
     assert (again.code, again.proven) == (0, EVERYTHING), again.output
     assert "\nsender " not in connect(ca.options(), openssl).output
+
+
+@pytest.mark.parametrize("common", ["#1 CA", "CA # 2", "CA #", "a # ; both"])
+def test_the_sender_to_expect_has_a_hash_sign(
+    common: str, ca_directory: Path, tmp_path: Path, connect: Callable[..., Checked]
+) -> None:
+    """A hash sign in the signer's name, which would begin a comment, or a value in hexadecimal: the line that `check
+    --connect` prints can be pasted all the same.
+    """
+    directory = shutil.copytree(ca_directory, tmp_path / "ca")
+    certificate, key = new_signer(directory, subject=common_name(common))
+    (directory / "cmp.pem").write_bytes(certificate)
+    (directory / "cmp.key").write_bytes(key)
+    with DemoCA(directory) as ca:
+        checked = connect(ca.options("certificate"), expect_sender=None)
+        line = next(line for line in checked.output.splitlines() if line.startswith("sender "))
+        name = line.split(None, 1)[1].partition(": ")[2]
+        again = connect(ca.options("certificate"), expect_sender=name)
+        assert (again.code, again.proven) == (0, EVERYTHING), again.output
+
+
+@binaries
+def test_the_general_message_has_the_recipient_of_an_enrolment(
+    openssl: str, ca: DemoCA, connect: Callable[..., Checked], tmp_path: Path
+) -> None:
+    """cmp_issuer and no cmp_recipient, then `check --connect`: openssl takes the issuer where it enrols, and so a CA
+    that is found by its name has to see it here, too.
+    """
+    save_request(ca, tmp_path / "genm")
+    issuer = ca.options()["cmp_recipient"]
+    assert connect(ca.options(), openssl, recipient=None, issuer=issuer).proven == EVERYTHING
+    recipient = read_der((tmp_path / "genm").read_bytes()).parts()[0].parts()[2]
+    name = x509.load_pem_x509_certificate((ca.directory / "sub.pem").read_bytes()).subject
+    assert read_der(recipient.content).whole == name.public_bytes()
 
 
 def test_the_messages_of_openssl(ca: DemoCA, desk: Desk) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA
 from host import HANDLER
-from shared import Desk, age, hold, run
+from shared import Desk, age, called, hold, run
 
 # The user's document, word for word: its command line, and the section that it says this gives. The document's
 # section has the directory of the files, and cmp_tmp_dir, which no command line knows.
@@ -111,6 +111,18 @@ def test_convert_what_is_no_cmp_command(words: str) -> None:
     result = run("convert", stdin=words)
     assert (result.returncode, result.stdout) == (4, "")
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, key",
+    [(["-ref", "no"], "cmp_ref"), (["-secret", "pass:x "], "cmp_secret"), (["-ref", '"x"'], "cmp_ref")],
+    ids=["switch", "blank", "quotes"],
+)
+def test_convert_reports_what_a_section_cannot_hold(words: list[str], key: str) -> None:
+    """A value that a file would turn into a switch, cut, or show in quotes: an error names the key; exit code 1."""
+    result = called("convert", "--", OPENSSL, "cmp", "-server", "127.0.0.1:80", *words)
+    (error,) = result.stderr.splitlines()
+    assert result.returncode == 1 and error.startswith(f"error: {key}: ")
 
 
 def test_from_a_working_command_line_to_a_certificate(ca: DemoCA, desk: Desk) -> None:
@@ -345,6 +357,19 @@ def test_exit_codes_of_an_enrolment(case: str, ca: DemoCA, desk: Desk) -> None:
     assert result.returncode == code, result.stderr
     if result.stdout:
         assert json.loads(result.stdout)["status"] == {0: "done", 3: "waiting"}.get(code, "failed")
+
+
+@pytest.mark.parametrize("words", ["cacerts", "list", "--section foo check", "--section foo list"])
+def test_every_failure_is_told_in_json(words: str, ca: DemoCA, desk: Desk) -> None:
+    """A CA that cannot be asked for its certificates, no section, or one that is not there: --json says so, too."""
+    desk.configure(ca.options(), secret="another-one")
+    if words == "list":
+        (desk.directory / "acme_srv.cfg").write_text("[Order]\n")
+    for typed in (["--json", *words.split()], [*words.split(), "--json"]):
+        result = desk(*typed)
+        told = json.loads(result.stdout)
+        assert result.returncode == 4 and told["status"] == "failed" and told["error"] and told["class"], told
+        assert result.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,12 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "home directory": ({"tmp_dir": "~/cmp"}, ["cmp_tmp_dir", "whole path"]),
     "directory of systemd": ({"tmp_dir": "%S/cmp"}, ["cmp_tmp_dir", "whole path"]),
     "directory in a variable": ({"tmp_dir": "$STATE_DIRECTORY"}, ["cmp_tmp_dir", "whole path"]),
+    "file: twice, and a typo": (
+        {"secret": "file:file:/etc/x", "trsted": "x"},
+        ["cmp_secret: ", "is not a file", "did you mean cmp_trusted?"],
+    ),
+    "path is a variable of a shell": ({"path": "${CMP_PATH}"}, ["cmp_path: is no variable: write the value itself"]),
+    "reference is a variable of a shell": ({"ref": "$CMP_REF"}, ["cmp_ref: is no variable: write the value itself"]),
     "long first line": ({"secret": "file:bin/long"}, ["cmp_secret", "1,023"]),
     "no colon": ({"ref aGVsbG8": "="}, ["cmp_ref", "colon"]),
     "two entries in a line": ({"path": "pkix/ cmp_days: 3"}, ["cmp_path", "cmp_days", "line of its own"]),
@@ -245,6 +251,10 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
         {"cert": "pki/cert.pem", "key": "pkcs11:token=x;pin-value=hush%21"},
         ["cmp_key", "pin-source=file:", "cmp_keypass: env:"],
     ),
+    "PIN in the address of a key, with blanks": (
+        {"cert": "pki/cert.pem", "key": "pkcs11:token=x?pin-value = hush"},
+        ["cmp_key", "pin-source=file:", "cmp_keypass: env:"],
+    ),
     "secret for the name of its variable": (
         {"secret": None, "secret_variable": "hush-hush"},
         ["cmp_secret_variable", "not set"],
@@ -252,6 +262,8 @@ FAULTS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "secret for the name in env:": ({"secret": "env:hushhush"}, ["cmp_secret", "not set"]),
     "password in the name of a server": ({"server": "http://u:hush@127.0.0.1:1"}, ["cmp_server", "password"]),
     "key update": ({"cmd": "kur"}, ["cmp_cmd", "ir, cr and p10cr"]),
+    "no command": ({"cmd": "no"}, ["cmp_cmd: "]),
+    "no proof": ({"popo": "off"}, ["cmp_popo: "]),
     "proof without a key": ({"popo": "1"}, ["cmp_popo", "private key"]),
     "password in the address": ({"server": "u:p@127.0.0.1:1"}, ["cmp_server", "password"]),
     "password in the proxy": ({"proxy": "http://u:p@127.0.0.1:1"}, ["cmp_proxy", "password"]),
@@ -363,6 +375,10 @@ FOUND_BY_OPENSSL: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "MAC by another name": ({"mac": "hmac-sha256"}, ["cmp_mac", "hmacWithSHA256"]),
     "no MAC": ({"mac": "sha257"}, ["cmp_mac", "hmac-sha1"]),
     "digest by another name": ({"digest": "SHA-256"}, ["cmp_digest", "sha256"]),
+    "file: before a key": (
+        {"secret": None, "cert": "pki/cert.pem", "key": "file:///nonexistent.key"},
+        ["cmp_key", "/nonexistent.key"],
+    ),
     "encrypted key": ({"secret": None, "cert": "pki/cert.pem", "key": "pki/encrypted.pem"}, ["cmp_key", "cmp_keypass"]),
 }
 
@@ -689,6 +705,7 @@ WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "certificate without key, not used": ({"cert": "pki/cert.pem"}, ["cmp_cert without cmp_key"]),
     "pass phrase without key": ({"keypass": "hush"}, ["cmp_keypass without cmp_key"]),
     "TLS switched off": ({"tls_used": "False", "tls_trusted": "pki/cert.pem"}, ["cmp_tls_trusted", "plain HTTP"]),
+    "trust in certificates alone": ({"out_trusted": "pki/cert.pem"}, ["cmp_out_trusted without cmp_untrusted: "]),
     "TLS with anybody": ({"tls_used": "True"}, ["cmp_tls_trusted is not set"]),
     "no directory": ({"tmp_dir": None}, ["cmp_tmp_dir is not set", "PrivateTmp"]),
 }

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
 from conftest import ENDS, OPENSSL, Handlers, binaries, csr_pem
+from shared import called
 
 CSR = csr_pem(["a.example"], "a.example")
 NAMELESS = csr_pem(["a.example"])  # for cmp_subject
@@ -208,6 +209,32 @@ def test_convert_gives_the_name_back() -> None:
     for configured in EXACT:
         slash = cmp_ca_handler._slash_dn(configured.strip(), binary)
         assert cmp_ca_handler._slash_dn(cmp_ca_handler._comma_dn(slash), binary) == slash, configured
+
+
+# as openssl gets it -> what must go out
+TYPED = {
+    "/CN=a # b": "/CN=a # b",
+    "/CN=a #": "/CN=a #",
+    "/": "",
+    "/O=http:\\/\\/x\\/CN=y": "/O=http://x/CN=y",
+}
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_name_is_converted_and_goes_out(typed: str, handlers: Handlers, tmp_path: Path, dead_end: int) -> None:
+    """A name on openssl's command line, which a section could take for something else: `convert` writes it so that
+    the handler sends what was typed.
+    """
+    address = f"127.0.0.1:{dead_end}"
+    words = [OPENSSL, "cmp", "-server", address, "-ref", "1234", "-secret", "pass:demo-secret", "-recipient", typed]
+    words += ["-issuer", "/CN=another"]  # openssl's recipient where none is set
+    converted = called("convert", "--", *words)
+    assert (converted.returncode, converted.stderr) == (0, "")
+    lines = [line.split(": ", 1) for line in converted.stdout.splitlines() if line.startswith("cmp_")]
+    handler = handlers(dict(lines))
+    assert handler.handler_check() is None
+    assert "404" in str(handler.enroll(CSR)[0])
+    assert recipient((tmp_path / "request").read_bytes()) == TYPED[typed]
 
 
 def test_nothing_crashes_on_a_name() -> None:

@@ -207,6 +207,20 @@ def test_numbers_and_switches_in_a_profile(ca: DemoCA, handlers: Handlers, tmp_p
     assert " -days 30 " in log.read_text() and " -ignore_keyusage " in log.read_text()
 
 
+def test_a_fraction_in_a_profile(ca: DemoCA, handlers: Handlers) -> None:
+    """A profile sets 30.5 days: an error names the entry, and no certificate of the configured time is issued."""
+
+    def choose(_: object, chosen: types.SimpleNamespace, *__: object) -> None:
+        chosen.cmp_days = 30.5
+
+    handler = handlers(ca.options(), days="10")
+    handler._helper = types.ModuleType("helper")
+    handler._helper.eab_profile_header_info_check = choose  # type: ignore[attr-defined]
+    error = handler.enroll(as_host(csr_pem(["a.example"])))[0]
+    assert error and "cmp_days: must be a number" in error
+    assert ca.messages == []
+
+
 def test_the_hosts_function_stumbles(ca: DemoCA, handlers: Handlers) -> None:
     """acme2certifier raises IndexError at an empty list in a profile, or at a header without "=": an ordinary error."""
     handler = handlers(ca.options())

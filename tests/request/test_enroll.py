@@ -63,6 +63,23 @@ def test_tls_server_that_is_not_trusted(make_ca: Callable[..., DemoCA], handlers
     assert (ca.messages, handlers.left()) == ([], [])
 
 
+@binaries
+def test_tls_in_a_configuration_file(
+    openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
+) -> None:
+    """The options of TLS stand in openssl's own file, and the server's certificate is not trusted: that is no CA that
+    cannot be reached, and the hint names the entry.
+    """
+    ca = make_ca(tls=True)
+    trust = ca.directory / "stranger.pem"
+    (tmp_path / "cmp.cnf").write_text(f"[cmp]\nserver = https://{ca.server}\ntls_used = 1\ntls_trusted = {trust}\n")
+    section = {key: value for key, value in ca.options().items() if "tls" not in key and key != "cmp_server"}
+    handler = handlers(section, config=str(tmp_path / "cmp.cnf"), openssl_bin=openssl)
+    error = str(handler.enroll(as_host(csr_pem(["a.example"])))[0])
+    assert (handler.failure, ca.messages) == ("unauthentic", [])
+    assert "certificate verify failed" in error and "(cmp_tls_trusted must hold the issuer" in error
+
+
 FORMS: dict[str, Callable[[str], str]] = {
     "base64url": as_host,
     "base64url with padding": lambda pem: as_host(pem) + "=" * (-len(as_host(pem)) % 4),

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 import cmp_ca_handler
-from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem
+from conftest import OPENSSL, Handlers, as_host, binaries, csr_pem, nobody_at
 from demo_ca import DemoCA
 from proxy import Forward, Proxy, message_parts, nested, poll_rep, protected, with_body
 from shared import SECTION, SHORT, Desk, begin, hold, recorder, script
@@ -74,6 +74,28 @@ def test_a_variable_holds_the_secret_as_it_is(
         handler = handlers(ca.options(), **{"secret": None, **changes})
         assert handler.handler_check() is None
         assert handler.enroll(CSR)[0] is None
+
+
+REFERENCES = {
+    "blank before it": (" demo", "begins or ends with a blank"),
+    "blank behind it": ("demo ", "begins or ends with a blank"),
+    "line break behind it": ("demo\n", "begins or ends with a blank or a line break"),
+    "line break in it": ("de\nmo", "more than one line"),
+    "quotes": ('"demo"', "quotes"),
+}
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_a_variable_holds_a_reference_as_it_cannot_be(
+    case: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `docker run --env-file`, or reading a file, leaves around a reference: an error that names the entry."""
+    value, words = REFERENCES[case]
+    monkeypatch.setenv("CMP_REF", value)
+    handler = handlers(ca.options(), ref=None, ref_variable="CMP_REF")
+    for text in (handler.handler_check(), handler.enroll(as_host(CSR))[0]):
+        assert text and "cmp_ref_variable: " in text and words in text
+    assert ca.messages == []
 
 
 # --- Where it does not go ---------------------------------------------------------------------------------------------
@@ -162,6 +184,28 @@ def test_secret_in_an_answer(ca: DemoCA, handlers: Handlers, proxy: Proxy, caplo
     assert not re.search("^CMP error", caplog.text, re.M)
 
 
+@pytest.mark.parametrize("between", [" ", "\n  "], ids=["one line", "block"])
+@pytest.mark.parametrize("entry", ["key", "tls_key"])
+def test_the_content_of_a_key(
+    entry: str, between: str, ca: DemoCA, desk: Desk, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The private key itself in the place of its path, on one line or as an indented block: the error says what to
+    write there, and nothing of it is in an error, in the log or in what `check` prints.
+    """
+    lines = (ca.directory / "stranger.key").read_text().split("\n")[:-1]
+    assert lines[0] == "-----BEGIN PRIVATE KEY-----" and len(lines) > 3
+    section = {**ca.options("certificate"), f"cmp_{entry}": between.join(lines)}
+    handler = handlers(section)
+    with caplog.at_level(logging.DEBUG):
+        texts = [str(handler.handler_check()), str(handler.enroll(as_host(CSR))[0])]
+    desk.configure(section)
+    results = [desk(*words) for words in (["check"], ["check", "--json"], ["enroll", "acme_srv.cfg", "-v"])]
+    assert all(f"cmp_{entry}: is the content of a file: write its path" in text for text in texts)
+    assert "write its path" in results[0].stdout
+    for shown in (*texts, caplog.text, *(result.stdout + result.stderr for result in results)):
+        assert [line for line in lines[1:-1] if line[:12] in shown] == []
+
+
 @pytest.mark.parametrize("quoted", [False, True])
 def test_secret_in_a_line_without_a_colon(
     quoted: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
@@ -216,6 +260,27 @@ def test_password_of_a_proxy(
     assert "tiger" not in error + caplog.text
 
 
+@pytest.mark.parametrize("user", ["tok3n", "user:xyz"])
+def test_user_of_a_proxy_without_a_scheme(
+    user: str,
+    ca: DemoCA,
+    desk: Desk,
+    handlers: Handlers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A token, or a short password, in http_proxy, whose address has no http:// before it: it is shown nowhere."""
+    times = {"msg_timeout": "1", "total_timeout": "1"}
+    with nobody_at() as port, caplog.at_level(logging.DEBUG):
+        monkeypatch.setenv("http_proxy", f"{user}@127.0.0.1:{port}")
+        error = handlers(ca.options(), **times).enroll(as_host(CSR))[0]
+        desk.configure(ca.options(), **times)
+        said = [desk("check"), desk("check", "--connect", "-v")]
+    assert error and f"127.0.0.1:{port}" in caplog.text + said[1].stdout
+    for text in (error, caplog.text, *(result.stdout + result.stderr for result in said)):
+        assert user.rpartition(":")[2] not in text
+
+
 # --- `check` ----------------------------------------------------------------------------------------------------------
 
 HIDDEN = {
@@ -228,6 +293,7 @@ HIDDEN = {
     "cmp_secret": "hush-hush",
     "cmp_srv_secret": "hush-quietly",
     "cmp_key": "pkcs11:token=ra;object=ra?pin-value=hush-hush",
+    "cmp_tls_key": "pkcs11:token=ra;object=ra?pin-value =hush-hush",
     "cmp_provparam": "pkcs11:pin=hush-hush",
     "cmp_tmp_dir": "/tmp/pin-value=hush-hush",
     "cmp_proxy": "http://user:hush-hush@127.0.0.1:1",
@@ -239,7 +305,7 @@ HIDDEN = {
 def test_secrets_stay_hidden(key: str, ca: DemoCA, desk: Desk) -> None:
     """A secret under a misspelt key, in an address or in a token's URI: `check --connect` does not print it."""
     desk.configure({**ca.options(), key: HIDDEN[key]}, msg_timeout="1")
-    result = desk("check", "--connect", http_proxy="http://user:hush-hush@127.0.0.1:1")
+    result = desk("check", "--connect", http_proxy="http://user:hush-proxy@127.0.0.1:1")
     assert "hush" not in result.stdout + result.stderr
 
 

@@ -17,6 +17,7 @@ from cryptography import x509
 import cmp_ca_handler
 from conftest import BINARIES, ENDS, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, every_binary
 from demo_ca import DemoCA, read_der, write_der
+from other_cas import new_signer
 from proxy import (
     FORGED,
     KEY,
@@ -193,6 +194,18 @@ def test_signer_behind_an_intermediate(
     assert error_of(handlers(section, **changes)).endswith(f"({hint(words)})")
     helps = {"root.pem": {"untrusted": str(ca.directory / "sub.pem")}, "sub.pem": {"partial_chain": "True"}}[trusted]
     assert "rejected the request" in error_of(handlers(section, **{**changes, **helps}))
+
+
+@every_binary
+@pytest.mark.parametrize("kind", ["RSA", "EC"])
+def test_a_signer_that_was_renewed(kind: str, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+    """cmp_srvcert holds the signer's certificate with another key than the one that signs: the hint names the entry,
+    and not what openssl has tried with it.
+    """
+    (tmp_path / "signer.pem").write_bytes(new_signer(ca.directory, kind)[0])
+    section = {**ca.options("certificate"), "cmp_srvcert": str(tmp_path / "signer.pem")}
+    error = error_of(handlers(section, trusted=None, recipient=None, openssl_bin=openssl))
+    assert error.endswith("(cmp_srvcert is not the certificate that signs the CA's answers)"), error
 
 
 # --- Keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 import cmp_ca_handler
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, every_binary
 from demo_ca import DemoCA, read_der, write_der
+from other_cas import mutual_tls
 from proxy import (
     FORGED,
     KEY,
@@ -135,6 +137,38 @@ def test_already_revoked_says_somebody_else(openssl: str, ca: DemoCA, handlers: 
     code, message, detail = handler.revoke(certificate, "superseded")
     assert (code, message) == (500, "urn:ietf:params:acme:error:serverInternal")
     assert "an unverified answer says: certRevoked" in str(detail)
+
+
+@binaries
+@pytest.mark.parametrize("what", ["order", "order that waits", "revocation"])
+def test_mutual_tls_with_another_root(
+    what: str, openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client certificate in TLS of another root than the server's, which openssl calls an error at each run: the
+    CA's no is believed all the same, and what openssl says about it is no error in the log.
+    """
+    ca = make_ca(tls=True)
+    handler = handlers(mutual_tls(ca), openssl_bin=openssl, **SHORT)
+    csr = csr_pem(["a.example"])
+    if what == "revocation":
+        certificate = str(handler.enroll(as_host(csr))[2])
+        assert handler.revoke(certificate, "superseded") == (200, None, None)
+        code, message, error = handler.revoke(certificate, "superseded")
+        assert (code, message) == (400, "urn:ietf:params:acme:error:alreadyRevoked")
+    elif what == "order":
+        ca.reject = "certRevoked"
+        error = handler.enroll(csr)[0]
+    else:
+        hold(ca)
+        identifier = begin(handler, csr)
+        ca.reject = "certRevoked"
+        ca.refuse("all")
+        error, *_, rejected = handler.poll("name", identifier, "")
+        assert rejected, error
+    assert f"CMP server {ca.server} rejected the request: certRevoked" in str(error)
+    assert handler.failure == "refused"
+    errors = [r.getMessage() for r in caplog.records if r.levelno > logging.WARNING]
+    assert [line for line in errors if "reject" not in line] == []
 
 
 def answer(body: int, status: int | None = None, certificate: bytes = b"") -> cmp_ca_handler.Message:
