@@ -14,6 +14,7 @@ import string
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -276,6 +277,22 @@ def version(openssl: str) -> tuple[int, int]:
     words = subprocess.run([openssl, "version"], check=True, capture_output=True, text=True).stdout.split()
     major, minor, *_ = words[1].split(".")
     return int(major), int(minor)
+
+
+def clock_jumps(monkeypatch: pytest.MonkeyPatch, paused: Callable[[], bool]) -> None:
+    """Let the handler's clocks show an hour more from when that is true on, as after a pause of the machine."""
+    jumped: list[bool] = []
+
+    def jumping(clock: Callable[[], float]) -> Callable[[], float]:
+        def now() -> float:
+            if not jumped and paused():
+                jumped.append(True)
+            return clock() + 3600 * len(jumped)
+
+        return now
+
+    clocks = {"monotonic": jumping(time.monotonic), "time": jumping(time.time)}
+    monkeypatch.setattr(cmp_ca_handler, "time", types.SimpleNamespace(**{**vars(time), **clocks}))
 
 
 def processes(text: str | Path) -> list[int]:

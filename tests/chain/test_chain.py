@@ -339,6 +339,10 @@ CA_PEM, LEAF_KNOWN = certificate(KNOWN, GOOD_ROOT), certificate(LEAF, KNOWN)
 ROOT_CROSS = certificate(GOOD_ROOT, EVIL)
 EXPIRED = certificate(KNOWN, GOOD_ROOT, OLD)
 ROOT_OLD = certificate(GOOD_ROOT, GOOD_ROOT, OLD)
+# So many that to look at all of them would leave nothing for what is configured.
+EVILS = [authority(f"Evil Root {n}", b"evil %d" % n) for n in range(26)]
+STRANGERS = [certificate(authority("ca", b"ca"), evil) for evil in EVILS]
+CROSSES = [certificate(KNOWN, evil) for evil in EVILS]
 
 
 @binaries
@@ -352,6 +356,8 @@ ROOT_OLD = certificate(GOOD_ROOT, GOOD_ROOT, OLD)
         ({}, [ROOT_PEM], [CROSS, EVIL_ROOT, CA_PEM], [CA_PEM, ROOT_PEM]),
         ({"trusted": [ROOT_PEM]}, [], [ROOT_CROSS, CROSS, EVIL_ROOT, CA_PEM], [CA_PEM, ROOT_PEM]),
         ({"trusted": [ROOT_PEM], "untrusted": [EXPIRED]}, [], [CROSS, EVIL_ROOT], [EXPIRED, ROOT_PEM]),
+        ({"trusted": [ROOT_PEM], "untrusted": [EXPIRED]}, [], STRANGERS, [EXPIRED, ROOT_PEM]),
+        ({"trusted": [ROOT_PEM], "untrusted": [EXPIRED]}, [], CROSSES, [EXPIRED, ROOT_PEM]),
         ({"out_trusted": [ROOT_PEM]}, [], [CA_PEM], [CA_PEM, ROOT_PEM]),  # openssl itself is misled by the others
         # An authority higher up has expired, so the other way is better though it comes later.
         ({"untrusted": [CA_PEM, ROOT_OLD, CROSS, EVIL_ROOT]}, [], [], [CROSS, EVIL_ROOT]),

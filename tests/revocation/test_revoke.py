@@ -231,6 +231,7 @@ def test_exit_code_of_a_wrapper(ca: DemoCA, handlers: Handlers, tmp_path: Path) 
         # PKIStatus, RFC 4210, 5.2.3; the statusString of a yes goes to the log, of a no to the host as well
         (["-pkistatus", "0"], 200, None, []),
         (["-pkistatus", "1", "-statusstring", "from tomorrow on"], 200, None, ["from tomorrow on"]),
+        (["-pkistatus", "1", "-statusstring", "soon\nCMP error: x"], 200, None, ["soon"]),
         (["-pkistatus", "2", "-statusstring", "no\nERROR forged"], 500, "serverInternal", ["no ERROR forged"]),
         (["-pkistatus", "2", "-failure", "8", "-statusstring", "why"], 500, "serverInternal", ["missingTime", "why"]),
         (["-pkistatus", "2", "-failure", "10"], 400, "alreadyRevoked", ["certRevoked"]),
@@ -240,7 +241,7 @@ def test_exit_code_of_a_wrapper(ca: DemoCA, handlers: Handlers, tmp_path: Path) 
         (["-send_error"], 500, "serverInternal", ["error processing message"]),
         (["-send_unprotected"], 500, "serverInternal", ["missing protection"]),
     ],
-    ids="accepted modified words-only rejected revoked waiting warning notification error unprotected".split(),
+    ids="accepted modified in-lines words-only rejected revoked waiting warning notification error unprotected".split(),
 )
 def test_the_status_of_the_ca_decides(
     openssl: str,

@@ -293,7 +293,7 @@ HIDDEN = {
     "cmp_secret": "hush-hush",
     "cmp_srv_secret": "hush-quietly",
     "cmp_key": "pkcs11:token=ra;object=ra?pin-value=hush-hush",
-    "cmp_tls_key": "pkcs11:token=ra;object=ra?pin-value =hush-hush",
+    "cmp_tls_key": "pkcs11:token=ra;object=ra?pin-value = hush-hush",
     "cmp_provparam": "pkcs11:pin=hush-hush",
     "cmp_tmp_dir": "/tmp/pin-value=hush-hush",
     "cmp_proxy": "http://user:hush-hush@127.0.0.1:1",

@@ -26,6 +26,7 @@ from proxy import (
     TcpServer,
     error_body,
     nested,
+    poll_rep,
     sender_of,
     signed,
     spoilt,
@@ -206,6 +207,21 @@ def test_a_signer_that_was_renewed(kind: str, openssl: str, ca: DemoCA, handlers
     section = {**ca.options("certificate"), "cmp_srvcert": str(tmp_path / "signer.pem")}
     error = error_of(handlers(section, trusted=None, recipient=None, openssl_bin=openssl))
     assert error.endswith("(cmp_srvcert is not the certificate that signs the CA's answers)"), error
+
+
+@binaries
+def test_another_sender_at_a_poll(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """An answer by another holder of a certificate of that CA: the error says so, also where openssl only warns."""
+    section = {**ca.options("certificate"), "cmp_server": proxy.server}
+    handler = handlers(section, openssl_bin=openssl, **SHORT)
+    chain = bundle_certificates(str(handler.enroll(as_host(csr_pem(["o.example"], "o.example", key=KEY)))[1]))
+    hold(ca)
+    identifier = begin(handler, CSR)
+    proxy.spoil = lambda _, forward: signed(forward(), poll_rep(3600, []), KEY, chain)
+    error, *rest = handler.poll("name", identifier, "")
+    assert "expected sender" in str(error)
+    assert str(error).endswith(f"({hint('expected sender')})")
+    assert (rest, handler.failure) == ([None, None, identifier, False], "unauthentic")
 
 
 # --- Keys

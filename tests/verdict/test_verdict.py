@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import datetime
 import logging
 import os
 import sys
@@ -9,9 +11,12 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed448
 
 import cmp_ca_handler
+import demo_ca
 from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, every_binary
 from demo_ca import DemoCA, read_der, write_der
 from other_cas import mutual_tls
@@ -25,6 +30,7 @@ from proxy import (
     body,
     cert_response,
     error_body,
+    forge,
     integer,
     name,
     nested,
@@ -36,7 +42,7 @@ from proxy import (
     stranger,
     with_body,
 )
-from shared import SHORT, begin, check_issued, hold, requests, version
+from shared import SHORT, begin, check_issued, clock_jumps, hold, requests, version
 
 REFUSAL = nested(bytes.fromhex("020100") + nested(REJECTED, 0x30), 0xA1, 0x30, 0x30, 0x30)  # ip
 
@@ -94,30 +100,35 @@ def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handler
         assert rest == [None, None, identifier, False]
 
 
+def note(answers: list[bytes]) -> Callable[[Forward], bytes]:
+    """Forwards a request, and notes the answer."""
+
+    def forward_it(forward: Forward) -> bytes:
+        answers.append(forward())
+        return answers[-1]
+
+    return forward_it
+
+
+def as_answer(recorded: bytes, directory: Path) -> bytes:
+    """The CA's last answer in this order with the nonce of the newest request, which the CA itself does not get."""
+    last = cmp_ca_handler._saved_message(str(max(directory.glob("[0-9]*.der"))))
+    request = cmp_ca_handler._saved_message(str(max(directory.glob("*.req"))))
+    assert last and request
+    answer = recorded.replace(last.nonces[1], request.nonces[0])
+    assert answer != recorded
+    return answer
+
+
 @pytest.mark.parametrize("how", ["unprotected", "tampered"])
 def test_still_waiting_says_somebody_else(how: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """With the nonce of our request, which he sees. Were it kept as the CA's, no later poll could go on from it."""
     answers: list[bytes] = []
-
-    def note(forward: Forward) -> bytes:
-        answers.append(forward())
-        return answers[0]
-
-    proxy.spoil_next("pollReq", note)
+    proxy.spoil_next("pollReq", note(answers))
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, **SHORT)
     csr = csr_pem(["a.example"])
     identifier = begin(handler, csr)
-    directory = handlers.work / identifier
-
-    def forge_answer(_: Forward) -> bytes:
-        recorded = cmp_ca_handler._saved_message(str(max(directory.glob("[0-9]*.der"))))
-        request = cmp_ca_handler._saved_message(str(max(directory.glob("*.req"))))
-        assert recorded and request
-        forged = answers[0].replace(recorded.nonces[1], request.nonces[0])
-        assert forged != answers[0]
-        return spoilt(how, forged)
-
-    proxy.spoil_next("pollReq", forge_answer)
+    proxy.spoil_next("pollReq", lambda _: spoilt(how, as_answer(answers[0], handlers.work / identifier)))
     error, *rest = handler.poll("name", identifier, "")
     assert error
     assert rest == [None, None, identifier, False]
@@ -220,6 +231,23 @@ def test_openssl_that_ends_when_it_should_be_ended() -> None:
 
     run = cmp_ca_handler._run(["/bin/sh", "-c", "echo one; sleep 1; exit 1"], asleep=asleep)
     assert run.asleep and run.code is None and not run.complete()
+
+
+def test_last_words_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine pauses; then the program has ended, and the time is up: what it has said meanwhile nobody reads."""
+    go = tmp_path / "go"
+    paused: list[bool] = []
+
+    def pause() -> bool:
+        go.touch()
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        paused.append(True)
+        return False
+
+    clock_jumps(monkeypatch, lambda: bool(paused))
+    script = f"while [ ! -e {go} ]; do sleep 0.01; done; echo words; exit 1"
+    run = cmp_ca_handler._run(["/bin/sh", "-c", script], asleep=pause)
+    assert (run.code, run.output, run.cut, run.complete()) == (1, "", True, False)
 
 
 def test_more_output_than_is_kept() -> None:
@@ -507,16 +535,22 @@ STATUSES: dict[str, tuple[bytes, str]] = {
     "granted with changes, without one": (cert_response(1, status_info(1, [], b""), b""), "answered status 1, and no"),
     "a key update": (cert_response(1, status_info(6, [], b""), b""), "answered status 6"),
     "rejected": (cert_response(1, status_info(2, [], b""), b""), "rejected the request: rejection"),
+    "a certificate for another request": (
+        cert_response(1, status_info(0, [], b""), forge(KEY, name("a"), name("b")), 7),
+        "certresponse not found",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", STATUSES)
 def test_no_certificate_is_not_always_a_rejection(case: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
-    """A CA that says another status than 2, and sends none: the error says what it has said."""
+    """A CA that sends none, or none for this request, whatever its status: the error says what it has said."""
     told, expected = STATUSES[case]
     proxy.spoil = lambda _, forward: saying(forward(), told)
-    error, *rest = handlers({**ca.options(), "cmp_server": proxy.server}).enroll(csr_pem(["a.example"]))
+    handler = handlers({**ca.options(), "cmp_server": proxy.server})
+    error, *rest = handler.enroll(csr_pem(["a.example"]))
     assert expected in str(error) and rest == [None, None, None]
+    assert handler.failure == "refused"  # openssl has accepted the message: the CA itself has said that
 
 
 @binaries
@@ -533,6 +567,32 @@ def test_no_to_the_first_confirmation(held: bool, openssl: str, ca: DemoCA, hand
     assert rest == ([None, None, identifier, True] if held else [None, None, None])
     assert "rejected the request: badRequest, 'not this one'" in str(error)
     assert handlers.left() == []
+
+
+@pytest.mark.parametrize("openssl", [path for path in BINARIES if version(path) >= (3, 5)])
+def test_certificate_that_openssl_cannot_confirm(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A CA that signs by Ed448, which has no hash for the certConf: the order waits for cmp_disable_confirm."""
+    options, csr = {**hold(ca).options(), "cmp_server": proxy.server}, csr_pem(["a.example"], "a.example")
+    handler = handlers(options, openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    request, now = x509.load_pem_x509_csr(csr.encode()), datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder().subject_name(request.subject).issuer_name(name("ca")).serial_number(7)
+    builder = builder.public_key(request.public_key()).not_valid_before(now)
+    builder = builder.not_valid_after(now + datetime.timedelta(1))
+    certificate = builder.sign(ed448.Ed448PrivateKey.generate(), None).public_bytes(serialization.Encoding.DER)
+    ca.approve("all")
+    told = cert_response(1, status_info(0, [], b""), certificate)
+    proxy.spoil_next("pollReq", lambda forward: saying(forward(), told))
+    for _ in range(2):
+        error, *rest = handler.poll("name", identifier, "")
+        assert str(error).endswith(
+            "(openssl cannot confirm such a certificate: cmp_disable_confirm: True, if the CA allows that)"
+        )
+        assert rest == [None, None, identifier, False]
+    handler = handlers(options, openssl_bin=openssl, disable_confirm="True", **SHORT)
+    error, _, issued, _, rejected = handler.poll("name", identifier, "")
+    assert (error, issued, rejected) == (None, base64.b64encode(certificate).decode(), False)
+    assert (requests(ca)["ir"], requests(ca)["certConf"]) == (1, 0)
 
 
 @binaries
@@ -555,6 +615,30 @@ def test_certificate_that_is_not_trusted(
 
 
 # --- Other answers
+
+
+@binaries
+@pytest.mark.parametrize("failure", ["badMessageCheck", "badTime", "badDataFormat"])
+def test_request_that_arrives_damaged(failure: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A CA that cannot read a pollReq, which somebody may have changed: the order waits on. After ir it is over."""
+    told = error_of(demo_ca.FailInfo[failure], "cannot read that")
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    csr = csr_pem(["a.example"])
+    proxy.spoil_next("ir", lambda forward: saying(forward(), told))
+    error, *rest = handler.enroll(as_host(csr))
+    assert f"rejected the request: {failure}, 'cannot read that'" in str(error)
+    assert (rest, handler.failure, handlers.left()) == ([None, None, None], "refused", [])
+
+    answers: list[bytes] = []
+    hold(ca)
+    proxy.spoil_next("pollReq", note(answers))
+    identifier = begin(handler, csr)
+    proxy.spoil_next("pollReq", lambda _: saying(as_answer(answers[0], handlers.work / identifier), told))
+    error, *still = handler.poll("name", identifier, "")
+    assert f"rejected the request: {failure}, 'cannot read that'" in str(error)
+    assert still == [None, None, identifier, False]
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
 
 
 @pytest.mark.parametrize("openssl", [path for path in BINARIES if version(path) >= (3, 3)])
@@ -624,12 +708,7 @@ def test_a_first_answer_to_another_request(openssl: str, ca: DemoCA, handlers: H
     """A recorded ip with a certificate for the same key, as a renewal has it: it is no part of this order."""
     csr = csr_pem(["a.example"])
     recorded: list[bytes] = []
-
-    def note(forward: Callable[[], bytes]) -> bytes:
-        recorded.append(forward())
-        return recorded[0]
-
-    proxy.spoil_next("ir", note)
+    proxy.spoil_next("ir", note(recorded))
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
     assert handler.enroll(csr)[1]
     proxy.spoil_next("ir", lambda _: recorded[0])

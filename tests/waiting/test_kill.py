@@ -16,12 +16,27 @@ from typing import Callable, NamedTuple
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
-from conftest import Handlers, as_host, csr_pem, needs_root, wait_until
+from conftest import Handlers, as_host, binaries, bundle_certificates, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA
 from proxy import Proxy
-from shared import ENROLLER, POLLER, SHORT, age, begin, check_issued, hold, processes, python, requests, sweep, unlocked
+from shared import (
+    ENROLLER,
+    POLLER,
+    SHORT,
+    age,
+    begin,
+    check_issued,
+    clock_jumps,
+    hold,
+    processes,
+    python,
+    requests,
+    sweep,
+    unlocked,
+)
 
 WEEK = 7 * 24 * 3600
 
@@ -123,6 +138,72 @@ def test_killed_at_each_confirmation(
     check_issued(handler.poll("name", identifier, ""), csr)
     assert "not proven" not in caplog.text
     assert (requests(ca)["ir"], requests(ca)["certConf"]) == (1, 1)
+
+
+@binaries
+def test_machine_that_pauses_while_openssl_sleeps(
+    openssl: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than openssl has time, in enroll(): it is killed, the CA's answer stays, and with it its nonce."""
+    ca.hold, ca.check_after = True, 1
+    csr = csr_pem(["paused.example"])
+    handler = handlers(ca.options(), openssl_bin=openssl, msg_timeout="1", total_timeout="10")
+
+    def asleep() -> bool:
+        return any(cmp_ca_handler._saved_message(str(path)) for path in handlers.work.glob("*/002.new"))
+
+    with monkeypatch.context() as patch:
+        clock_jumps(patch, asleep)
+        identifier = begin(handler, csr)
+    assert requests(ca) == {"ir": 1, "pollReq": 1}
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert requests(ca) == {"ir": 1, "pollReq": 2, "certConf": 1}
+
+
+@binaries
+@pytest.mark.parametrize("recording", ["certificate for the same key", "another order's pollRep", "earlier pollRep"])
+def test_killed_while_somebody_sends_a_recording(
+    recording: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
+    """The poller is killed, then openssl gets what the CA has said elsewhere: the next poll throws that away."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    recorded: list[bytes] = []
+
+    def note(forward: Callable[[], bytes]) -> bytes:
+        recorded.append(forward())
+        return recorded[-1]
+
+    options = {**ca.options(), "cmp_server": proxy.server}
+    handler = handlers(options, openssl_bin=openssl, **SHORT)
+    if recording == "certificate for the same key":
+        proxy.spoil_next("ir", note)
+        assert handler.enroll(as_host(csr_pem(["killed.example"], key=key)))[1]
+    hold(ca)
+    proxy.spoil_next("pollReq", note)
+    if recording == "another order's pollRep":
+        begin(handler, csr_pem(["other.example"]))
+    csr = csr_pem(["killed.example"], key=key)
+    identifier = begin(handler, csr)
+    assert handler.poll("name", identifier, "")[0] is None
+
+    def kill(_: Callable[[], bytes]) -> bytes:
+        poller.kill()
+        poller.wait()
+        return recorded[0]
+
+    proxy.spoil_next("pollReq", kill)
+    poller = python(POLLER, identifier, "")
+    poller.communicate(timeout=60)
+    wait_until(lambda: not processes(handlers.work), "openssl's end")
+    # What openssl has saved before it has refused it.
+    assert [path.read_bytes() for path in (handlers.work / identifier).glob("*.new")] == [recorded[0]]
+    wait_until(lambda: unlocked(handlers.work / identifier), "the release of its lock")
+    before = ca.issued()
+    ca.approve("all")
+    result = handler.poll("name", identifier, "")
+    check_issued(result, csr)
+    assert ca.issued() == [*before, f"{bundle_certificates(str(result[1]))[0].serial_number:X}"]
 
 
 def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:

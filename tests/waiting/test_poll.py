@@ -192,17 +192,18 @@ def test_fifty_at_once(ca: DemoCA, handlers: Handlers) -> None:
 # --- The CA says no
 
 
+@pytest.mark.parametrize("text", ["not in this life", "the sender does not match expected sender"])
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_refused_after_waiting(authentication: str, ca: DemoCA, handlers: Handlers) -> None:
-    """A CA that refuses an order that waits: the poll has its reason, the order is over, nothing is left."""
+def test_refused_after_waiting(authentication: str, text: str, ca: DemoCA, handlers: Handlers) -> None:
+    """A CA that refuses an order that waits, in whatever words: the poll has them, and nothing is left."""
     handler = handlers(hold(ca).options(authentication), **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
-    ca.reject, ca.status_text = "notAuthorized", "not in this life"
+    ca.reject, ca.status_text = "notAuthorized", text
     assert ca.refuse("all") == 1
     error, bundle, certificate, _, rejected = handler.poll("name", identifier, "")
     assert "notAuthorized" in str(error)
-    assert "not in this life" in str(error)
-    assert (bundle, certificate, rejected) == (None, None, True)
+    assert text in str(error)
+    assert (bundle, certificate, rejected, handler.failure) == (None, None, True, "refused")
     assert handlers.left() == []
 
 
