@@ -2621,11 +2621,11 @@ def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: s
     if len(lines) > MAX_LOGGED:  # a stranger's certificate may hold any number of lines
         logger.warning("openssl cmp: %s of its %s lines left out", len(lines) - MAX_LOGGED, len(lines))
         lines = [*lines[: MAX_LOGGED // 2], *lines[-MAX_LOGGED // 2 :]]
-    for line in lines:
+    for line, text in zip(lines, _hide("\n".join(line.text for line in lines), hidden).split("\n")):
         expected = ONE_WAY_TLS.match(line.text) or (usual and re.match(usual, line.text, re.I))
         level = logging.DEBUG if expected else levels.get(line.level, logging.ERROR)
         if logger.isEnabledFor(level):
-            logger.log(level, "openssl cmp: %s", _foreign(line.text, hidden, 2 * MAX_TEXT))
+            logger.log(level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
 
 
 def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
@@ -2641,7 +2641,7 @@ def _hide(text: str, secrets: Iterable[str]) -> str:
             if len(spelled) > 3:
                 text = text.replace(spelled, "***")
     # What looks like one: the PIN of a token, the password of a proxy.
-    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret))\s*=\s*[^;&?\s'\"]+", r"\1=***", text)
+    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret)) *= *[^;&?\s'\"]+", r"\1=***", text)
     return re.sub(r"(//)[^/@\s'\"]+@", r"\1***@", text)
 
 
@@ -3292,6 +3292,7 @@ def _time(element: Element) -> str:
     return _one_line(re.sub(r"^(....)(..)(..)(..)(..)(..)", r"\1-\2-\3T\4:\5:\6", text), 40)
 
 
+@functools.lru_cache(maxsize=64)  # the issuers are the same each time
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
     try:
