@@ -534,6 +534,11 @@ EXTENDED_KEY_USAGE, OCSP_SIGNING = "2.5.29.37", "1.3.6.1.5.5.7.3.9"
 TN_AUTH_LIST = "1.3.6.1.5.5.7.1.26"  # RFC 8226
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
 RSASSA_PSS, ED25519 = "1.2.840.113549.1.1.10", "1.3.101.112"
+EC_KEY = "1.2.840.10045.2.1"
+# Those of NIST, SEC and Brainpool over prime fields, and SM2: all without points of small order.
+CURVES = re.compile(
+    r"1\.2\.840\.10045\.3\.1\.[1-7]|1\.3\.132\.0\.([89]|10|3[0-5])|1\.3\.36\.3\.3\.2\.8\.1\.1\.\d+|1\.2\.156\.10197\.1\.301"
+)
 P25519 = 2**255 - 19
 ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
 SMALL_ORDER = (0, 1, P25519 - 1, P25519, P25519 + 1, ORDER_8, P25519 - ORDER_8)  # y of the points that sign anything
@@ -601,6 +606,8 @@ def _check_key(key: Element) -> None:
     if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
         # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
         raise CMPError("its key has explicit parameters, so its signature proves nothing: use RSA or a named curve")
+    if tags == [0x06] and oid == EC_KEY and not CURVES.fullmatch(_oid(parameters[0].value)):
+        raise CMPError("its elliptic curve has points with which anybody can sign, or is unknown: use P-256")
     small = oid == ED25519 and int.from_bytes(bits.value[1:], "little") % (1 << 255) in SMALL_ORDER
     if small or not any(bits.value[2:]):  # a point at infinity, or the like
         raise CMPError("its key is one with which anybody can sign, so its signature proves nothing: make a new one")
@@ -801,7 +808,9 @@ def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     if settings.binary.converts_csr():
         # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
         lonely = not csr.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} and "reqexts" not in settings.options
-        return [name for name in _cn_texts(csr.subject) if re.fullmatch(r"[\w.:*-]+", name, re.A)] if lonely else []
+        texts = [text.rstrip(".") for text in _cn_texts(csr.subject)] if lonely else []
+        # To openssl, `critical` is no name, and what else has a colon names a kind.
+        return [t for t in texts if re.fullmatch(r"(?!critical$)[\w.*-]+|[0-9a-f]*:[0-9a-f:.]+", t, re.A)]
     names = _alternative_names(csr.extensions)
     carried = [(k, name) for k, name in names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
     lost = [kind for kind, name in names if (kind, name) not in carried]
@@ -922,11 +931,16 @@ class Transaction:
     def usable(self) -> list[Message]:
         """The answers that openssl can go on from.
 
-        The newest may be somebody's recording, saved while a process was killed: then it does not fit its request.
+        The newest may be somebody's recording, saved while a process was killed: then it does not fit its request. That
+        of a later replay, which was killed, too, says nothing of it: it is younger.
         """
         found = _usable(self.answers())
-        if found and found[-1].path.endswith(".new") and not _fits(found, _saved_message(found[-1].path[:-4] + ".req")):
-            found.pop()
+        answer = found[-1].path if found else ""
+        request = self.file(os.path.basename(answer)[:-4] + ".req")
+        if answer.endswith(".new") and os.path.exists(request):
+            older = os.stat(request).st_mtime_ns <= os.stat(answer).st_mtime_ns
+            if older and not _fits(found, _saved_message(request)):
+                found.pop()
         return found
 
     def answered(self) -> bool:
@@ -1090,7 +1104,7 @@ def _delete(path: str, but: str = "") -> None:
 POLL_REQUESTS, MAX_REQUESTS = 4, 15  # that a poll, and any run of openssl, may send
 NO_MORE_REQUESTS = "no-directory/no-more"  # a file that cannot be written
 SHORT_CHECK_AFTER = 5  # seconds of checkAfter that a poll sleeps, rather than have too little time for the answer
-OF_THE_MESSAGE = ("badMessageCheck", "badDataFormat", "badTime")
+OF_THE_MESSAGE = ("badMessageCheck", "badDataFormat", "badTime", "badAlg", "wrongIntegrity", "signerNotTrusted")
 ACCEPTED, NOT_ACCEPTED, UNKNOWN = "accepted", "not accepted", "unknown"  # by openssl
 
 
@@ -1173,8 +1187,13 @@ class Exchange:
         if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
             return False  # the usual case, and this is asked often
         newest = _saved_message(self.transaction.file(self.transaction.saved()[-1]))
-        if newest is None or newest.body != POLLREP or newest.check_after < 1:
-            return False  # with checkAfter 0 it does not sleep
+        if newest is None or not (newest.body == POLLREP or newest.waits()):
+            return False
+        if newest.body != POLLREP or newest.check_after < 1:  # it does not sleep, but has asked again
+            if time.monotonic() > self.deadline:  # for the answer to the request after that there is no time
+                with contextlib.suppress(OSError):  # it is made already; Windows lets only administrators make a link
+                    os.symlink(NO_MORE_REQUESTS, self.transaction.file(f"{_number(newest) + 2:03d}.req"))
+            return False
         # checkAfter counts from when the answer came, not from now.
         age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
         too_late = newest.check_after - age > self.deadline - time.monotonic()
@@ -1194,7 +1213,8 @@ class Exchange:
         """The CA has said no, and openssl has accepted that; or openssl does not take the certificate."""
         # certConfirmed comes where a proxy has repeated the certConf: the next poll finds out. At a poll some failures
         # tell of the message, which somebody on the way may have changed, not of the order.
-        spoilt = {"certConfirmed", *(OF_THE_MESSAGE if self.before else ())}
+        waits = self.before or any(answer.waits() for answer in self.after)
+        spoilt = {"certConfirmed", *(OF_THE_MESSAGE if waits else ())}
         refused = any(a.refuses() and a.protected and not spoilt & {*a.failures} for a in self.after[-1:])
         final = self._leaf_refused() or (refused and not any(answer.grants() for answer in self.before))
         return Outcome(text=self._text()[0], final=True) if final and self.run.only(AFTER_ACCEPTANCE) else None
@@ -1244,10 +1264,13 @@ class Exchange:
         if not newest.path.endswith(".new") or self._made(_number(newest) + 1):
             return ACCEPTED  # before this run; or it has made the request that follows
         if newest not in self.after and not self.run.hung():  # a poll that was killed has left it: now it was replayed
-            return NOT_ACCEPTED if self.run.complete() and self._made(_number(newest)) else UNKNOWN
+            made = self._made(_number(newest))
+            if made and self.run.only(TAKEN):
+                return ACCEPTED
+            return NOT_ACCEPTED if made and self.run.complete() else UNKNOWN
         if self.run.only(TIME_IS_UP):
             return ACCEPTED
-        if not _fits(history, _saved_message(newest.path[:-4] + ".req")):
+        if newest in self.after and not _fits(history, _saved_message(newest.path[:-4] + ".req")):
             return NOT_ACCEPTED
         return self._replayed(history)  # also where openssl has hung: the machine may have been paused
 
@@ -1266,7 +1289,7 @@ class Exchange:
             run = _openssl_cmp(self.transaction, self.request, files, overrides, lambda: self._made(number + 1))
             if run.code == 0 or self._made(number + 1) or (self._made(number) and run.only(TAKEN)):
                 return ACCEPTED
-            if run.hung():  # some false signers make openssl loop for ever
+            if run.hung() and self.run.hung():  # twice: some false signers make openssl loop for ever
                 return NOT_ACCEPTED
             # Half a request, or none for this answer: the disk is full, which says nothing about the answer.
             half = os.path.exists(file(requests[-1])) and _saved_message(file(requests[-1])) is None
@@ -1388,7 +1411,8 @@ def _openssl_cmp(
     run = _run([*command, *files], limit, settings.secrets, [transaction.lock], asleep)
     # What openssl calls an error before it sends anything, and goes on, is none: say, that its own TLS certificate has
     # another root than the server's. Below the verbosity at which it says "sending", somebody else could say that.
-    says = int(settings.options.get("verbosity") or SAYS_SENDING) >= SAYS_SENDING
+    elsewhere = settings.options.get("config") or "section" in settings.options  # it may be set there
+    says = not elsewhere and int(settings.options.get("verbosity") or SAYS_SENDING) >= SAYS_SENDING
     sent = next((number for number, line in enumerate(run.lines) if SENDING.match(line.text)), 0) if says else 0
     early = [line._replace(level="note") if line.level in ERROR_LEVELS else line for line in run.lines[:sent]]
     return run._replace(lines=[*early, *run.lines[sent:]])
@@ -1431,7 +1455,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
     elif not errors:
         errors = [line.text for line in run.lines if OTHER_SENDER.match(line.text)]  # for 3.0 that is no error
         searched = " ".join(errors)
-    elif newest is None and CERTIFICATE_REFUSED.match(errors[0]):
+    elif newest is None and CERTIFICATE_REFUSED.match(errors[0]) and not any(map(OF_THE_SIGNER.match, errors)):
         # The TLS server's names may have line breaks, and what openssl says stands behind them.
         searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
     elif newest and not run.only(AFTER_ACCEPTANCE):
@@ -1796,7 +1820,11 @@ class Settings(NamedTuple):
     def hidden(self) -> Collection[str]:
         """What must appear nowhere (see `_hide`). openssl prints the passwords of proxies, whatever is in them."""
         users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
-        return {*self.secrets.values(), *users, *(user.partition(":")[2] for user in users)} - {""}
+        return {
+            *self.secrets.values(),
+            *(f"{user}@" for user in users if user),
+            *(user.partition(":")[2] for user in users),
+        } - {""}
 
     @property
     def server(self) -> str:
@@ -1894,8 +1922,11 @@ def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, di
     if value[:1] == "\0":  # the name of a variable
         if option == "ref":
             value = _variable_value(value[1:])
-            _raise_first((value != value.strip(), "begins or ends with a blank or a line break"))
-            _check_value(option, value)
+            _raise_first(
+                (value != value.strip(), "begins or ends with a blank or a line break"),
+                (re.search(r"[\r\n\0]", value), "has more than one line"),
+                (re.fullmatch(r"(['\"]).*\1", value), "stands in quotes, which count: take them away"),
+            )
             return value, {}
         value = f"env:{value[1:]}"
     elif binary.options and binary.options[option] == switch:
@@ -2936,8 +2967,8 @@ AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED_LINE.pattern}|{LEAF_REFUSED.pattern}",
 # Lines that say no more than that the CA lets us wait, and the time is up, or the file of one request more cannot be
 # written. They are anchored: a sender may be called "total timeout", too.
 TIME_IS_UP = re.compile(
-    f"total timeout|cannot write PKIMessage to file '[^']*/{NO_MORE_REQUESTS}'$|no such file$"
-    f"|[^:]{{0,60}}:calling fopen\\([^ ]*/{NO_MORE_REQUESTS}, wb\\)$"
+    rf"total timeout|cannot write PKIMessage to file '[^']*/({NO_MORE_REQUESTS}|\d+\.req)'$|no such file$"
+    rf"|[^:]{{0,60}}:calling fopen\([^ ]*/({NO_MORE_REQUESTS}|\d+\.req), wb\)$"
     "|transfer error:request sent: (POLLREQ|CERTCONF), expected response: (POLLREP|PKICONF)$",
     re.I,
 )
@@ -2955,8 +2986,9 @@ POLLING_FAILED = re.compile("polling failed")
 END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", f"{TIME_IS_UP.pattern}|{POLLING_FAILED.pattern}"
 CONNECT_TIMEOUT = re.compile("connect timeout")
 SENT = re.compile("sending [A-Z]|transfer error:request sent")
-SENDING, SAYS_SENDING = re.compile("sending [A-Z]+$"), 6  # and the verbosity from which on it says so
+SENDING, SAYS_SENDING = re.compile("sending [A-Z0-9]+$"), 6  # and the verbosity from which on it says so
 # The first error about a certificate that does not verify, and the one about that of a TLS server, which comes later.
+OF_THE_SIGNER = re.compile("error validating protection")
 CERTIFICATE_REFUSED, TLS_REFUSED = re.compile("certificate verification failed"), "certificate verify failed"
 OUT_OF_DATE = re.compile(
     r"^cert has expired$|^cert not yet valid$|depth = \d+ error = (?:9|10) \(certificate [a-z ]+\)$"
@@ -3292,7 +3324,6 @@ def _time(element: Element) -> str:
     return _one_line(re.sub(r"^(....)(..)(..)(..)(..)(..)", r"\1-\2-\3T\4:\5:\6", text), 40)
 
 
-@functools.lru_cache(maxsize=64)  # the issuers are the same each time
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
     try:

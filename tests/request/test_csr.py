@@ -143,9 +143,9 @@ def of_foreign_dsa_generator() -> bytes:
     return signed(information, lambda data: key.sign(data, hashes.SHA256()), algorithm)
 
 
-def of_ed25519(point: bytes) -> bytes:
+def of_point(point: bytes, *algorithm: str) -> bytes:
     """A CSR for such a public key, with a signature that does not matter."""
-    key = sequence(sequence(oid("1.3.101.112")), write_der(0x03, b"\0" + point))
+    key = sequence(sequence(*map(oid, algorithm)), write_der(0x03, b"\0" + point))
     information = sequence(VERSION, PLAIN, key, write_der(0xA0, request(MINE)))
     return signed(information, lambda _: bytes(64), sequence(oid("1.3.101.112")))
 
@@ -294,8 +294,12 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     # keys
     "RSA exponent 1": (of_rsa_exponent_1, "so its signature proves nothing"),
     "point at infinity": (of_point_at_infinity, "anybody can sign"),
+    "binary curve": (
+        of_point(b"\4" + bytes(60), "1.2.840.10045.2.1", "1.3.132.0.26"),
+        "anybody can sign, or is unknown",
+    ),
     **{
-        f"Ed25519, a point of order {order}": (of_ed25519(bytes.fromhex(point)), "anybody can sign")
+        f"Ed25519, a point of order {order}": (of_point(bytes.fromhex(point), "1.3.101.112"), "anybody can sign")
         for order, point in (
             (1, "01" + 31 * "00"),
             (2, "ec" + 30 * "ff" + "7f"),

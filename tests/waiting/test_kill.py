@@ -206,6 +206,30 @@ def test_killed_while_somebody_sends_a_recording(
     assert ca.issued() == [*before, f"{bundle_certificates(str(result[1]))[0].serial_number:X}"]
 
 
+@binaries
+def test_two_polls_in_a_row_are_killed(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """Both at the certConf: the second one has made the request for the saved certificate anew, which says nothing."""
+    csr = csr_pem(["twice.example"])
+    handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    identifier = begin(handler, csr)
+    ca.approve("all")
+
+    def kill(_: Callable[[], bytes]) -> bytes:
+        poller.kill()
+        poller.wait()
+        for pid in processes(handlers.work):
+            os.kill(pid, signal.SIGKILL)
+        return b""
+
+    for _ in range(2):
+        proxy.spoil_next("certConf", kill)
+        poller = python(POLLER, identifier, "")
+        poller.communicate(timeout=60)
+        wait_until(lambda: unlocked(handlers.work / identifier), "the release of its lock")
+    check_issued(handler.poll("name", identifier, ""), csr)
+    assert requests(ca)["ir"] == 1
+
+
 def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:
     """Older than an hour, not waiting for the CA, not locked, and one of ours."""
     options = hold(ca).options()

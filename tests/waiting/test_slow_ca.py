@@ -13,7 +13,7 @@ from demo_ca import DemoCA
 from proxy import Forward, Proxy, TcpServer
 from shared import check_issued, hold
 
-DELAYS = [0, 0.1, 0.22, 0.5, 1, 2, 3]  # seconds that each answer takes
+DELAYS = [0, 0.1, 0.22, 0.5, 1, 2, 3, 3.5]  # seconds that each answer takes
 
 
 @every_binary
