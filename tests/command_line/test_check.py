@@ -25,7 +25,7 @@ from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, every_bin
 from demo_ca import DemoCA, read_der
 from host import HANDLER
 from other_cas import new_signer
-from proxy import Proxy, TcpServer, spoilt
+from proxy import Forward, Proxy, TcpServer, body, protected, spoilt, status_info
 from proxy import name as common_name
 from shared import SHORT, Desk, run, save_request, version
 
@@ -162,6 +162,23 @@ def test_an_authentic_refusal_of_the_general_message(
     checked = connect(mock(pair.certificate, "-send_error").options(), openssl)
     assert (checked.code, checked.proven) == (0, EVERYTHING), checked.output
     assert any("authentically" in warning and "badRequest" in warning for warning in checked.warnings)
+
+
+@binaries
+def test_a_ca_that_says_with_protection_whom_it_does_not_trust(
+    openssl: str, ca: DemoCA, proxy: Proxy, connect: Callable[..., Checked]
+) -> None:
+    """signerNotTrusted, authentic: the answer is proven, and it is an error, for no enrolment will work."""
+
+    def refuse(_: str, forward: Forward) -> bytes:
+        header = read_der(forward()).parts()[0].whole
+        return protected(header, header, body(23, status_info(2, [b"who is that?"], b"\0\0\0\x08")), b"")
+
+    proxy.spoil = refuse
+    checked = connect({**ca.options(), "cmp_server": proxy.server}, openssl)
+    assert "trust: yes" in checked.proven
+    (error,) = checked.errors
+    assert error.startswith("error: the CA does not accept the credentials: ") and "signerNotTrusted, 'who is" in error
 
 
 @binaries
