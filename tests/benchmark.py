@@ -451,7 +451,7 @@ def table(results: Results) -> str:
         target("wall, to bare", results.ratio(OURS, "wall"), 1.10),
         target("CPU, to bare", results.ratio(OURS, "cpu"), 1.10),
         target("8 threads, to bare", results.rate_ratio(8), 0.92, least=True),
-        target("import", results.importing[0], 15, " ms"),
+        f"| import | {results.importing[0]:.2f} ms | |",
         f"| its own part of that | {results.importing[1]:.1f} ms | |",
         target("`handler_check()`", results.checking, 1, " ms"),
         target("1,000 orders, none due: a round of polls", results.waiting.round, 1, " s"),
