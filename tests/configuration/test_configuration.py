@@ -730,7 +730,7 @@ def test_an_unwise_setting_is_warned_of(
     assert "hush" not in caplog.text
 
 
-@pytest.mark.parametrize("key", ["CMP_EXPECT_SENDER", "cmp-expect_sender", "Cmp_Expect_Sender", "cmpexpect_sender"])
+@pytest.mark.parametrize("key", ["CMP_EXPECT_SENDER", "cmp-expect-sender", "Cmp_Expect_Sender", "cmpexpect_sender"])
 def test_a_key_that_would_be_ignored(key: str, command: Commands) -> None:
     """cmp_expect_sender in capitals or with a hyphen: an error that gives the right spelling."""
     command.handler(SECTION)
