@@ -151,7 +151,7 @@ def test_already_revoked_says_somebody_else(openssl: str, ca: DemoCA, handlers: 
 
 
 @binaries
-@pytest.mark.parametrize("what", ["order", "order that waits", "revocation"])
+@pytest.mark.parametrize("what", ["order", "order by p10cr", "order that waits", "revocation"])
 def test_mutual_tls_with_another_root(
     what: str, openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,14 +159,15 @@ def test_mutual_tls_with_another_root(
     CA's no is believed all the same, and what openssl says about it is no error in the log.
     """
     ca = make_ca(tls=True)
-    handler = handlers(mutual_tls(ca), openssl_bin=openssl, **SHORT)
+    command = "p10cr" if what == "order by p10cr" else None
+    handler = handlers(mutual_tls(ca), openssl_bin=openssl, cmd=command, **SHORT)
     csr = csr_pem(["a.example"])
     if what == "revocation":
         certificate = str(handler.enroll(as_host(csr))[2])
         assert handler.revoke(certificate, "superseded") == (200, None, None)
         code, message, error = handler.revoke(certificate, "superseded")
         assert (code, message) == (400, "urn:ietf:params:acme:error:alreadyRevoked")
-    elif what == "order":
+    elif what != "order that waits":
         ca.reject = "certRevoked"
         error = handler.enroll(csr)[0]
     else:
