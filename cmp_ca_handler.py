@@ -28,7 +28,7 @@ the end.
     Which options are there, and how is one added?           OPTIONS
     Who says that the configuration is right?                _findings, _dry_run
     Where could a secret come out?                           the comment above _secret
-    How does openssl run, and when is it ended?              _run, Exchange.asleep
+    How does openssl run, and when is it ended?              _run, Exchange.silent
     What are openssl's words, and the hints?                 the comment "openssl's words", HINTS
 
 SPDX-License-Identifier: MIT
@@ -936,10 +936,9 @@ class Transaction:
         of a later replay, which was killed, too, says nothing of it: it is younger.
         """
         found = _usable(self.answers())
-        answer = found[-1].path if found else ""
-        request = self.file(os.path.basename(answer)[:-4] + ".req")
-        if answer.endswith(".new") and os.path.exists(request):
-            older = os.stat(request).st_mtime_ns <= os.stat(answer).st_mtime_ns
+        if found and found[-1].path.endswith(".new"):
+            answer, request = found[-1].path, found[-1].path[:-4] + ".req"
+            older = os.path.exists(request) and os.stat(request).st_mtime_ns <= os.stat(answer).st_mtime_ns
             if older and not _fits(found, _saved_message(request)):
                 found.pop()
         return found
@@ -1119,7 +1118,7 @@ class Exchange:
     The course of a poll: `CAhandler.poll` hands out a kept result, or locks the directory (`_resume`). Before the time
     of checkAfter (`_due`) that is all. Then the same request is made again (`_request`), and
 
-    - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`asleep`);
+    - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`silent`);
     - `_issued`, `_refused`: the certificate is there, or the CA's no, which openssl has accepted, or a certificate that
       openssl does not take: the end;
     - `_keep`: which of the new answers are authentic (`_judgement`)? They are saved, the others deleted;
@@ -1177,28 +1176,34 @@ class Exchange:
         answer = max(self.settings.seconds("msg_timeout"), self.settings.binary.margin())
         # A poll is not to sleep. Otherwise there must be time for an answer, and openssl counts whole seconds.
         self.deadline = time.monotonic() + (0 if self.before else total - answer - 1)
-        self.run = _openssl_cmp(self.transaction, self.request, files, overrides, self.asleep)
+        self.run = _openssl_cmp(self.transaction, self.request, files, overrides, self.silent)
 
-    def asleep(self) -> bool:
-        """Whether openssl sleeps, because the CA wants to be asked later than there is time for.
+    def silent(self) -> bool:
+        """While openssl says nothing: keep it from what it has no time for. Whether to end it: it only sleeps."""
+        if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
+            return False  # the usual case, and this is asked often
+        newest = _saved_message(self.transaction.file(self.transaction.saved()[-1]))
+        if newest is not None and newest.body == POLLREP and newest.check_after >= 1:
+            return self._asleep(newest)
+        if newest is not None and (newest.body == POLLREP or newest.waits()) and time.monotonic() > self.deadline:
+            self._ask_no_more(newest)
+        return False
+
+    def _asleep(self, newest: Message) -> bool:
+        """Whether it sleeps after this answer, because the CA wants to be asked later than there is time for.
 
         It writes each request before it sends it. So as long as the one that follows this answer is not there, nothing
         is on its way, and openssl can be ended.
         """
-        if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
-            return False  # the usual case, and this is asked often
-        newest = _saved_message(self.transaction.file(self.transaction.saved()[-1]))
-        if newest is None or not (newest.body == POLLREP or newest.waits()):
-            return False
-        if newest.body != POLLREP or newest.check_after < 1:  # it does not sleep, but has asked again
-            if time.monotonic() > self.deadline:  # for the answer to the request after that there is no time
-                with contextlib.suppress(OSError):  # it is made already; Windows lets only administrators make a link
-                    os.symlink(NO_MORE_REQUESTS, self.transaction.file(f"{_number(newest) + 2:03d}.req"))
-            return False
         # checkAfter counts from when the answer came, not from now.
         age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
         too_late = newest.check_after - age > self.deadline - time.monotonic()
         return too_late and not os.path.exists(self.transaction.file(f"{_number(newest) + 1:03d}.req"))
+
+    def _ask_no_more(self, newest: Message) -> None:
+        """After this answer it does not sleep, but has asked again. It cannot write the request after that one."""
+        with contextlib.suppress(OSError):  # it is made already; Windows lets only administrators make a link
+            os.symlink(NO_MORE_REQUESTS, self.transaction.file(f"{_number(newest) + 2:03d}.req"))
 
     def _made(self, number: int) -> bool:
         """Whether openssl has made the request for this answer, that is, has accepted the one before."""
@@ -1403,7 +1408,7 @@ def _openssl_cmp(
     overrides: Overrides = types.MappingProxyType({}),
     asleep: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """One run of `openssl cmp`, logged without the many names of `files` for answers."""
+    """One run of `openssl cmp`, logged without the many `files`; errors that it passed over early are notes."""
     settings, command = transaction.settings, _command(transaction.settings, request, overrides)
     # No secret is in it: they are in the environment.
     transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
@@ -1982,16 +1987,16 @@ keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public ke
 
 def _check_value(option: str, value: str) -> None:
     """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
+    _check_text(option, value)
     kind = _option(option).kind
-    _check_text(kind, option, value)
     if kind in ("file", "files", "key"):
         for name in _file_list(option, _utf8(value)):
             _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
 
 
-def _check_text(kind: str, option: str, value: str) -> None:
+def _check_text(option: str, value: str) -> None:
     """The same, without a look at the files that it names."""
-    for fault, text in _value_faults(kind, option):
+    for fault, text in _value_faults(_option(option).kind, option):
         found = fault.search(value)
         if found:
             raise CMPError(_one_line(found.expand(text)))
@@ -3550,9 +3555,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_CODES.get(kind, FAILED)
         if isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
             code, text = WRONG_USAGE, f"{err.strerror}: {err.filename}"  # a file that was named wrongly
-        told = json.dumps({"status": "failed", "error": text, "class": kind}) if args.json else f"error: {text}"
-        print(told, file=sys.stdout if args.json else sys.stderr)
+        _print_failure(args, text, kind)
         return code
+
+
+def _print_failure(args: Any, error: str, failure: str, identifier: str | None = None) -> None:
+    """Say what went wrong, in the form that was asked for."""
+    if args.json:
+        _print_json(status="failed", id=identifier, error=error, **{"class": failure})
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _print_json(**values: str | None) -> None:
+    """Print an object with those of the values that are there."""
+    print(json.dumps({key: value for key, value in values.items() if value}))
 
 
 def _parser() -> Any:
@@ -3715,12 +3732,10 @@ def _result(
             code = FAILED
             if regular:
                 output.truncate(0)
-    if args.json:
-        status = "failed" if error else "waiting" if text is None else "done"
-        result = {"status": status, "result": text, "id": identifier, "error": error, "class": error and failure}
-        print(json.dumps({key: value for key, value in result.items() if value}))
-    elif error:
-        print(f"error: {error}", file=sys.stderr)
+    if error:
+        _print_failure(args, error, failure, identifier)
+    elif args.json:
+        _print_json(status="waiting" if text is None else "done", result=text, id=identifier)
     elif text is None:
         print(identifier)
         why = "another poll of it is in progress" if failure == BUSY else "the CA has not decided yet"
@@ -3996,7 +4011,7 @@ def _convert(words: list[str]) -> int:
             lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
             try:
                 _raise_first((lost, "a section cannot hold this value: use a variable or a file, or another value"))
-                _check_text(kind, option, found[option])
+                _check_text(option, found[option])
             except CMPError as err:
                 errors.append(f"cmp_{option}: {err}")
     _print_section(program, found, ours)

@@ -22,6 +22,16 @@ Forward = Callable[[], bytes]
 ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")  # AlgorithmIdentifier
 
 
+def note(answers: list[bytes]) -> Callable[[Forward], bytes]:
+    """For `spoil_next`: forwards a request, and notes the answer."""
+
+    def forward_it(forward: Forward) -> bytes:
+        answers.append(forward())
+        return answers[-1]
+
+    return forward_it
+
+
 class Proxy:
     """Stands between the handler and a demo CA, and spoils one exchange if told so.
 

@@ -353,7 +353,7 @@ def called(
     """The same in this process, which knows what a new one knows. That is much faster."""
     log, out, err = logging.getLogger("cmp_ca_handler"), io.StringIO(), io.StringIO()
     level = log.level
-    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, environment):
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         forget(patch)
         os.environ.pop("ACME_SRV_CONFIGFILE", None)
         os.environ.update(environment)

@@ -34,6 +34,7 @@ from proxy import (
     integer,
     name,
     nested,
+    note,
     protected,
     sender_of,
     signed,
@@ -98,16 +99,6 @@ def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handler
         error, *rest = handler.poll("name", identifier, "")
         assert error
         assert rest == [None, None, identifier, False]
-
-
-def note(answers: list[bytes]) -> Callable[[Forward], bytes]:
-    """Forwards a request, and notes the answer."""
-
-    def forward_it(forward: Forward) -> bytes:
-        answers.append(forward())
-        return answers[-1]
-
-    return forward_it
 
 
 def as_answer(recorded: bytes, directory: Path) -> bytes:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import cmp_ca_handler
 from conftest import Handlers, as_host, binaries, bundle_certificates, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA
-from proxy import Proxy
+from proxy import Proxy, note
 from shared import (
     ENROLLER,
     POLLER,
@@ -169,18 +169,13 @@ def test_killed_while_somebody_sends_a_recording(
     """The poller is killed, then openssl gets what the CA has said elsewhere: the next poll throws that away."""
     key = ec.generate_private_key(ec.SECP256R1())
     recorded: list[bytes] = []
-
-    def note(forward: Callable[[], bytes]) -> bytes:
-        recorded.append(forward())
-        return recorded[-1]
-
     options = {**ca.options(), "cmp_server": proxy.server}
     handler = handlers(options, openssl_bin=openssl, **SHORT)
     if recording == "certificate for the same key":
-        proxy.spoil_next("ir", note)
+        proxy.spoil_next("ir", note(recorded))
         assert handler.enroll(as_host(csr_pem(["killed.example"], key=key)))[1]
     hold(ca)
-    proxy.spoil_next("pollReq", note)
+    proxy.spoil_next("pollReq", note(recorded))
     if recording == "another order's pollRep":
         begin(handler, csr_pem(["other.example"]))
     csr = csr_pem(["killed.example"], key=key)

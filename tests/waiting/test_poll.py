@@ -31,7 +31,7 @@ from conftest import (
     nobody_at,
 )
 from demo_ca import DemoCA
-from proxy import Proxy, TcpServer, spoilt
+from proxy import Proxy, TcpServer, note, spoilt
 from shared import POLLER, SHORT, begin, check_issued, hold, processes, python, requests, version
 
 
@@ -354,12 +354,7 @@ def test_ca_away_before_the_confirmation(
 def test_wrong_answer(authentication: str, how: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """Somebody else than the CA answers a poll: an error, and the next poll has the CA's own answer."""
     answers: list[bytes] = []
-
-    def note(forward: Callable[[], bytes]) -> bytes:
-        answers.append(forward())
-        return answers[0]
-
-    proxy.spoil_next("pollReq", note)
+    proxy.spoil_next("pollReq", note(answers))
     csr = csr_pem(["a.example"])
     handler = handlers({**hold(ca).options(authentication), "cmp_server": proxy.server}, **SHORT)
     identifier = begin(handler, csr)
@@ -383,12 +378,7 @@ def test_forged_rejection(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     other = begin(handler, csr_pem(["other.example"]))
     ca.refuse("other.example")
     rejections: list[bytes] = []
-
-    def note(forward: Callable[[], bytes]) -> bytes:
-        rejections.append(forward())
-        return rejections[0]
-
-    proxy.spoil_next("pollReq", note)
+    proxy.spoil_next("pollReq", note(rejections))
     assert handler.poll("name", other, "")[4] is True
     header = demo_ca.read_der(rejections[0]).parts()[0].whole
     body = demo_ca.read_der(rejections[0]).parts()[1].whole
