@@ -76,7 +76,7 @@ def test_signer_at_which_openssl_loops(
 
     An enrolment fails, an order that waits goes on: the next poll asks the CA, with what was there before.
     """
-    monkeypatch.setattr(cmp_ca_handler, "GRACE", 2)  # meanwhile it takes a whole processor
+    monkeypatch.setattr(cmp_ca_handler, "GRACE", 1)  # meanwhile it takes a whole processor
     csr, chain = csr_pem(["a.example"]), [stranger("x" * 6000, sender_of(ca, "certificate"))]
     options = ca.options("certificate")
     handler = handlers(options, openssl_bin=openssl, server=proxy.server, **SHORT)

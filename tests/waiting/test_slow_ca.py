@@ -8,7 +8,7 @@ from typing import Callable
 
 import pytest
 
-from conftest import Handlers, as_host, csr_pem, every_binary
+from conftest import Handlers, as_host, binaries, csr_pem
 from demo_ca import DemoCA
 from proxy import Forward, Proxy, TcpServer
 from shared import check_issued, hold
@@ -16,7 +16,7 @@ from shared import check_issued, hold
 DELAYS = [0, 0.1, 0.22, 0.5, 1, 2, 3, 3.5]  # seconds that each answer takes
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize("check_after", [0, 1, 2, 4, 6])
 @pytest.mark.slow
 def test_no_order_is_lost(
