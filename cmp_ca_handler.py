@@ -303,7 +303,7 @@ class CAhandler:
     def _obtain(self, csr: CSR, transaction: Transaction) -> Outcome:
         """Begin or resume the exchange; where that gets a certificate: the bundle, and the log line about it."""
         _prove_possession(csr, transaction)
-        outcome = Exchange(_request(csr, transaction), csr.key, transaction).outcome()
+        outcome = Exchange(_request(csr, transaction), transaction).outcome()
         if outcome.leaf is None:
             return outcome
         leaf, settings, hidden = outcome.leaf, transaction.settings, transaction.settings.hidden
@@ -932,16 +932,11 @@ class Transaction:
     def usable(self) -> list[Message]:
         """The answers that openssl can go on from.
 
-        The newest may be somebody's recording, saved while a process was killed: then it does not fit its request. That
-        of a later replay, which was killed, too, says nothing of it: it is younger.
+        The newest may be somebody's recording, saved while a process was killed: then it does not fit its request.
         """
         found = _usable(self.answers())
-        if found and found[-1].path.endswith(".new"):
-            answer, request = found[-1].path, found[-1].path[:-4] + ".req"
-            older = os.path.exists(request) and os.stat(request).st_mtime_ns <= os.stat(answer).st_mtime_ns
-            if older and not _fits(found, _saved_message(request)):
-                found.pop()
-        return found
+        unproven = bool(found) and found[-1].path.endswith(".new")
+        return found[:-1] if unproven and not _fits(found) else found
 
     def answered(self) -> bool:
         """Whether there is an answer to go on from; where none can be read now (no descriptors), any answer."""
@@ -1119,16 +1114,15 @@ class Exchange:
     of checkAfter (`_due`) that is all. Then the same request is made again (`_request`), and
 
     - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`silent`);
-    - `_issued`, `_refused`: the certificate is there, or the CA's no, which openssl has accepted, or a certificate that
-      openssl does not take: the end;
+    - the certificate is there: the end;
+    - `_refused`: the CA's no, which openssl has accepted, or a certificate that openssl does not take: the end;
     - `_keep`: which of the new answers are authentic (`_judgement`)? They are saved, the others deleted;
     - `_issued_before`: the certificate of an earlier answer, whose confirmation the CA does not answer;
     - `_undecided`: the order waits.
     """
 
-    def __init__(self, request: Sequence[str], key: bytes, transaction: Transaction) -> None:
-        self.request, self.key = request, key  # openssl's arguments; the subjectPublicKeyInfo
-        self.transaction, self.settings = transaction, transaction.settings
+    def __init__(self, request: Sequence[str], transaction: Transaction) -> None:
+        self.request, self.transaction, self.settings = request, transaction, transaction.settings
         self.before = transaction.usable()
         self.first = max(map(_number, self.before), default=0) + 1  # of the answers of this run
         self.after: list[Message] = []
@@ -1143,7 +1137,8 @@ class Exchange:
             # openssl counts whole seconds, so its time may have run out before it could ask: once more, with more time.
             self._ask(more_seconds=2)
         self.after = [answer for answer in self.transaction.answers() if _number(answer) >= self.first]
-        outcome = self._issued() or self._refused()
+        certificates = _certificates(self.transaction.file("cert.pem"))  # written when all was done
+        outcome = Outcome(certificates[0]) if certificates else self._refused()
         if outcome is None:
             history = self._keep()
             news = bool(self.after) and _number(self.after[-1]) in map(_number, history)
@@ -1162,7 +1157,8 @@ class Exchange:
 
     def _ask(self, more_seconds: int = 0) -> None:
         """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
-        known, file, replay = self.settings.binary.options, self.transaction.file, _needed_again(self.before)
+        known, file = self.settings.binary.options, self.transaction.file
+        replay = [answer.path for answer in _needed_again(self.before)]
         overrides = _resumed_timeouts(self.settings, self.before[-1], more_seconds) if self.before else {}
         total = int(overrides.get("total_timeout") or self.settings.seconds("total_timeout") or NO_TIMEOUT)
         # A CA that says checkAfter 0 is asked again and again without a pause. So openssl gets names for so many
@@ -1183,37 +1179,24 @@ class Exchange:
         if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
             return False  # the usual case, and this is asked often
         newest = _saved_message(self.transaction.file(self.transaction.saved()[-1]))
-        if newest is not None and newest.body == POLLREP and newest.check_after >= 1:
-            return self._asleep(newest)
-        if newest is not None and (newest.body == POLLREP or newest.waits()) and time.monotonic() > self.deadline:
-            self._ask_no_more(newest)
+        if newest is None or not (newest.body == POLLREP or newest.waits()):
+            return False
+        left, number = self.deadline - time.monotonic(), _number(newest)
+        if newest.body == POLLREP and newest.check_after >= 1:
+            # It sleeps until checkAfter has passed since the answer came. It writes each request before it sends it. So
+            # as long as the one that follows is not there, nothing is on its way, and openssl can be ended.
+            age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
+            following = self.transaction.file(f"{number + 1:03d}.req")
+            return newest.check_after - age > left and not os.path.exists(following)
+        if left < 0:  # it does not sleep, but has asked again: let it be unable to write the request after that one
+            with contextlib.suppress(OSError):  # it is made already; Windows lets only administrators make a link
+                os.symlink(NO_MORE_REQUESTS, self.transaction.file(f"{number + 2:03d}.req"))
         return False
-
-    def _asleep(self, newest: Message) -> bool:
-        """Whether it sleeps after this answer, because the CA wants to be asked later than there is time for.
-
-        It writes each request before it sends it. So as long as the one that follows this answer is not there, nothing
-        is on its way, and openssl can be ended.
-        """
-        # checkAfter counts from when the answer came, not from now.
-        age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
-        too_late = newest.check_after - age > self.deadline - time.monotonic()
-        return too_late and not os.path.exists(self.transaction.file(f"{_number(newest) + 1:03d}.req"))
-
-    def _ask_no_more(self, newest: Message) -> None:
-        """After this answer it does not sleep, but has asked again. It cannot write the request after that one."""
-        with contextlib.suppress(OSError):  # it is made already; Windows lets only administrators make a link
-            os.symlink(NO_MORE_REQUESTS, self.transaction.file(f"{_number(newest) + 2:03d}.req"))
 
     def _made(self, number: int) -> bool:
         """Whether openssl has made the request for this answer, that is, has accepted the one before."""
         message = _saved_message(self.transaction.file(f"{number:03d}.req"))
         return message is not None and message.body != ERROR
-
-    def _issued(self) -> Outcome | None:
-        """openssl has written the certificate, when all was done."""
-        found = _certificates(self.transaction.file("cert.pem"))
-        return Outcome(found[0]) if found else None
 
     def _refused(self) -> Outcome | None:
         """The CA has said no, and openssl has accepted that; or openssl does not take the certificate."""
@@ -1222,12 +1205,9 @@ class Exchange:
         waits = self.before or any(answer.waits() for answer in self.after)
         spoilt = {"certConfirmed", *(OF_THE_MESSAGE if waits else ())}
         refused = any(a.refuses() and a.protected and not spoilt & {*a.failures} for a in self.after[-1:])
-        final = self._leaf_refused() or (refused and not any(answer.grants() for answer in self.before))
+        leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, self.run.errors()))
+        final = leaf_refused or (refused and not any(answer.grants() for answer in self.before))
         return Outcome(text=self._text()[0], final=True) if final and self.run.only(AFTER_ACCEPTANCE) else None
-
-    def _leaf_refused(self) -> bool:
-        """Whether openssl does not take the certificate that the CA has issued."""
-        return any(map(LEAF_NOT_ACCEPTED.match, self.run.errors()))
 
     def _text(self) -> tuple[str, str]:
         """Why there is no certificate, and of which kind that is."""
@@ -1248,41 +1228,33 @@ class Exchange:
         """
         history = _usable([*self.before, *self.after])
         judgement = self._judgement(history) if history else ACCEPTED
-        if judgement == NOT_ACCEPTED:
-            history = history[:-1]
         kept = []
-        for answer in history:
-            if answer.path.endswith(".new") and (judgement != UNKNOWN or answer is not history[-1]):
+        for answer in history if judgement == ACCEPTED else history[:-1]:
+            path = answer.path[:-4] + ".der"
+            if answer.path != path:
                 _sync(answer.path)
-                os.replace(answer.path, answer.path[:-4] + ".der")
-                answer = answer._replace(path=answer.path[:-4] + ".der")
-            kept.append(answer)
+                os.replace(answer.path, path)
+            kept.append(answer._replace(path=path))
         if kept:
             _sync(self.transaction.path)  # nothing old is deleted before the new is on the disk
         # While nobody knows about the newest, the pollRep before it is kept, too: if the newest turns out to be false,
         # openssl goes on from that one.
-        needed = {*_needed_again(kept)} if judgement != UNKNOWN else {answer.path for answer in kept}
-        return [answer for answer in kept if answer.path in needed]
+        return [*kept, history[-1]] if judgement == UNKNOWN else _needed_again(kept)
 
     def _judgement(self, history: Sequence[Message]) -> str:
         """What openssl has made of the newest of these answers. UNKNOWN: nobody can tell now."""
         newest = history[-1]
         if not newest.path.endswith(".new") or self._made(_number(newest) + 1):
             return ACCEPTED  # before this run; or it has made the request that follows
-        if newest not in self.after and not self.run.hung():  # a poll that was killed has left it: now it was replayed
-            made = self._made(_number(newest))
-            if made and self.run.only(TAKEN):
-                return ACCEPTED
-            return NOT_ACCEPTED if made and self.run.complete() else UNKNOWN
-        if self.run.only(TIME_IS_UP):
+        if newest in self.after and self.run.only(TIME_IS_UP):
             return ACCEPTED
-        if newest in self.after and not _fits(history, _saved_message(newest.path[:-4] + ".req")):
-            return NOT_ACCEPTED
-        return self._replayed(history)  # also where openssl has hung: the machine may have been paused
+        # Also where openssl has hung, for the machine may have been paused; and of what a killed poll has left.
+        return self._replayed(history) if _fits(history) else NOT_ACCEPTED
 
     def _replayed(self, history: Sequence[Message]) -> str:
         """What openssl makes of the newest of these answers: it gets them all again, and no server."""
-        file, replay, number, complete = self.transaction.file, _needed_again(history), _number(history[-1]), True
+        file, number, complete = self.transaction.file, _number(history[-1]), True
+        replay = [answer.path for answer in _needed_again(history)]
         requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
         files = ["-rspin", ",".join(replay), "-reqout", ",".join(map(file, requests))]
         null = os.devnull  # the disk may be full, which says nothing about the answer
@@ -1305,20 +1277,19 @@ class Exchange:
     def _issued_before(self) -> Outcome | None:
         """The certificate that an earlier run has got, where the CA answers something else, or twice nothing."""
         granted = next((answer for answer in self.before if answer.grants()), None)
-        if granted is None or self._leaf_refused() or not self.run.complete() or not self._takes(granted):
+        if granted is None or not self.run.complete() or not self._takes(granted):
             return None
-        issued = _certificate(granted.certificate)
-        # The CA answers something else to its confirmation, or does not answer it.
-        if not (self.after or self._unanswered_again()) or not _same_key(issued.key, self.key):
+        if not self.after and not self._unanswered_again():
             return None
         text = self._text()[0]
         self.transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
-        return Outcome(issued)
+        return Outcome(_certificate(granted.certificate))
 
     def _takes(self, granted: Message) -> bool:
         """Whether openssl takes the certificate in this answer: its certConf says so (RFC 4210, 5.3.18)."""
-        replay = [*_needed_again(self.before), self.transaction.file(f"{self.first:03d}.new")]
-        certconf = _saved_message(replay[replay.index(granted.path) + 1][:-4] + ".req")
+        replay = _needed_again(self.before)
+        following = [_number(answer) for answer in replay[replay.index(granted) + 1 :]] + [self.first]
+        certconf = _saved_message(self.transaction.file(f"{following[0]:03d}.req"))
         return certconf is not None and certconf.body == CERTCONF and certconf.status in GRANTED
 
     def _unanswered_again(self) -> bool:
@@ -1357,9 +1328,9 @@ def _usable(answers: Iterable[Message]) -> list[Message]:
     return usable
 
 
-def _needed_again(answers: Sequence[Message]) -> list[str]:
-    """The files that are replayed. An older pollRep says nothing more, and openssl would sleep for it."""
-    return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
+def _needed_again(answers: Sequence[Message]) -> list[Message]:
+    """Those that are replayed. An older pollRep says nothing more, and openssl would sleep for it."""
+    return [*(answer for answer in answers[:-1] if answer.body != POLLREP), *answers[-1:]]
 
 
 def _number(answer: Message) -> int:
@@ -1367,14 +1338,18 @@ def _number(answer: Message) -> int:
     return int(os.path.basename(answer.path)[:-4])
 
 
-def _fits(history: Sequence[Message], asked: Message | None) -> bool:
+def _fits(history: Sequence[Message]) -> bool:
     """Whether the newest answer is to its request: by transaction, and nonce of that or (RFC 9483, 4.4) of the first.
 
     Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
-    that, for openssl then takes transaction and nonces from the answers themselves.
+    that, for openssl then takes transaction and nonces from the answers themselves; nor does the request of a replay
+    that was killed, which is younger than the answer.
     """
     newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
-    return asked is None or (newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]])
+    asked = _saved_message(newest.path[:-4] + ".req")
+    if asked is None or os.stat(asked.path).st_mtime_ns > os.stat(newest.path).st_mtime_ns:
+        return True  # nobody can tell
+    return newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]]
 
 
 def _due(answers: Sequence[Message]) -> float:
