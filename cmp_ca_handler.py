@@ -1422,10 +1422,6 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
     if run.killed() and not run.asleep:
         kind = UNREACHABLE if run.code is None else INTERNAL
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
-    # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-    errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
-    kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
-    searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors)
     if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults, _ = _openssl_faults(settings)
         if faults:
@@ -1433,23 +1429,22 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         errors = [line.text for line in run.lines if CAUSE.match(line.text)]
         kind = CONFIGURATION if faults is None else REQUEST  # with another request, all is well
         searched = " ".join(line.text for line in run.lines)  # no server has written anything
-    elif not errors:
-        errors = [line.text for line in run.lines if OTHER_SENDER.match(line.text)]  # for 3.0 that is no error
-        searched = " ".join(errors)
-    elif newest is None and CERTIFICATE_REFUSED.match(errors[0]) and not any(map(OF_THE_SIGNER.match, errors)):
-        # The TLS server's names may have line breaks, and what openssl says stands behind them.
-        searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
-    elif newest and not run.only(AFTER_ACCEPTANCE):
+    else:
+        # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
+        errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
+        kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
+        if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
+            usable = newest is not None and 0 <= newest.check_after < 1 << 63
+            errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
-        searched = FOREIGN_WORDS.sub(r"\1", errors[0])
+        ours = errors[:1] if kind == UNAUTHENTIC else errors
+        searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in ours)
         if NO_SIGNER.match(searched):  # OpenSSL 3.0 says in a warning why it has passed over the one that is there
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
-        if "srvcert" in settings.options and not _hint(searched):  # its words are those of whatever has failed inside
+        elif newest is None and CERTIFICATE_REFUSED.match(searched) and not any(map(OF_THE_SIGNER.match, errors)):
+            searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
+        if kind == UNAUTHENTIC and "srvcert" in settings.options and not _hint(searched):  # it says what failed inside
             searched = SRVCERT_REFUSED
-    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
-        usable = newest is not None and 0 <= newest.check_after < 1 << 63
-        errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
-        searched = errors[0]
     said = _foreign("; ".join(errors[:4]), settings.hidden) or "openssl gave no reason"
     return f"CMP with {settings.server} failed: {said}{unverified}" + _hint(searched), kind
 
@@ -2529,8 +2524,9 @@ class Run(NamedTuple):
     asleep: bool = False  # ended by us while it slept: nothing was in flight
 
     def errors(self) -> list[str]:
-        """The texts of openssl's error messages, each once."""
-        return list(dict.fromkeys(line.text for line in self.lines if line.level in ERROR_LEVELS))
+        """The texts of openssl's error messages, each once; one that only 3.0 does not call an error is among them."""
+        errors = (line for line in self.lines if line.level in ERROR_LEVELS or OTHER_SENDER.match(line.text))
+        return list(dict.fromkeys(line.text for line in errors))
 
     def reasons(self) -> list[str]:
         """The same without the line that stands beside the errors of a poll, and says nothing by itself."""
@@ -2555,8 +2551,7 @@ class Run(NamedTuple):
         breaks), but cannot remove one.
         """
         errors = self.reasons()
-        sender = any(OTHER_SENDER.match(line.text) for line in self.lines)
-        return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
+        return self.complete() and bool(errors) and all(map(lines.match, errors))
 
     def killed(self) -> str:
         """How it was killed, or an empty string."""
