@@ -1465,7 +1465,7 @@ def _refusal_text(answer: Message, settings: Settings) -> str:
 
 MAX_CHAIN = 10
 MAX_WAYS = 24  # from the leaf upwards: anybody can put more into extraCerts
-MAX_LINKS = 24  # processes for the links of one chain
+MAX_LINKS = 16  # processes for the links to what came in extraCerts; a false one counts four times
 
 
 def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
@@ -1487,8 +1487,6 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
         warn("OpenSSL calls the issued certificate itself invalid (%s), and it is served without its issuer", what)
     elif len(chain) == 1 and not ends:
         warn("the issuer's certificate is not there: name it in cmp_untrusted%s", why)
-    elif len(chain) == MAX_CHAIN and not ends:
-        warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
     elif not ends and not anchored and (roots or why):  # else the root is left out on purpose
         warn("the bundle ends with %s, below its root: name its issuer, %s, in cmp_untrusted%s", top, missing, why)
     for authority in chain[1:]:
@@ -1518,21 +1516,19 @@ class ChainFinder:
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
         for option, certificates in found.items():
             for path in _file_list(option, transaction.settings.options.get(option) or ""):
-                certificates += (there := _configured_certificates(path))
+                certificates += (there := _certificates(path))
                 if not there:
                     what, name = "holds no certificate that can be read: make it PEM", _one_line(path, 100)
                     transaction.warn("cmp_%s: %s %s", option, name, what)
         anchors = found["trusted"] + found["out_trusted"]
         # What the configuration names, and caPubs, which are protected.
         self.named = [*found["untrusted"], *anchors, *_certificates(transaction.file("capubs.pem"))]
-        self.sent = _certificates(transaction.file("extracerts.pem"))
-        if not self.sent or transaction.state == "waiting":  # openssl writes those of the last message alone
-            for element in (e for answer in transaction.answers() for e in _elements(answer.sent)):
-                with contextlib.suppress(CMPError):  # anybody can put one there that openssl reads, and we do not
-                    self.sent.append(_certificate(element.raw))
+        self.sent = _certificates(transaction.file("extracerts.pem"))  # those of the last message alone
+        for element in (e for answer in transaction.answers() for e in _elements(answer.sent)):
+            with contextlib.suppress(CMPError):  # anybody can put one there that openssl reads, and we do not
+                self.sent.append(_certificate(element.raw))
         # A renewed certificate of an anchor has its name and key.
         self.anchors, self.protected = set(map(_who, anchors)), set(map(_who, self.named))
-        self.known = {c.der for c in self.named}
 
     def best(self) -> tuple[list[Certificate], bool, bool]:
         """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
@@ -1549,16 +1545,12 @@ class ChainFinder:
 
     def ways(self, way: list[Certificate]) -> Iterator[tuple[list[Certificate], bool]]:
         """Every way on from the end of `way`, the best one first, and whether it ends at a self-signed one."""
-        ends = self.self_signed(way[-1])
+        last = way[-1]
+        # A CA below one of its own name has not signed itself, whatever it is called.
+        ends = _names_as_issuer(last, last) and self.signed_by(last, last, last.der)
         for issuer in () if ends or len(way) == MAX_CHAIN else self.issuers(way):
             yield from self.ways([*way, issuer])
         yield way, ends
-
-    def self_signed(self, certificate: Certificate) -> bool:
-        """Whether it has signed itself: a CA below one of its own name has not, whatever it is called."""
-        if not _names_as_issuer(certificate, certificate):
-            return False
-        return self.signed_by(certificate, certificate, certificate.der)
 
     def issuers(self, way: list[Certificate]) -> Iterator[Certificate]:
         """Who has signed the last one of `way`: valid ones first, and among equals what came in extraCerts last."""
@@ -1566,7 +1558,7 @@ class ChainFinder:
         found = list({c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}.values())
         found = [c for c in found if _who(c) not in trodden]
         # Stable: the configuration stays before caPubs, and these before extraCerts.
-        found.sort(key=lambda c: (not c.valid(), c.der not in self.known))
+        found.sort(key=lambda c: (not c.valid(), c not in self.named))
         # Each leaf is new. If it names its issuer's key, and all candidates have that one key, openssl verifies the
         # link for the first leaf alone: the next leaf of this issuer costs no process.
         sure = len(way) == 1 and last.authority_key and len({c.key for c in found}) == 1
@@ -1580,17 +1572,15 @@ class ChainFinder:
         import hashlib  # acme2certifier has it already
 
         link = hashlib.sha256(b"%d " % len(mark) + mark + issuer.der).digest()
-        # What anybody can put into extraCerts may not use up what the configured issuers need.
-        reserved = 0 if issuer.der in self.known or issuer is self.leaf else MAX_LINKS // 3
-        if link in _links or self.left <= reserved:
+        foreign = issuer not in self.named and issuer is not self.leaf  # anybody can put that into extraCerts
+        if link in _links or self.invalid or (foreign and self.left <= 0):
             return link in _links
-        self.left -= 1
+        self.left -= foreign
         file, program = self.transaction.file, self.transaction.settings.binary.path
         self.transaction.write("issuer.pem", _pem(issuer.der))
         self.transaction.write("below.pem", _pem(below.der))
         argv = [program, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
         argv += ["-check_ss_sig"] if below is issuer else []  # else openssl does not verify a trusted root's signature
-        purposes = [program, "x509", "-in", file("below.pem"), "-noout", "-purpose"]
         run = _run([*argv, "-trusted", file("issuer.pem"), file("below.pem")])
         if run.killed():
             raise CMPError(run.killed())
@@ -1598,29 +1588,25 @@ class ChainFinder:
             if len(_links) > 1000:
                 _links.clear()
             _links.add(link)
-        elif (
-            below is self.leaf
-            and INVALID_CERTIFICATE.search(run.output)
-            and INVALID_FOR_ALL_PURPOSES in _run(purposes).output
-        ):
-            self.invalid, self.left = True, 0
-        elif below is not issuer:
+        elif below is self.leaf and INVALID_CERTIFICATE.search(run.output):
+            purposes = _run([program, "x509", "-in", file("below.pem"), "-noout", "-purpose"])
+            self.invalid = INVALID_FOR_ALL_PURPOSES in purposes.output  # else it is the issuer that is invalid
+        if run.code != 0 and below is not issuer and not self.invalid:
             why = _one_line((FALSE_SIGNER.findall(run.output) or [run.output])[0], 100)
             self.false.append(f"{_name_text(issuer.subject)} ({why})")
-            if issuer.der not in self.known:
-                self.left -= 3  # anybody may put such a certificate there, and each costs a process
+            if foreign:
+                self.left -= 3  # each costs a process
                 self.transaction.warn("passed over a certificate in extraCerts: %s", self.false[-1])
         return run.code == 0
 
     def passed_over(self, below: Certificate) -> str:
         """The end of a warning: what is there of its issuer's name, and why it is not the issuer."""
         named = [c for c in [*self.named, *self.sent] if c.subject_id == below.issuer_id and c != below]
-        other = [c for c in named if not _names_as_issuer(below, c)]
         if self.false:
             return f" (openssl does not take what is there for it: {self.false[-1]})"
-        if other and len(other) == len(named):
-            keys = f"key identifier is {other[0].subject_key.hex()}, not {below.authority_key.hex()}"
-            return f" (the {_name_text(other[0].subject)} that is there has another key: its {_one_line(keys, 120)})"
+        if named and not any(_names_as_issuer(below, c) for c in named):
+            keys = f"key identifier is {named[0].subject_key.hex()}, not {below.authority_key.hex()}"
+            return f" (the {_name_text(named[0].subject)} that is there has another key: its {_one_line(keys, 120)})"
         return ""
 
 
@@ -1642,17 +1628,6 @@ def _certificates(path: str) -> list[Certificate]:
             der = block if block is data else binascii.a2b_base64(block)
             found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
     return found
-
-
-def _configured_certificates(path: str) -> list[Certificate]:
-    """The same for a file that the configuration names: read again only when it has changed."""
-    info = os.stat(path) if os.path.isfile(path) else None
-    return _unchanged_certificates(path, info.st_mtime_ns, info.st_size) if info else []
-
-
-@functools.lru_cache(maxsize=16)
-def _unchanged_certificates(path: str, changed: int, size: int) -> list[Certificate]:
-    return _certificates(path)
 
 
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
@@ -2268,7 +2243,7 @@ def _credential_findings(settings: Settings, kind: str, elsewhere: bool) -> Iter
     path = options.get(key) or ""
     yield _readable_by_all(path), f"cmp_{key}: every local user can read {path}: chmod o-r", WARNING
     path, now, soon = options.get(cert) or "", _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
-    for found in _configured_certificates(path)[:1]:
+    for found in _certificates(path)[:1]:
         what, start, end = f"cmp_{cert}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
         yield start > now, f"{what} is not valid before {start[:10]}", level
         yield end <= now, f"{what} has expired on {end[:10]}: renew it", level
