@@ -988,6 +988,40 @@ class Transaction:
             self.logger.error(f"cannot {what}: %s", self.path, err.strerror)
 
 
+def _usable(answers: Iterable[Message]) -> list[Message]:
+    """The answers as far as openssl can go on from them, if they are replayed to it (-rspin).
+
+    That is: waiting, pollRep.., certificate, and, where the CA takes its time with the confirmation, waiting,
+    pollRep.., pkiConf. A CA says "waiting" once. So a second one is a recording that somebody sends, to end the order:
+    OpenSSL 3.5 would take it, and ask no more.
+    """
+    usable: list[Message] = []
+    granted = waiting = False
+    for answer in answers:
+        if answer.grants() and not granted:
+            granted, waiting = True, False
+        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
+            waiting = True
+        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
+            break
+        usable.append(answer)
+    return usable
+
+
+def _fits(history: Sequence[Message]) -> bool:
+    """Whether the newest answer is to its request: by transaction, and nonce of that or (RFC 9483, 4.4) of the first.
+
+    Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
+    that, for openssl then takes transaction and nonces from the answers themselves; nor does the request of a replay
+    that was killed, which is younger than the answer.
+    """
+    newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
+    asked = _saved_message(newest.path[:-4] + ".req")
+    if asked is None or os.stat(asked.path).st_mtime_ns > os.stat(newest.path).st_mtime_ns:
+        return True  # nobody can tell
+    return newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]]
+
+
 def _begin(settings: Settings, state: str, logger: logging.Logger) -> Transaction:
     """A new transaction with a random identifier. Raises CMPError or OSError."""
     _make_directory(settings)
@@ -1011,20 +1045,17 @@ def _sweep(settings: Settings, logger: logging.Logger) -> None:
     if abs(now - _swept.get(base, 0)) < SWEPT_AFTER / 6:
         return
     _swept[base] = now
-    for name in os.listdir(base):
+    for name in filter(re.compile("[0-9a-f]{32}").fullmatch, os.listdir(base)):
         path = f"{base}/{name}"
         try:
-            age = now - os.lstat(path).st_mtime
-            if not re.fullmatch("[0-9a-f]{32}", name) or age <= SWEPT_AFTER:
+            there, age = os.listdir(path), now - os.lstat(path).st_mtime
+            state = next((state for state in ("waiting", "enrolling", "revoking") if state in there), "")
+            if age <= (RESULT_KEPT if "issued" in there else SWEPT_AFTER):
                 continue
-            states = [s for s in ("waiting", "enrolling", "revoking") if os.path.exists(f"{path}/{s}")]
-            if os.path.exists(f"{path}/issued"):
-                if age > RESULT_KEPT:
-                    _delete(path)
-            elif not states:  # killed while it asked, or was made or deleted
+            if "issued" in there or not state:  # or killed while it asked, or was made or deleted
                 _delete(path)
-            elif states[0] != "waiting":
-                _sweep_killed(settings, name, states[0], logger)
+            elif state != "waiting":
+                _sweep_killed(settings, name, state, logger)
         except (CMPError, OSError) as err:
             logger.debug("not swept: %s", _one_line(str(err)))
 
@@ -1277,20 +1308,16 @@ class Exchange:
     def _issued_before(self) -> Outcome | None:
         """The certificate that an earlier run has got, where the CA answers something else, or twice nothing."""
         granted = next((answer for answer in self.before if answer.grants()), None)
-        if granted is None or not self.run.complete() or not self._takes(granted):
+        if granted is None or not self.run.complete():
             return None
-        if not self.after and not self._unanswered_again():
+        # Whether openssl takes this certificate, its certConf says (RFC 4210, 5.3.18).
+        requests = map(_saved_message, map(self.transaction.file, os.listdir(self.transaction.path)))
+        taken = any(request and request.body == CERTCONF and request.status in GRANTED for request in requests)
+        if not taken or not (self.after or self._unanswered_again()):
             return None
         text = self._text()[0]
         self.transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
         return Outcome(_certificate(granted.certificate))
-
-    def _takes(self, granted: Message) -> bool:
-        """Whether openssl takes the certificate in this answer: its certConf says so (RFC 4210, 5.3.18)."""
-        replay = _needed_again(self.before)
-        following = [_number(answer) for answer in replay[replay.index(granted) + 1 :]] + [self.first]
-        certconf = _saved_message(self.transaction.file(f"{following[0]:03d}.req"))
-        return certconf is not None and certconf.body == CERTCONF and certconf.status in GRANTED
 
     def _unanswered_again(self) -> bool:
         """Note that a repeated certConf got no answer; whether that was so before. A CA that is away does not count."""
@@ -1308,26 +1335,6 @@ class Exchange:
         return Outcome(waiting=answered, text=text, kind=kind)
 
 
-def _usable(answers: Iterable[Message]) -> list[Message]:
-    """The answers as far as openssl can go on from them, if they are replayed to it (-rspin).
-
-    That is: waiting, pollRep.., certificate, and, where the CA takes its time with the confirmation, waiting,
-    pollRep.., pkiConf. A CA says "waiting" once. So a second one is a recording that somebody sends, to end the order:
-    OpenSSL 3.5 would take it, and ask no more.
-    """
-    usable: list[Message] = []
-    granted = waiting = False
-    for answer in answers:
-        if answer.grants() and not granted:
-            granted, waiting = True, False
-        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
-            waiting = True
-        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
-            break
-        usable.append(answer)
-    return usable
-
-
 def _needed_again(answers: Sequence[Message]) -> list[Message]:
     """Those that are replayed. An older pollRep says nothing more, and openssl would sleep for it."""
     return [*(answer for answer in answers[:-1] if answer.body != POLLREP), *answers[-1:]]
@@ -1336,20 +1343,6 @@ def _needed_again(answers: Sequence[Message]) -> list[Message]:
 def _number(answer: Message) -> int:
     """The number in the name of its file."""
     return int(os.path.basename(answer.path)[:-4])
-
-
-def _fits(history: Sequence[Message]) -> bool:
-    """Whether the newest answer is to its request: by transaction, and nonce of that or (RFC 9483, 4.4) of the first.
-
-    Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
-    that, for openssl then takes transaction and nonces from the answers themselves; nor does the request of a replay
-    that was killed, which is younger than the answer.
-    """
-    newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
-    asked = _saved_message(newest.path[:-4] + ".req")
-    if asked is None or os.stat(asked.path).st_mtime_ns > os.stat(newest.path).st_mtime_ns:
-        return True  # nobody can tell
-    return newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]]
 
 
 def _due(answers: Sequence[Message]) -> float:
@@ -1434,8 +1427,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
         kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
         if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
-            usable = newest is not None and 0 <= newest.check_after < 1 << 63
-            errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
+            errors = ["openssl does not accept the answer"]
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
         ours = errors[:1] if kind == UNAUTHENTIC else errors
         searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in ours)
