@@ -1183,8 +1183,12 @@ class Exchange:
     def _clear(self, answers: Sequence[Message]) -> None:
         """Delete what a run has left: its requests, its certificate, all answers but these."""
         useful = {os.path.basename(answer.path) for answer in answers}
-        requests = [name for name in os.listdir(self.transaction.path) if name.endswith(".req")]
-        self.transaction.remove("cert.pem", "scratch", *requests, *(set(self.transaction.saved()) - useful))
+        others = set(self.transaction.saved()) - useful
+        self.transaction.remove("cert.pem", "scratch", *self._requests(), *others)
+
+    def _requests(self) -> list[str]:
+        """The names of the requests that openssl has made in this run."""
+        return [name for name in os.listdir(self.transaction.path) if name.endswith(".req")]
 
     def _ask(self, more_seconds: int = 0) -> None:
         """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
@@ -1284,7 +1288,7 @@ class Exchange:
 
     def _replayed(self, history: Sequence[Message]) -> str:
         """What openssl makes of the newest of these answers: it gets them all again, and no server."""
-        file, number, complete = self.transaction.file, _number(history[-1]), True
+        file, number = self.transaction.file, _number(history[-1])
         replay = [answer.path for answer in _needed_again(history)]
         requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
         files = ["-rspin", ",".join(replay), "-reqout", ",".join(map(file, requests))]
@@ -1302,8 +1306,9 @@ class Exchange:
                 return NOT_ACCEPTED
             # Half a request, or none for this answer: the disk is full, which says nothing about the answer.
             half = os.path.exists(file(requests[-1])) and _saved_message(file(requests[-1])) is None
-            complete = complete and run.complete() and self._made(number) and not half
-        return NOT_ACCEPTED if complete else UNKNOWN
+            if half or not run.complete() or not self._made(number):
+                return UNKNOWN
+        return NOT_ACCEPTED
 
     def _issued_before(self) -> Outcome | None:
         """The certificate that an earlier run has got, where the CA answers something else, or twice nothing."""
@@ -1311,7 +1316,7 @@ class Exchange:
         if granted is None or not self.run.complete():
             return None
         # Whether openssl takes this certificate, its certConf says (RFC 4210, 5.3.18).
-        requests = map(_saved_message, map(self.transaction.file, os.listdir(self.transaction.path)))
+        requests = [_saved_message(self.transaction.file(name)) for name in self._requests()]
         taken = any(request and request.body == CERTCONF and request.status in GRANTED for request in requests)
         if not taken or not (self.after or self._unanswered_again()):
             return None
