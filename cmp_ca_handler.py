@@ -740,8 +740,8 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     """
     # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). It is done here, for
     # neither acme2certifier nor `openssl cmp` does it.
-    binary, name = transaction.settings.binary, transaction.key_file
-    if os.path.exists(transaction.file(name)):
+    binary = transaction.settings.binary
+    if os.path.exists(transaction.file("pubkey.pem")):
         return  # a poll: it was verified before the CA was asked
     transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
@@ -753,7 +753,7 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
         said = run.killed() or _one_line("; ".join(line.text for line in run.lines[:2]))
         hint = "" if run.killed() else _hint("cannot use the CSR")
         raise CMPError(f"openssl cannot use the CSR: {said}{hint}", REQUEST)
-    transaction.write(name, csr.key if name.endswith(".der") else _pem(csr.key, "PUBLIC KEY"))
+    transaction.write("pubkey.pem", _pem(csr.key, "PUBLIC KEY"))
 
 
 def _request(csr: CSR, transaction: Transaction) -> list[str]:
@@ -767,7 +767,7 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
         if not csr.extensions.get(SUBJECT_ALT_NAME) and _cn_texts(csr.subject):
             transaction.logger.warning("the CSR has no subjectAltName: many clients refuse such a certificate")
         return [*arguments, "-csr", file("csr.pem")]
-    arguments += ["-newkey", file(transaction.key_file)]
+    arguments += ["-newkey", file("pubkey.pem")]
     subject = _subject(csr, settings)
     if subject is not None:
         arguments += ["-subject", subject]
@@ -843,7 +843,7 @@ class Transaction:
     """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs.
 
     enrolling, waiting, revoking, asking  one of them: its state, and the lock
-    csr.pem, pubkey.der (or .pem) the request: what the client has signed, and its key
+    csr.pem, pubkey.pem           the request: what the client has signed, and its key
     subject, profile              what was sent as -subject; what the order's profile has set
     NNN.der                       the CA's answers; the newest holds the nonce that it expects next
     NNN.new, NNN.req              an answer as openssl saved it, the last of them may be anybody's; its request
@@ -876,12 +876,6 @@ class Transaction:
         self.keep = False
         self.started = time.monotonic()
         self.cmp_id = ""  # CMP's transactionID, once the CA has answered
-
-    @property
-    def key_file(self) -> str:
-        """Where the CSR's public key is: OpenSSL 3 reads DER faster; older ones, or with -keyform, only PEM."""
-        faster = self.settings.binary.since(3, 0) and "keyform" not in self.settings.options
-        return "pubkey.der" if faster else "pubkey.pem"
 
     def file(self, name: str) -> str:
         """The path of one of its files."""
