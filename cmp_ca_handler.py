@@ -1177,12 +1177,8 @@ class Exchange:
     def _clear(self, answers: Sequence[Message]) -> None:
         """Delete what a run has left: its requests, its certificate, all answers but these."""
         useful = {os.path.basename(answer.path) for answer in answers}
-        others = set(self.transaction.saved()) - useful
-        self.transaction.remove("cert.pem", "scratch", *self._requests(), *others)
-
-    def _requests(self) -> list[str]:
-        """The names of the requests that openssl has made in this run."""
-        return [name for name in os.listdir(self.transaction.path) if name.endswith(".req")]
+        requests = [name for name in os.listdir(self.transaction.path) if name.endswith(".req")]
+        self.transaction.remove("cert.pem", "scratch", *requests, *(set(self.transaction.saved()) - useful))
 
     def _ask(self, more_seconds: int = 0) -> None:
         """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
@@ -1310,7 +1306,7 @@ class Exchange:
         if granted is None or not self.run.complete():
             return None
         # Whether openssl takes this certificate, its certConf says (RFC 4210, 5.3.18).
-        requests = [_saved_message(self.transaction.file(name)) for name in self._requests()]
+        requests = [_saved_message(self.transaction.file(f"{n:03d}.req")) for n in range(1, self.first + 1)]
         taken = any(request and request.body == CERTCONF and request.status in GRANTED for request in requests)
         if not taken or not (self.after or self._unanswered_again()):
             return None
