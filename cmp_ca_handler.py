@@ -1484,12 +1484,12 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
 
 
 # Links that openssl has verified in this process, as hashes, for strangers can send large certificates: of the one
-# below (of a leaf perhaps what names its issuer's key: see `issuers`), and of the issuer.
+# below (of a leaf perhaps what names its issuer's key: see `ways`), and of the issuer.
 _links: set[bytes] = set()
 
 
 class ChainFinder:
-    """Finds the ways from a certificate upwards, and has openssl verify each link (`issuers` says when again).
+    """Finds the ways from a certificate upwards, and has openssl verify each link (`ways` says when again).
 
     Nothing is trusted because of where it stands: a certificate from extraCerts, which nothing protects (RFC 4210,
     5.1), is served if openssl says that it has signed the one below, and a way that ends in the configuration, or
@@ -1532,19 +1532,12 @@ class ChainFinder:
 
     def ways(self, way: list[Certificate]) -> Iterator[tuple[list[Certificate], bool]]:
         """Every way on from the end of `way`, the best one first, and whether it ends at a self-signed one."""
-        last = way[-1]
+        last, trodden = way[-1], set(map(_who, way))
         # A CA below one of its own name has not signed itself, whatever it is called.
         ends = _names_as_issuer(last, last) and self.signed_by(last, last, last.der)
-        for issuer in () if ends or len(way) == MAX_CHAIN else self.issuers(way):
-            yield from self.ways([*way, issuer])
-        yield way, ends
-
-    def issuers(self, way: list[Certificate]) -> Iterator[Certificate]:
-        """Who has signed the last one of `way`: valid ones first, and among equals what came in extraCerts last."""
-        last, trodden = way[-1], set(map(_who, way))
-        found = list({c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}.values())
-        found = [c for c in found if _who(c) not in trodden]
-        # Stable: the configuration stays before caPubs, and these before extraCerts.
+        named = {c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}
+        found = [c for c in named.values() if _who(c) not in trodden and not ends and len(way) < MAX_CHAIN]
+        # Valid ones first. Stable: the configuration stays before caPubs, and these before extraCerts.
         found.sort(key=lambda c: (not c.valid(), c not in self.named))
         # Each leaf is new. If it names its issuer's key, and all candidates have that one key, openssl verifies the
         # link for the first leaf alone: the next leaf of this issuer costs no process.
@@ -1552,7 +1545,8 @@ class ChainFinder:
         mark = last.algorithm + last.authority_key if sure else last.der
         for issuer in found:
             if self.signed_by(issuer, last, mark if issuer.subject_key else last.der):
-                yield issuer
+                yield from self.ways([*way, issuer])
+        yield way, ends
 
     def signed_by(self, issuer: Certificate, below: Certificate, mark: bytes) -> bool:
         """Whether openssl says that `issuer` has signed `below`; a yes is remembered as one for `mark`."""
