@@ -859,8 +859,8 @@ class Transaction:
       order, and the sweep of a later one deletes the directory when it is an hour old.
     - A poller takes the lock and has openssl ask. It is killed with -9: the system lets go of the lock, and openssl,
       which holds it too, goes on until its time is up, so no second poller asks in between (on Windows it ends, too).
-      What it gets is there as NNN.new. The next poll throws it away if it does not fit its request (`usable`), or
-      replays it: openssl goes on from it, or refuses it. A poll without any usable answer asks nothing.
+      What it gets is there as NNN.new. The next poll throws it away if it does not fit its request (`_fits`), or
+      replays it: openssl goes on from it, or refuses it (`_judgement`). Without any usable answer it asks nothing.
     - The CA says yes. finish() writes the bundle as `issued`, whole and synced, before the poller says so. Killed then,
       the next poll hands out the same bundle. Killed after it, too; and a day later the sweep deletes it.
     - Two pollers: the second finds the lock taken, and waits. Or it opens the lock file, then the first one finishes
@@ -881,10 +881,10 @@ class Transaction:
         """The path of one of its files."""
         return f"{self.path}/{name}"
 
-    def write(self, name: str, data: str | bytes) -> None:
+    def write(self, name: str, text: str) -> None:
         """Make one of its files."""
         with open(self.file(name), "wb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+            file.write(text.encode("utf-8", "surrogateescape"))
 
     def read(self, name: str) -> str:
         """The text of one of its files, empty if there is none."""
