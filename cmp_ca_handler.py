@@ -1452,7 +1452,7 @@ def _refusal_text(answer: Message, settings: Settings) -> str:
 
 MAX_CHAIN = 10
 MAX_WAYS = 24  # from the leaf upwards: anybody can put more into extraCerts
-MAX_LINKS = 16  # processes for the links to what came in extraCerts; a false one counts four times
+MAX_LINKS = 24  # processes for the links of one chain
 
 
 def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
@@ -1553,10 +1553,11 @@ class ChainFinder:
         import hashlib  # acme2certifier has it already
 
         link = hashlib.sha256(b"%d " % len(mark) + mark + issuer.der).digest()
-        foreign = issuer not in self.named and issuer is not self.leaf  # anybody can put that into extraCerts
-        if link in _links or self.invalid or (foreign and self.left <= 0):
+        foreign = issuer not in self.named and issuer is not self.leaf
+        # What anybody can put into extraCerts may not use up what the configured issuers need.
+        if link in _links or self.invalid or self.left <= (MAX_LINKS // 3 if foreign else 0):
             return link in _links
-        self.left -= foreign
+        self.left -= 1
         file, program = self.transaction.file, self.transaction.settings.binary.path
         self.transaction.write("issuer.pem", _pem(issuer.der))
         self.transaction.write("below.pem", _pem(below.der))
@@ -1576,7 +1577,7 @@ class ChainFinder:
             why = _one_line((FALSE_SIGNER.findall(run.output) or [run.output])[0], 100)
             self.false.append(f"{_name_text(issuer.subject)} ({why})")
             if foreign:
-                self.left -= 3  # each costs a process
+                self.left -= 3  # anybody may put such a certificate there, and each costs a process
                 self.transaction.warn("passed over a certificate in extraCerts: %s", self.false[-1])
         return run.code == 0
 
