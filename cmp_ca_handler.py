@@ -303,7 +303,7 @@ class CAhandler:
     def _obtain(self, csr: CSR, transaction: Transaction) -> Outcome:
         """Begin or resume the exchange; where that gets a certificate: the bundle, and the log line about it."""
         _prove_possession(csr, transaction)
-        outcome = Exchange(_request(csr, transaction), csr.key, transaction).outcome()
+        outcome = Exchange(_request(csr, transaction), transaction).outcome()
         if outcome.leaf is None:
             return outcome
         leaf, settings, hidden = outcome.leaf, transaction.settings, transaction.settings.hidden
@@ -740,8 +740,8 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     """
     # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). It is done here, for
     # neither acme2certifier nor `openssl cmp` does it.
-    binary, name = transaction.settings.binary, transaction.key_file
-    if os.path.exists(transaction.file(name)):
+    binary = transaction.settings.binary
+    if os.path.exists(transaction.file("pubkey.pem")):
         return  # a poll: it was verified before the CA was asked
     transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
@@ -753,7 +753,7 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
         said = run.killed() or _one_line("; ".join(line.text for line in run.lines[:2]))
         hint = "" if run.killed() else _hint("cannot use the CSR")
         raise CMPError(f"openssl cannot use the CSR: {said}{hint}", REQUEST)
-    transaction.write(name, csr.key if name.endswith(".der") else _pem(csr.key, "PUBLIC KEY"))
+    transaction.write("pubkey.pem", _pem(csr.key, "PUBLIC KEY"))
 
 
 def _request(csr: CSR, transaction: Transaction) -> list[str]:
@@ -767,7 +767,7 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
         if not csr.extensions.get(SUBJECT_ALT_NAME) and _cn_texts(csr.subject):
             transaction.logger.warning("the CSR has no subjectAltName: many clients refuse such a certificate")
         return [*arguments, "-csr", file("csr.pem")]
-    arguments += ["-newkey", file(transaction.key_file)]
+    arguments += ["-newkey", file("pubkey.pem")]
     subject = _subject(csr, settings)
     if subject is not None:
         arguments += ["-subject", subject]
@@ -843,7 +843,7 @@ class Transaction:
     """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs.
 
     enrolling, waiting, revoking, asking  one of them: its state, and the lock
-    csr.pem, pubkey.der (or .pem) the request: what the client has signed, and its key
+    csr.pem, pubkey.pem           the request: what the client has signed, and its key
     subject, profile              what was sent as -subject; what the order's profile has set
     NNN.der                       the CA's answers; the newest holds the nonce that it expects next
     NNN.new, NNN.req              an answer as openssl saved it, the last of them may be anybody's; its request
@@ -859,8 +859,8 @@ class Transaction:
       order, and the sweep of a later one deletes the directory when it is an hour old.
     - A poller takes the lock and has openssl ask. It is killed with -9: the system lets go of the lock, and openssl,
       which holds it too, goes on until its time is up, so no second poller asks in between (on Windows it ends, too).
-      What it gets is there as NNN.new. The next poll throws it away if it does not fit its request (`usable`), or
-      replays it: openssl goes on from it, or refuses it. A poll without any usable answer asks nothing.
+      What it gets is there as NNN.new. The next poll throws it away if it does not fit its request (`_fits`), or
+      replays it: openssl goes on from it, or refuses it (`_judgement`). Without any usable answer it asks nothing.
     - The CA says yes. finish() writes the bundle as `issued`, whole and synced, before the poller says so. Killed then,
       the next poll hands out the same bundle. Killed after it, too; and a day later the sweep deletes it.
     - Two pollers: the second finds the lock taken, and waits. Or it opens the lock file, then the first one finishes
@@ -877,20 +877,14 @@ class Transaction:
         self.started = time.monotonic()
         self.cmp_id = ""  # CMP's transactionID, once the CA has answered
 
-    @property
-    def key_file(self) -> str:
-        """Where the CSR's public key is: OpenSSL 3 reads DER faster; older ones, or with -keyform, only PEM."""
-        faster = self.settings.binary.since(3, 0) and "keyform" not in self.settings.options
-        return "pubkey.der" if faster else "pubkey.pem"
-
     def file(self, name: str) -> str:
         """The path of one of its files."""
         return f"{self.path}/{name}"
 
-    def write(self, name: str, data: str | bytes) -> None:
+    def write(self, name: str, text: str) -> None:
         """Make one of its files."""
         with open(self.file(name), "wb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+            file.write(text.encode("utf-8", "surrogateescape"))
 
     def read(self, name: str) -> str:
         """The text of one of its files, empty if there is none."""
@@ -932,16 +926,11 @@ class Transaction:
     def usable(self) -> list[Message]:
         """The answers that openssl can go on from.
 
-        The newest may be somebody's recording, saved while a process was killed: then it does not fit its request. That
-        of a later replay, which was killed, too, says nothing of it: it is younger.
+        The newest may be somebody's recording, saved while a process was killed: then it does not fit its request.
         """
         found = _usable(self.answers())
-        if found and found[-1].path.endswith(".new"):
-            answer, request = found[-1].path, found[-1].path[:-4] + ".req"
-            older = os.path.exists(request) and os.stat(request).st_mtime_ns <= os.stat(answer).st_mtime_ns
-            if older and not _fits(found, _saved_message(request)):
-                found.pop()
-        return found
+        unproven = bool(found) and found[-1].path.endswith(".new")
+        return found[:-1] if unproven and not _fits(found) else found
 
     def answered(self) -> bool:
         """Whether there is an answer to go on from; where none can be read now (no descriptors), any answer."""
@@ -993,6 +982,40 @@ class Transaction:
             self.logger.error(f"cannot {what}: %s", self.path, err.strerror)
 
 
+def _usable(answers: Iterable[Message]) -> list[Message]:
+    """The answers as far as openssl can go on from them, if they are replayed to it (-rspin).
+
+    That is: waiting, pollRep.., certificate, and, where the CA takes its time with the confirmation, waiting,
+    pollRep.., pkiConf. A CA says "waiting" once. So a second one is a recording that somebody sends, to end the order:
+    OpenSSL 3.5 would take it, and ask no more.
+    """
+    usable: list[Message] = []
+    granted = waiting = False
+    for answer in answers:
+        if answer.grants() and not granted:
+            granted, waiting = True, False
+        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
+            waiting = True
+        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
+            break
+        usable.append(answer)
+    return usable
+
+
+def _fits(history: Sequence[Message]) -> bool:
+    """Whether the newest answer is to its request: by transaction, and nonce of that or (RFC 9483, 4.4) of the first.
+
+    Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
+    that, for openssl then takes transaction and nonces from the answers themselves; nor does the request of a replay
+    that was killed, which is younger than the answer.
+    """
+    newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
+    asked = _saved_message(newest.path[:-4] + ".req")
+    if asked is None or os.stat(asked.path).st_mtime_ns > os.stat(newest.path).st_mtime_ns:
+        return True  # nobody can tell
+    return newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]]
+
+
 def _begin(settings: Settings, state: str, logger: logging.Logger) -> Transaction:
     """A new transaction with a random identifier. Raises CMPError or OSError."""
     _make_directory(settings)
@@ -1016,20 +1039,17 @@ def _sweep(settings: Settings, logger: logging.Logger) -> None:
     if abs(now - _swept.get(base, 0)) < SWEPT_AFTER / 6:
         return
     _swept[base] = now
-    for name in os.listdir(base):
+    for name in filter(re.compile("[0-9a-f]{32}").fullmatch, os.listdir(base)):
         path = f"{base}/{name}"
         try:
-            age = now - os.lstat(path).st_mtime
-            if not re.fullmatch("[0-9a-f]{32}", name) or age <= SWEPT_AFTER:
+            there, age = os.listdir(path), now - os.lstat(path).st_mtime
+            state = next((state for state in ("waiting", "enrolling", "revoking") if state in there), "")
+            if age <= (RESULT_KEPT if "issued" in there else SWEPT_AFTER):
                 continue
-            states = [s for s in ("waiting", "enrolling", "revoking") if os.path.exists(f"{path}/{s}")]
-            if os.path.exists(f"{path}/issued"):
-                if age > RESULT_KEPT:
-                    _delete(path)
-            elif not states:  # killed while it asked, or was made or deleted
+            if "issued" in there or not state:  # or killed while it asked, or was made or deleted
                 _delete(path)
-            elif states[0] != "waiting":
-                _sweep_killed(settings, name, states[0], logger)
+            elif state != "waiting":
+                _sweep_killed(settings, name, state, logger)
         except (CMPError, OSError) as err:
             logger.debug("not swept: %s", _one_line(str(err)))
 
@@ -1119,16 +1139,15 @@ class Exchange:
     of checkAfter (`_due`) that is all. Then the same request is made again (`_request`), and
 
     - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`silent`);
-    - `_issued`, `_refused`: the certificate is there, or the CA's no, which openssl has accepted, or a certificate that
-      openssl does not take: the end;
+    - the certificate is there: the end;
+    - `_refused`: the CA's no, which openssl has accepted, or a certificate that openssl does not take: the end;
     - `_keep`: which of the new answers are authentic (`_judgement`)? They are saved, the others deleted;
     - `_issued_before`: the certificate of an earlier answer, whose confirmation the CA does not answer;
     - `_undecided`: the order waits.
     """
 
-    def __init__(self, request: Sequence[str], key: bytes, transaction: Transaction) -> None:
-        self.request, self.key = request, key  # openssl's arguments; the subjectPublicKeyInfo
-        self.transaction, self.settings = transaction, transaction.settings
+    def __init__(self, request: Sequence[str], transaction: Transaction) -> None:
+        self.request, self.transaction, self.settings = request, transaction, transaction.settings
         self.before = transaction.usable()
         self.first = max(map(_number, self.before), default=0) + 1  # of the answers of this run
         self.after: list[Message] = []
@@ -1143,7 +1162,8 @@ class Exchange:
             # openssl counts whole seconds, so its time may have run out before it could ask: once more, with more time.
             self._ask(more_seconds=2)
         self.after = [answer for answer in self.transaction.answers() if _number(answer) >= self.first]
-        outcome = self._issued() or self._refused()
+        certificates = _certificates(self.transaction.file("cert.pem"))  # written when all was done
+        outcome = Outcome(certificates[0]) if certificates else self._refused()
         if outcome is None:
             history = self._keep()
             news = bool(self.after) and _number(self.after[-1]) in map(_number, history)
@@ -1162,7 +1182,8 @@ class Exchange:
 
     def _ask(self, more_seconds: int = 0) -> None:
         """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
-        known, file, replay = self.settings.binary.options, self.transaction.file, _needed_again(self.before)
+        known, file = self.settings.binary.options, self.transaction.file
+        replay = [answer.path for answer in _needed_again(self.before)]
         overrides = _resumed_timeouts(self.settings, self.before[-1], more_seconds) if self.before else {}
         total = int(overrides.get("total_timeout") or self.settings.seconds("total_timeout") or NO_TIMEOUT)
         # A CA that says checkAfter 0 is asked again and again without a pause. So openssl gets names for so many
@@ -1183,37 +1204,24 @@ class Exchange:
         if not os.path.exists(self.transaction.file(f"{self.first:03d}.new")):
             return False  # the usual case, and this is asked often
         newest = _saved_message(self.transaction.file(self.transaction.saved()[-1]))
-        if newest is not None and newest.body == POLLREP and newest.check_after >= 1:
-            return self._asleep(newest)
-        if newest is not None and (newest.body == POLLREP or newest.waits()) and time.monotonic() > self.deadline:
-            self._ask_no_more(newest)
+        if newest is None or not (newest.body == POLLREP or newest.waits()):
+            return False
+        left, number = self.deadline - time.monotonic(), _number(newest)
+        if newest.body == POLLREP and newest.check_after >= 1:
+            # It sleeps until checkAfter has passed since the answer came. It writes each request before it sends it. So
+            # as long as the one that follows is not there, nothing is on its way, and openssl can be ended.
+            age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
+            following = self.transaction.file(f"{number + 1:03d}.req")
+            return newest.check_after - age > left and not os.path.exists(following)
+        if left < 0:  # it does not sleep, but has asked again: let it be unable to write the request after that one
+            with contextlib.suppress(OSError):  # it is made already; Windows lets only administrators make a link
+                os.symlink(NO_MORE_REQUESTS, self.transaction.file(f"{number + 2:03d}.req"))
         return False
-
-    def _asleep(self, newest: Message) -> bool:
-        """Whether it sleeps after this answer, because the CA wants to be asked later than there is time for.
-
-        It writes each request before it sends it. So as long as the one that follows this answer is not there, nothing
-        is on its way, and openssl can be ended.
-        """
-        # checkAfter counts from when the answer came, not from now.
-        age = max(0.0, time.time() - os.stat(newest.path).st_mtime)
-        too_late = newest.check_after - age > self.deadline - time.monotonic()
-        return too_late and not os.path.exists(self.transaction.file(f"{_number(newest) + 1:03d}.req"))
-
-    def _ask_no_more(self, newest: Message) -> None:
-        """After this answer it does not sleep, but has asked again. It cannot write the request after that one."""
-        with contextlib.suppress(OSError):  # it is made already; Windows lets only administrators make a link
-            os.symlink(NO_MORE_REQUESTS, self.transaction.file(f"{_number(newest) + 2:03d}.req"))
 
     def _made(self, number: int) -> bool:
         """Whether openssl has made the request for this answer, that is, has accepted the one before."""
         message = _saved_message(self.transaction.file(f"{number:03d}.req"))
         return message is not None and message.body != ERROR
-
-    def _issued(self) -> Outcome | None:
-        """openssl has written the certificate, when all was done."""
-        found = _certificates(self.transaction.file("cert.pem"))
-        return Outcome(found[0]) if found else None
 
     def _refused(self) -> Outcome | None:
         """The CA has said no, and openssl has accepted that; or openssl does not take the certificate."""
@@ -1222,12 +1230,9 @@ class Exchange:
         waits = self.before or any(answer.waits() for answer in self.after)
         spoilt = {"certConfirmed", *(OF_THE_MESSAGE if waits else ())}
         refused = any(a.refuses() and a.protected and not spoilt & {*a.failures} for a in self.after[-1:])
-        final = self._leaf_refused() or (refused and not any(answer.grants() for answer in self.before))
+        leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, self.run.errors()))
+        final = leaf_refused or (refused and not any(answer.grants() for answer in self.before))
         return Outcome(text=self._text()[0], final=True) if final and self.run.only(AFTER_ACCEPTANCE) else None
-
-    def _leaf_refused(self) -> bool:
-        """Whether openssl does not take the certificate that the CA has issued."""
-        return any(map(LEAF_NOT_ACCEPTED.match, self.run.errors()))
 
     def _text(self) -> tuple[str, str]:
         """Why there is no certificate, and of which kind that is."""
@@ -1248,41 +1253,33 @@ class Exchange:
         """
         history = _usable([*self.before, *self.after])
         judgement = self._judgement(history) if history else ACCEPTED
-        if judgement == NOT_ACCEPTED:
-            history = history[:-1]
         kept = []
-        for answer in history:
-            if answer.path.endswith(".new") and (judgement != UNKNOWN or answer is not history[-1]):
+        for answer in history if judgement == ACCEPTED else history[:-1]:
+            path = answer.path[:-4] + ".der"
+            if answer.path != path:
                 _sync(answer.path)
-                os.replace(answer.path, answer.path[:-4] + ".der")
-                answer = answer._replace(path=answer.path[:-4] + ".der")
-            kept.append(answer)
+                os.replace(answer.path, path)
+            kept.append(answer._replace(path=path))
         if kept:
             _sync(self.transaction.path)  # nothing old is deleted before the new is on the disk
         # While nobody knows about the newest, the pollRep before it is kept, too: if the newest turns out to be false,
         # openssl goes on from that one.
-        needed = {*_needed_again(kept)} if judgement != UNKNOWN else {answer.path for answer in kept}
-        return [answer for answer in kept if answer.path in needed]
+        return [*kept, history[-1]] if judgement == UNKNOWN else _needed_again(kept)
 
     def _judgement(self, history: Sequence[Message]) -> str:
         """What openssl has made of the newest of these answers. UNKNOWN: nobody can tell now."""
         newest = history[-1]
         if not newest.path.endswith(".new") or self._made(_number(newest) + 1):
             return ACCEPTED  # before this run; or it has made the request that follows
-        if newest not in self.after and not self.run.hung():  # a poll that was killed has left it: now it was replayed
-            made = self._made(_number(newest))
-            if made and self.run.only(TAKEN):
-                return ACCEPTED
-            return NOT_ACCEPTED if made and self.run.complete() else UNKNOWN
-        if self.run.only(TIME_IS_UP):
+        if newest in self.after and self.run.only(TIME_IS_UP):
             return ACCEPTED
-        if newest in self.after and not _fits(history, _saved_message(newest.path[:-4] + ".req")):
-            return NOT_ACCEPTED
-        return self._replayed(history)  # also where openssl has hung: the machine may have been paused
+        # Also where openssl has hung, for the machine may have been paused; and of what a killed poll has left.
+        return self._replayed(history) if _fits(history) else NOT_ACCEPTED
 
     def _replayed(self, history: Sequence[Message]) -> str:
         """What openssl makes of the newest of these answers: it gets them all again, and no server."""
-        file, replay, number, complete = self.transaction.file, _needed_again(history), _number(history[-1]), True
+        file, number = self.transaction.file, _number(history[-1])
+        replay = [answer.path for answer in _needed_again(history)]
         requests = [*["scratch"] * (len(replay) - 1), f"{number:03d}.req", f"{number + 1:03d}.req"]
         files = ["-rspin", ",".join(replay), "-reqout", ",".join(map(file, requests))]
         null = os.devnull  # the disk may be full, which says nothing about the answer
@@ -1299,27 +1296,23 @@ class Exchange:
                 return NOT_ACCEPTED
             # Half a request, or none for this answer: the disk is full, which says nothing about the answer.
             half = os.path.exists(file(requests[-1])) and _saved_message(file(requests[-1])) is None
-            complete = complete and run.complete() and self._made(number) and not half
-        return NOT_ACCEPTED if complete else UNKNOWN
+            if half or not run.complete() or not self._made(number):
+                return UNKNOWN
+        return NOT_ACCEPTED
 
     def _issued_before(self) -> Outcome | None:
         """The certificate that an earlier run has got, where the CA answers something else, or twice nothing."""
         granted = next((answer for answer in self.before if answer.grants()), None)
-        if granted is None or self._leaf_refused() or not self.run.complete() or not self._takes(granted):
+        if granted is None or not self.run.complete():
             return None
-        issued = _certificate(granted.certificate)
-        # The CA answers something else to its confirmation, or does not answer it.
-        if not (self.after or self._unanswered_again()) or not _same_key(issued.key, self.key):
+        # Whether openssl takes this certificate, its certConf says (RFC 4210, 5.3.18).
+        requests = [_saved_message(self.transaction.file(f"{n:03d}.req")) for n in range(1, self.first + 1)]
+        taken = any(request and request.body == CERTCONF and request.status in GRANTED for request in requests)
+        if not taken or not (self.after or self._unanswered_again()):
             return None
         text = self._text()[0]
         self.transaction.logger.warning("the certificate is issued, but its confirmation is not proven: %s", text)
-        return Outcome(issued)
-
-    def _takes(self, granted: Message) -> bool:
-        """Whether openssl takes the certificate in this answer: its certConf says so (RFC 4210, 5.3.18)."""
-        replay = [*_needed_again(self.before), self.transaction.file(f"{self.first:03d}.new")]
-        certconf = _saved_message(replay[replay.index(granted.path) + 1][:-4] + ".req")
-        return certconf is not None and certconf.body == CERTCONF and certconf.status in GRANTED
+        return Outcome(_certificate(granted.certificate))
 
     def _unanswered_again(self) -> bool:
         """Note that a repeated certConf got no answer; whether that was so before. A CA that is away does not count."""
@@ -1337,44 +1330,14 @@ class Exchange:
         return Outcome(waiting=answered, text=text, kind=kind)
 
 
-def _usable(answers: Iterable[Message]) -> list[Message]:
-    """The answers as far as openssl can go on from them, if they are replayed to it (-rspin).
-
-    That is: waiting, pollRep.., certificate, and, where the CA takes its time with the confirmation, waiting,
-    pollRep.., pkiConf. A CA says "waiting" once. So a second one is a recording that somebody sends, to end the order:
-    OpenSSL 3.5 would take it, and ask no more.
-    """
-    usable: list[Message] = []
-    granted = waiting = False
-    for answer in answers:
-        if answer.grants() and not granted:
-            granted, waiting = True, False
-        elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
-            waiting = True
-        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
-            break
-        usable.append(answer)
-    return usable
-
-
-def _needed_again(answers: Sequence[Message]) -> list[str]:
-    """The files that are replayed. An older pollRep says nothing more, and openssl would sleep for it."""
-    return [answer.path for answer in answers[:-1] if answer.body != POLLREP] + [a.path for a in answers[-1:]]
+def _needed_again(answers: Sequence[Message]) -> list[Message]:
+    """Those that are replayed. An older pollRep says nothing more, and openssl would sleep for it."""
+    return [*(answer for answer in answers[:-1] if answer.body != POLLREP), *answers[-1:]]
 
 
 def _number(answer: Message) -> int:
     """The number in the name of its file."""
     return int(os.path.basename(answer.path)[:-4])
-
-
-def _fits(history: Sequence[Message], asked: Message | None) -> bool:
-    """Whether the newest answer is to its request: by transaction, and nonce of that or (RFC 9483, 4.4) of the first.
-
-    Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
-    that, for openssl then takes transaction and nonces from the answers themselves.
-    """
-    newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
-    return asked is None or (newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]])
 
 
 def _due(answers: Sequence[Message]) -> float:
@@ -1447,10 +1410,6 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
     if run.killed() and not run.asleep:
         kind = UNREACHABLE if run.code is None else INTERNAL
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
-    # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-    errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
-    kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
-    searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors)
     if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults, _ = _openssl_faults(settings)
         if faults:
@@ -1458,23 +1417,21 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         errors = [line.text for line in run.lines if CAUSE.match(line.text)]
         kind = CONFIGURATION if faults is None else REQUEST  # with another request, all is well
         searched = " ".join(line.text for line in run.lines)  # no server has written anything
-    elif not errors:
-        errors = [line.text for line in run.lines if OTHER_SENDER.match(line.text)]  # for 3.0 that is no error
-        searched = " ".join(errors)
-    elif newest is None and CERTIFICATE_REFUSED.match(errors[0]) and not any(map(OF_THE_SIGNER.match, errors)):
-        # The TLS server's names may have line breaks, and what openssl says stands behind them.
-        searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
-    elif newest and not run.only(AFTER_ACCEPTANCE):
+    else:
+        # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
+        errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
+        kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
+        if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
+            errors = ["openssl does not accept the answer"]
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
-        searched = FOREIGN_WORDS.sub(r"\1", errors[0])
+        ours = errors[:1] if kind == UNAUTHENTIC else errors
+        searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in ours)
         if NO_SIGNER.match(searched):  # OpenSSL 3.0 says in a warning why it has passed over the one that is there
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
-        if "srvcert" in settings.options and not _hint(searched):  # its words are those of whatever has failed inside
+        elif newest is None and CERTIFICATE_REFUSED.match(searched) and not any(map(OF_THE_SIGNER.match, errors)):
+            searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
+        if kind == UNAUTHENTIC and "srvcert" in settings.options and not _hint(searched):  # it says what failed inside
             searched = SRVCERT_REFUSED
-    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
-        usable = newest is not None and 0 <= newest.check_after < 1 << 63
-        errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
-        searched = errors[0]
     said = _foreign("; ".join(errors[:4]), settings.hidden) or "openssl gave no reason"
     return f"CMP with {settings.server} failed: {said}{unverified}" + _hint(searched), kind
 
@@ -1517,8 +1474,6 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
         warn("OpenSSL calls the issued certificate itself invalid (%s), and it is served without its issuer", what)
     elif len(chain) == 1 and not ends:
         warn("the issuer's certificate is not there: name it in cmp_untrusted%s", why)
-    elif len(chain) == MAX_CHAIN and not ends:
-        warn("the bundle ends with %s: a chain of more than %d certificates is not followed", top, MAX_CHAIN)
     elif not ends and not anchored and (roots or why):  # else the root is left out on purpose
         warn("the bundle ends with %s, below its root: name its issuer, %s, in cmp_untrusted%s", top, missing, why)
     for authority in chain[1:]:
@@ -1529,12 +1484,12 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
 
 
 # Links that openssl has verified in this process, as hashes, for strangers can send large certificates: of the one
-# below (of a leaf perhaps what names its issuer's key: see `issuers`), and of the issuer.
+# below (of a leaf perhaps what names its issuer's key: see `ways`), and of the issuer.
 _links: set[bytes] = set()
 
 
 class ChainFinder:
-    """Finds the ways from a certificate upwards, and has openssl verify each link (`issuers` says when again).
+    """Finds the ways from a certificate upwards, and has openssl verify each link (`ways` says when again).
 
     Nothing is trusted because of where it stands: a certificate from extraCerts, which nothing protects (RFC 4210,
     5.1), is served if openssl says that it has signed the one below, and a way that ends in the configuration, or
@@ -1548,21 +1503,19 @@ class ChainFinder:
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
         for option, certificates in found.items():
             for path in _file_list(option, transaction.settings.options.get(option) or ""):
-                certificates += (there := _configured_certificates(path))
+                certificates += (there := _certificates(path))
                 if not there:
                     what, name = "holds no certificate that can be read: make it PEM", _one_line(path, 100)
                     transaction.warn("cmp_%s: %s %s", option, name, what)
         anchors = found["trusted"] + found["out_trusted"]
         # What the configuration names, and caPubs, which are protected.
         self.named = [*found["untrusted"], *anchors, *_certificates(transaction.file("capubs.pem"))]
-        self.sent = _certificates(transaction.file("extracerts.pem"))
-        if not self.sent or transaction.state == "waiting":  # openssl writes those of the last message alone
-            for element in (e for answer in transaction.answers() for e in _elements(answer.sent)):
-                with contextlib.suppress(CMPError):  # anybody can put one there that openssl reads, and we do not
-                    self.sent.append(_certificate(element.raw))
+        self.sent = _certificates(transaction.file("extracerts.pem"))  # those of the last message alone
+        for element in (e for answer in transaction.answers() for e in _elements(answer.sent)):
+            with contextlib.suppress(CMPError):  # anybody can put one there that openssl reads, and we do not
+                self.sent.append(_certificate(element.raw))
         # A renewed certificate of an anchor has its name and key.
         self.anchors, self.protected = set(map(_who, anchors)), set(map(_who, self.named))
-        self.known = {c.der for c in self.named}
 
     def best(self) -> tuple[list[Certificate], bool, bool]:
         """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
@@ -1579,40 +1532,30 @@ class ChainFinder:
 
     def ways(self, way: list[Certificate]) -> Iterator[tuple[list[Certificate], bool]]:
         """Every way on from the end of `way`, the best one first, and whether it ends at a self-signed one."""
-        ends = self.self_signed(way[-1])
-        for issuer in () if ends or len(way) == MAX_CHAIN else self.issuers(way):
-            yield from self.ways([*way, issuer])
-        yield way, ends
-
-    def self_signed(self, certificate: Certificate) -> bool:
-        """Whether it has signed itself: a CA below one of its own name has not, whatever it is called."""
-        if not _names_as_issuer(certificate, certificate):
-            return False
-        return self.signed_by(certificate, certificate, certificate.der)
-
-    def issuers(self, way: list[Certificate]) -> Iterator[Certificate]:
-        """Who has signed the last one of `way`: valid ones first, and among equals what came in extraCerts last."""
         last, trodden = way[-1], set(map(_who, way))
-        found = list({c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}.values())
-        found = [c for c in found if _who(c) not in trodden]
-        # Stable: the configuration stays before caPubs, and these before extraCerts.
-        found.sort(key=lambda c: (not c.valid(), c.der not in self.known))
+        # A CA below one of its own name has not signed itself, whatever it is called.
+        ends = _names_as_issuer(last, last) and self.signed_by(last, last, last.der)
+        named = {c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}
+        found = [c for c in named.values() if _who(c) not in trodden and not ends and len(way) < MAX_CHAIN]
+        # Valid ones first. Stable: the configuration stays before caPubs, and these before extraCerts.
+        found.sort(key=lambda c: (not c.valid(), c not in self.named))
         # Each leaf is new. If it names its issuer's key, and all candidates have that one key, openssl verifies the
         # link for the first leaf alone: the next leaf of this issuer costs no process.
         sure = len(way) == 1 and last.authority_key and len({c.key for c in found}) == 1
         mark = last.algorithm + last.authority_key if sure else last.der
         for issuer in found:
             if self.signed_by(issuer, last, mark if issuer.subject_key else last.der):
-                yield issuer
+                yield from self.ways([*way, issuer])
+        yield way, ends
 
     def signed_by(self, issuer: Certificate, below: Certificate, mark: bytes) -> bool:
         """Whether openssl says that `issuer` has signed `below`; a yes is remembered as one for `mark`."""
         import hashlib  # acme2certifier has it already
 
         link = hashlib.sha256(b"%d " % len(mark) + mark + issuer.der).digest()
+        foreign = issuer not in self.named and issuer is not self.leaf
         # What anybody can put into extraCerts may not use up what the configured issuers need.
-        reserved = 0 if issuer.der in self.known or issuer is self.leaf else MAX_LINKS // 3
-        if link in _links or self.left <= reserved:
+        if link in _links or self.invalid or self.left <= (MAX_LINKS // 3 if foreign else 0):
             return link in _links
         self.left -= 1
         file, program = self.transaction.file, self.transaction.settings.binary.path
@@ -1620,7 +1563,6 @@ class ChainFinder:
         self.transaction.write("below.pem", _pem(below.der))
         argv = [program, "verify", "-partial_chain", "-no_check_time", "-ignore_critical"]
         argv += ["-check_ss_sig"] if below is issuer else []  # else openssl does not verify a trusted root's signature
-        purposes = [program, "x509", "-in", file("below.pem"), "-noout", "-purpose"]
         run = _run([*argv, "-trusted", file("issuer.pem"), file("below.pem")])
         if run.killed():
             raise CMPError(run.killed())
@@ -1628,16 +1570,13 @@ class ChainFinder:
             if len(_links) > 1000:
                 _links.clear()
             _links.add(link)
-        elif (
-            below is self.leaf
-            and INVALID_CERTIFICATE.search(run.output)
-            and INVALID_FOR_ALL_PURPOSES in _run(purposes).output
-        ):
-            self.invalid, self.left = True, 0
-        elif below is not issuer:
+        elif below is self.leaf and INVALID_CERTIFICATE.search(run.output):
+            purposes = _run([program, "x509", "-in", file("below.pem"), "-noout", "-purpose"])
+            self.invalid = INVALID_FOR_ALL_PURPOSES in purposes.output  # else it is the issuer that is invalid
+        if run.code != 0 and below is not issuer and not self.invalid:
             why = _one_line((FALSE_SIGNER.findall(run.output) or [run.output])[0], 100)
             self.false.append(f"{_name_text(issuer.subject)} ({why})")
-            if issuer.der not in self.known:
+            if foreign:
                 self.left -= 3  # anybody may put such a certificate there, and each costs a process
                 self.transaction.warn("passed over a certificate in extraCerts: %s", self.false[-1])
         return run.code == 0
@@ -1645,12 +1584,11 @@ class ChainFinder:
     def passed_over(self, below: Certificate) -> str:
         """The end of a warning: what is there of its issuer's name, and why it is not the issuer."""
         named = [c for c in [*self.named, *self.sent] if c.subject_id == below.issuer_id and c != below]
-        other = [c for c in named if not _names_as_issuer(below, c)]
         if self.false:
             return f" (openssl does not take what is there for it: {self.false[-1]})"
-        if other and len(other) == len(named):
-            keys = f"key identifier is {other[0].subject_key.hex()}, not {below.authority_key.hex()}"
-            return f" (the {_name_text(other[0].subject)} that is there has another key: its {_one_line(keys, 120)})"
+        if named and not any(_names_as_issuer(below, c) for c in named):
+            keys = f"key identifier is {named[0].subject_key.hex()}, not {below.authority_key.hex()}"
+            return f" (the {_name_text(named[0].subject)} that is there has another key: its {_one_line(keys, 120)})"
         return ""
 
 
@@ -1672,17 +1610,6 @@ def _certificates(path: str) -> list[Certificate]:
             der = block if block is data else binascii.a2b_base64(block)
             found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
     return found
-
-
-def _configured_certificates(path: str) -> list[Certificate]:
-    """The same for a file that the configuration names: read again only when it has changed."""
-    info = os.stat(path) if os.path.isfile(path) else None
-    return _unchanged_certificates(path, info.st_mtime_ns, info.st_size) if info else []
-
-
-@functools.lru_cache(maxsize=16)
-def _unchanged_certificates(path: str, changed: int, size: int) -> list[Certificate]:
-    return _certificates(path)
 
 
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
@@ -2298,7 +2225,7 @@ def _credential_findings(settings: Settings, kind: str, elsewhere: bool) -> Iter
     path = options.get(key) or ""
     yield _readable_by_all(path), f"cmp_{key}: every local user can read {path}: chmod o-r", WARNING
     path, now, soon = options.get(cert) or "", _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
-    for found in _configured_certificates(path)[:1]:
+    for found in _certificates(path)[:1]:
         what, start, end = f"cmp_{cert}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
         yield start > now, f"{what} is not valid before {start[:10]}", level
         yield end <= now, f"{what} has expired on {end[:10]}: renew it", level
@@ -2554,8 +2481,9 @@ class Run(NamedTuple):
     asleep: bool = False  # ended by us while it slept: nothing was in flight
 
     def errors(self) -> list[str]:
-        """The texts of openssl's error messages, each once."""
-        return list(dict.fromkeys(line.text for line in self.lines if line.level in ERROR_LEVELS))
+        """The texts of openssl's error messages, each once; one that only 3.0 does not call an error is among them."""
+        errors = (line for line in self.lines if line.level in ERROR_LEVELS or OTHER_SENDER.match(line.text))
+        return list(dict.fromkeys(line.text for line in errors))
 
     def reasons(self) -> list[str]:
         """The same without the line that stands beside the errors of a poll, and says nothing by itself."""
@@ -2580,8 +2508,7 @@ class Run(NamedTuple):
         breaks), but cannot remove one.
         """
         errors = self.reasons()
-        sender = any(OTHER_SENDER.match(line.text) for line in self.lines)
-        return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
+        return self.complete() and bool(errors) and all(map(lines.match, errors))
 
     def killed(self) -> str:
         """How it was killed, or an empty string."""
