@@ -2042,11 +2042,12 @@ def _file_list(option: str, value: str) -> list[str]:
     return [name for name in re.split(r"[,\s]+", _openssl_path(value)) if name]
 
 
-# An attribute in RFC 4514's notation (text in quotes is of its predecessors) or what is none, and in openssl's.
-DN_ATTRIBUTE = re.compile(
+# In openssl's notation, /C=DE/CN=x, and in RFC 4514's, C=DE, CN=x: what stands before an attribute, its type, its value
+# in quotes (of RFC 4514's predecessors) or without; or what is no attribute.
+SLASH_ATTRIBUTE = re.compile(r"/*([/+])([^=/+\\]*)=()((?:[^/+\\]|\\.)*)(?=[/+]|$)|(?!/*$)(.+)", re.S)
+COMMA_ATTRIBUTE = re.compile(
     r'([,+])\s*([\w.-]+)\s*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|((?:[^,+;"\\]|\\.)*))\s*(?=[,+]|$)|(.+)', re.S
 )
-SLASH_ATTRIBUTE = re.compile(r"([/+])([^=/+\\]*)(=?)((?:[^/+\\]|\\.)*)", re.S)
 ESCAPE = re.compile(rb"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)", re.S)
 DN_ALIASES = dict(
     pair.split("=")
@@ -2063,7 +2064,7 @@ def _slash_dn(value: str, binary: Binary) -> str:
     """`C=DE, CN=x` in openssl's notation, `/C=DE/CN=x`; that stays. Raises CMPError where openssl would misread it."""
     value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
     text = ""
-    for separator, kind, part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
+    for separator, kind, part in _attributes(value):
         _raise_first((not kind, f"'={_one_line(part, 60)}' has no attribute type such as CN"))
         if not part or "\0" in part:
             raise CMPError(f"{_one_line(kind, 60)}: has {'a NUL in its' if part else 'no'} value")
@@ -2072,46 +2073,31 @@ def _slash_dn(value: str, binary: Binary) -> str:
     return text or "/"
 
 
-def _split_slash(value: str) -> Iterator[tuple[str, str, str]]:
-    """Separator, type and value of each attribute in `/C=DE/CN=x`; a backslash makes the next character plain."""
-    if re.search(r"(?<!\\)(?:\\\\)*\\(\w|$)", value):  # `\C3` and `\xC3` are of other notations: openssl reads C3
-        raise CMPError("write the character itself for its code, or \\\\ for a backslash")
-    for separator, kind, equals, text in SLASH_ATTRIBUTE.findall(value):
-        if not equals and (kind or text or separator == "+"):
-            what, sign = f"'{_one_line(kind + text, 60)}' is no attribute", "slash" if separator == "/" else "plus sign"
-            raise CMPError(f"{what} such as CN=x: write \\{separator} for a {sign} in a value")
-        if equals:
-            _check_merged(kind, text, "slash")
-            yield separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S)
-
-
-def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
-    """Separator, type and value of each attribute in RFC 4514's notation `C=DE, CN=x`, as they are written."""
-    for separator, kind, quoted, plain, rest in DN_ATTRIBUTE.findall(f",{value}"):
+def _attributes(value: str) -> Iterator[tuple[str, str, str]]:
+    """Separator (a slash or a plus sign), type and value of each attribute of a name in either notation."""
+    slashes = value.startswith("/")
+    found = SLASH_ATTRIBUTE.findall(value) if slashes else COMMA_ATTRIBUTE.findall(f",{value}")
+    for separator, kind, quoted, plain, rest in found:
         if rest:
-            shown, sign = _one_line(rest[1:], 60), "+ for a plus sign" if rest[0] == "+" else ", for a comma"
-            semicolon = f"'{shown}': separate attributes with commas, or write \\; for a semicolon"
-            _raise_first((re.match(r'[^,"]*;', shown), semicolon))
-            hint = f"; write \\{sign} in a value, \\\\ for a backslash"
-            raise CMPError(f"'{shown}' is not a distinguished name such as C=DE, CN=Issuing CA{hint}")
-        plain = re.sub(r"((?<!\\)(?:\\\\)*\\\s)?\s*$", r"\1", plain)  # but an escaped blank
-        _check_merged(kind, plain, "comma")
-        _raise_first(
-            (plain[:1] == "#", f"{kind}: write the text itself for #hex, or \\# for a number sign at the start")
-        )
-        yield separator.replace(",", "/"), kind, _unescaped(kind, plain or quoted)
-
-
-def _check_merged(kind: str, text: str, separator: str) -> None:
-    """Raise CMPError where an attribute's value has swallowed the next one."""
-    merged = re.search(r"(?:\s|(?<!\\)/)([A-Za-z]+) ?=", text)
-    if merged and merged.group(1).upper() in DN_TYPES:
-        hint = f"write a {separator} before it, or \\= if it is no attribute"
-        raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
+            hint = "in a value, write \\, \\+ \\; \\/ for these signs, \\\\ for a backslash"
+            what = "is not a distinguished name such as C=DE, CN=Issuing CA"
+            raise CMPError(f"'{_one_line(rest[1:], 60)}' {what}: {hint}")
+        kind, text = kind.strip(), plain or quoted
+        merged = re.search(r"(?:\s|(?<!\\)/)([A-Za-z]+) ?=", plain)
+        if merged and merged.group(1).upper() in DN_TYPES:
+            hint = f"write a {'slash' if slashes else 'comma'} before it, or \\= if it is no attribute"
+            raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
+        if slashes and re.search(r"\\\w", plain.replace(r"\\", "")):  # of other notations: openssl reads C3 for \C3
+            raise CMPError("write the character itself for its code, or \\\\ for a backslash")
+        if not slashes:
+            text = quoted or re.sub(r"((?<!\\)(?:\\\\)*\\\s)?\s*$", r"\1", plain)  # an escaped blank stays
+            number = "write the text itself for #hex, or \\# for a number sign at the start"
+            _raise_first((plain[:1] == "#", f"{kind}: {number}"))
+        yield separator.replace(",", "/"), kind, _unescaped(kind, text)
 
 
 def _unescaped(kind: str, text: str) -> str:
-    r"""The value of an attribute without the escapes of RFC 4514: `\,` and `\C3\BC`. Raises CMPError."""
+    r"""The value of an attribute without its escapes: `\,` and RFC 4514's `\C3\BC`. Raises CMPError."""
     value = text.encode("utf-8", "surrogateescape")
     _raise_first((b"\\" in ESCAPE.sub(b"", value), f"{kind}: write two backslashes for one in its value"))
     try:
@@ -4040,7 +4026,7 @@ def _comma_dn(value: str) -> str:
     if not value.startswith("/"):
         return value
     text = ""
-    for separator, kind, part in _split_slash(value):
+    for separator, kind, part in _attributes(value):
         text += {"+": "+", "/": ", "}[separator] + f"{kind}={_escaped(part)}"
     return text[2:] or "/"
 
