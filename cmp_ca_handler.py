@@ -1741,6 +1741,12 @@ class Option(NamedTuple):
         return "fixed" in self.marks or self.kind in ("ours", "run", "other", "secret") or bool(self.weak)
 
 
+def _table(text: str) -> list[tuple[str, str]]:
+    """The rows of a table, `left -> right`; what is indented belongs to the row above it."""
+    rows = (row.partition(" -> ") for row in text.replace("\n    ", " ").strip().splitlines())
+    return [(left, right) for left, _, right in rows]
+
+
 # Names of options, a colon, and what is special of them:
 # kind    ours: no option of openssl; run: set by the handler for each run, ignored with a warning; other: no enrolment;
 #         secret: reaches openssl in its environment, for any local user can read an argument list;
@@ -2203,6 +2209,41 @@ def _san_types(value: str) -> list[str]:
 Finding = tuple[str, bool]  # what is wrong with the configuration; whether that stops everything, or is a warning
 Question = tuple[object, str, bool]  # whether it is so, and then the Finding
 FATAL, WARNING = True, False
+# What is missing, and what does nothing, or something else, beside another entry: the level; an option that is there,
+# or one of several, or those with a mark of OPTIONS ({} names them); what else is there, and with ! what is not -> what
+# to say. For capitals see `_combined`.
+COMBINATIONS = _table("""
+error cmd !server !ELSEWHERE -> cmp_server is missing: set it to the address:port of the CMP server
+warning config/section ELSEWHERE -> {}: what stands in that OpenSSL configuration file is not checked here
+warning cert !secret !trusted !srvcert !unprotected_requests !ELSEWHERE ->
+    cmp_trusted is not set: the CA's signed answers cannot be verified
+warning trusted !srvcert !expect_sender !ELSEWHERE -> cmp_trusted without cmp_expect_sender or cmp_srvcert: anyone
+    who holds a certificate from this CA and can intercept the connection could pose as the CA; set cmp_expect_sender
+warning TLS !tls_trusted !ELSEWHERE -> cmp_tls_trusted is not set: the TLS server is not authenticated
+error HTTPS !TLS !ELSEWHERE -> cmp_tls_used is missing: this openssl needs cmp_tls_used: True for https://
+warning tls NO_TLS !TLS !HTTPS !ELSEWHERE -> {}: not used, the connection is plain HTTP
+error tls !NO_TLS !TLS !HTTPS !ELSEWHERE ->
+    {} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True
+warning cert secret !key !ELSEWHERE -> cmp_cert without cmp_key: only the names in it are used
+warning key secret !cert !ELSEWHERE -> cmp_key without cmp_cert: set both, or none
+error tls_cert !tls_key !ELSEWHERE -> cmp_tls_cert without cmp_tls_key: set both, or none
+error tls_key !tls_cert !ELSEWHERE -> cmp_tls_key without cmp_tls_cert: set both, or none
+warning keypass !key !ELSEWHERE -> cmp_keypass without cmp_key: there is no key for it
+warning tls_keypass !tls_key !ELSEWHERE -> cmp_tls_keypass without cmp_tls_key: there is no key for it
+warning secret !ref !cert -> cmp_secret without cmp_ref: most CAs then do not know whose secret it is
+warning recipient srvcert -> cmp_recipient: not used beside cmp_srvcert, whose subject is the recipient
+warning policy !explicit_policy -> cmp_policy does nothing without cmp_explicit_policy: True
+warning explicit_policy !policy ->
+    cmp_explicit_policy without cmp_policy refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy
+warning out_trusted !untrusted -> cmp_out_trusted without cmp_untrusted:
+    whoever takes the issuers out of an answer has its certificate refused; set cmp_untrusted, too
+warning verify_hostname/verify_email/verify_ip !out_trusted ->
+    {}: about the issued certificate, and not used without cmp_out_trusted
+warning ir cmd=p10cr -> {}: not used with cmp_cmd: p10cr, for the request is the CSR as it is
+error popo=-1 RECENT !cmd=p10cr -> cmp_popo: this openssl sends no request without a proof: delete it
+warning provider !provider=default !RECENT -> cmp_provider: this openssl then loads no default provider,
+    which most need
+""")
 
 
 def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
@@ -2214,106 +2255,59 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     for key in section:
         ignored = key.startswith("cmp_") and _option(key[4:]).kind == "run"
         yield ignored, f"{key} is set by the handler itself and ignored here: delete it", WARNING
-    yield from _secret_findings(section, settings)
-    elsewhere = "cmp_config" if options.get("config") else "cmp_section" if "section" in options else ""
-    yield elsewhere, f"{elsewhere}: what stands in that OpenSSL configuration file is not checked here", WARNING
-    if not elsewhere:  # it may hold all of this
-        yield from _server_entry_findings(section, settings)
-    for kind in ("", "tls_"):
-        yield from _credential_findings(settings, kind, bool(elsewhere))
     for option in options:
         yield _option(option).weak, f"cmp_{option} weakens security: {_option(option).weak}", WARNING
-    yield from _useless_findings(options, settings.binary)
+        yield from _file_findings(option, section.get(f"cmp_{option}", ""), settings)
+    yield from _combined(section, settings)
     yield from _proxy_findings(settings)
     wrong = settings.seconds("total_timeout") < settings.seconds("msg_timeout")
     yield wrong, "cmp_total_timeout must be at least cmp_msg_timeout; 0 is possible for both only", FATAL
     yield settings.directory_fault, settings.directory_fault, FATAL
 
 
-def _secret_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
-    """Secrets that are easy to find out, or that look like a mistake."""
-    short = "has fewer than 8 characters: one captured message is enough to guess it; ask the CA for a longer one"
-    for option in [option for option in settings.options if _option(option).kind == "secret"]:
+def _file_findings(option: str, value: str, settings: Settings) -> Iterator[Question]:
+    """Secrets that are easy to find out, or that look like a mistake; certificates that have expired, or soon will."""
+    key, kind, path = f"cmp_{option}", _option(option).kind, value.removeprefix("file:").strip()
+    if kind == "key" or (kind == "secret" and value.startswith("file:")):
+        open_to_all = os.name == "posix" and os.path.isfile(path) and os.stat(path).st_mode & 0o004
+        yield open_to_all, f"{key}: every local user can read {_one_line(path, 100)}: chmod o-r", WARNING
+    if kind == "secret":
         secret = settings.secrets.get((settings.options[option] or "").partition(":")[2], "")
-        key, (source, _, path) = f"cmp_{option}", section.get(f"cmp_{option}", "").partition(":")
-        quoted = re.fullmatch(r"(['\"]).*\1", secret, re.S)
+        quoted, short = re.fullmatch(r"(['\"]).*\1", secret, re.S), option == "secret" and 0 < len(secret) < 8
+        guess = "one captured message is enough to guess it; ask the CA for a longer one"
         yield secret != secret.strip(), f"{key}: the secret begins or ends with a blank, which counts", WARNING
         yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
-        yield option == "secret" and 0 < len(secret) < 8, f"cmp_secret {short}", WARNING
+        yield short, f"cmp_secret has fewer than 8 characters: {guess}", WARNING
         yield os.path.isfile(secret), f"{key}: the secret is the name of a file: write file: before it", WARNING
-        open_to_all = source == "file" and _readable_by_all(path)
-        yield open_to_all, f"{key}: every local user can read {_one_line(path, 100)}: chmod o-r", WARNING
-
-
-def _readable_by_all(path: str) -> bool:
-    """Whether every local user can read a file."""
-    return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
-
-
-def _server_entry_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
-    """What an enrolment cannot do without, and half a setting of TLS: no TLS, or a TLS server that anybody can be."""
-    options, version, server = settings.options, settings.binary.version, settings.options.get("server")
-    unverified = "cert" in options and not options.keys() & {"secret", "trusted", "srvcert", "unprotected_requests"}
-    anybody = "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}
-    who = "anyone who holds a certificate from this CA and can intercept the connection could pose as the CA"
-    yield server is None, "cmp_server is missing: set it to the address:port of the CMP server", FATAL
-    yield unverified, "cmp_trusted is not set: the CA's signed answers cannot be verified", WARNING
-    yield anybody, f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}; set cmp_expect_sender", WARNING
-    useless = ", ".join(f"cmp_{option}" for option in options if "tls" in _option(option).marks)
-    if settings.tls:
-        yield "tls_trusted" not in options, "cmp_tls_trusted is not set: the TLS server is not authenticated", WARNING
-    elif (server or "").startswith("https://"):
-        yield True, f"cmp_tls_used is missing: {version} needs cmp_tls_used: True for https://", FATAL
-    elif section.get("cmp_tls_used", "").lower() in OFF:
-        yield useless, f"{useless}: not used, the connection is plain HTTP", WARNING
-    else:
-        yield useless, f"{useless} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True", FATAL
-
-
-def _credential_findings(settings: Settings, kind: str, elsewhere: bool) -> Iterator[Question]:
-    """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key; a half may stand in another file."""
-    options, (cert, key, keypass) = settings.options, (f"{kind}{what}" for what in ("cert", "key", "keypass"))
-    # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
-    level = WARNING if not kind and "secret" in options else FATAL
-    have, lack = (cert, key) if cert in options else (key, cert)
-    half = (have in options) != (lack in options) and (kind or "secret" in options) and not elsewhere
-    what = "only the names in it are used" if have == "cert" else "set both, or none"
-    lonely = keypass in options and key not in options and not elsewhere
-    yield half, f"cmp_{have} without cmp_{lack}: {what}", level
-    yield lonely, f"cmp_{keypass} without cmp_{key}: there is no key for it", WARNING
-    path = options.get(key) or ""
-    yield _readable_by_all(path), f"cmp_{key}: every local user can read {path}: chmod o-r", WARNING
-    path, now, soon = options.get(cert) or "", _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
-    for found in _configured_certificates(path)[:1]:
-        what, start, end = f"cmp_{cert}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
+    for found in _configured_certificates(path)[: option in ("cert", "tls_cert")]:
+        # Where a secret protects the messages, cmp_cert is not used, except for the default of cmp_recipient.
+        level = WARNING if option == "cert" and "secret" in settings.options else FATAL
+        what, start, end = f"{key}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
+        now, soon = _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
         yield start > now, f"{what} is not valid before {start[:10]}", level
         yield end <= now, f"{what} has expired on {end[:10]}: renew it", level
         yield now < end <= soon, f"{what} expires on {end[:10]}: renew it", WARNING
 
 
-def _useless_findings(options: Mapping[str, str | None], binary: Binary) -> Iterator[Question]:
-    """Options that do nothing, or something else, without another one."""
-    policy, explicit = "policy" in options, "explicit_policy" in options
-    everybody = "refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy"
-    yield policy and not explicit, "cmp_policy does nothing without cmp_explicit_policy: True", WARNING
-    yield explicit and not policy, f"cmp_explicit_policy without cmp_policy {everybody}", WARNING
-    nobody = "secret" in options and not options.keys() & {"ref", "cert"}
-    yield nobody, "cmp_secret without cmp_ref: most CAs then do not know whose secret it is", WARNING
-    lonely = "out_trusted" in options and "untrusted" not in options
-    what = "whoever takes the issuers out of an answer has its certificate refused; set cmp_untrusted, too"
-    yield lonely, f"cmp_out_trusted without cmp_untrusted: {what}", WARNING
-    both = "recipient" in options and "srvcert" in options
-    yield both, "cmp_recipient: not used beside cmp_srvcert, whose subject is the recipient", WARNING
-    names = ", ".join(f"cmp_{name}" for name in ("verify_hostname", "verify_email", "verify_ip") if name in options)
-    what = "about the issued certificate, and not used without cmp_out_trusted"
-    yield names and "out_trusted" not in options, f"{names}: {what}", WARNING
-    names = ", ".join(f"cmp_{option}" for option in options if "ir" in _option(option).marks)
-    what, p10cr = "not used with cmp_cmd: p10cr, for the request is the CSR as it is", options.get("cmd") == "p10cr"
-    yield names and p10cr, f"{names}: {what}", WARNING
-    unproven = options.get("popo") == "-1" and not p10cr and "newkeyout" in binary.options
-    yield unproven, f"cmp_popo: {binary.version} sends no request without a proof: delete it", FATAL
-    alone = options.get("provider", "default") != "default" and not binary.since(3, 5)
-    yield alone, f"cmp_provider: {binary.version} then loads no default provider, which most need", WARNING
+def _combined(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
+    """What COMBINATIONS says of these settings."""
+    options = settings.options
+    capitals = {
+        "ELSEWHERE": options.get("config") or "section" in options,  # in an OpenSSL configuration file
+        "HTTPS": (options.get("server") or "").startswith("https://"),
+        "NO_TLS": section.get("cmp_tls_used", "").lower() in OFF,
+        "RECENT": settings.binary.since(3, 5),
+        "TLS": settings.tls,
+    }
+    words = {word: [word] for word, so in capitals.items() if so}
+    for option, value in options.items():
+        for word in (option, f"{option}={value}", *_option(option).marks):
+            words.setdefault(word, []).append(f"cmp_{option}")
+    for row, text in COMBINATIONS:
+        level, first, *others = row.split()
+        names = [name for word in first.split("/") for name in words.get(word, ())]
+        so = names and all((word.strip("!") in words) != word.startswith("!") for word in others)
+        yield so, text.replace("{}", ", ".join(names)), level == "error"
 
 
 def _proxies() -> list[str]:
