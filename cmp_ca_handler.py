@@ -1801,7 +1801,6 @@ OPTIONS = {
     for words, _, weak in [special.partition(", ")]
     for name in names.split()
 }
-ORDINARY = Option()  # one without a row
 OURS = frozenset(name for name, option in OPTIONS.items() if option.kind == "ours")
 ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
@@ -1811,7 +1810,7 @@ EXPIRES_SOON = 30 * 86400  # seconds
 
 def _option(name: str) -> Option:
     """What is special of an option."""
-    return OPTIONS.get(name, ORDINARY)
+    return OPTIONS.get(name, Option())
 
 
 class Settings(NamedTuple):
@@ -1832,11 +1831,8 @@ class Settings(NamedTuple):
     def hidden(self) -> Collection[str]:
         """What must appear nowhere (see `_hide`). openssl prints the passwords of proxies, whatever is in them."""
         users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
-        return {
-            *self.secrets.values(),
-            *(f"{user}@" for user in users if user),
-            *(user.partition(":")[2] for user in users),
-        } - {""}
+        passwords = [text for user in users for text in (f"{user}@", user.partition(":")[2])]
+        return {*self.secrets.values(), *passwords} - {"", "@"}
 
     @property
     def server(self) -> str:
@@ -1861,7 +1857,8 @@ class Settings(NamedTuple):
 
 def _settings(section: Mapping[str, str]) -> Settings:
     """Read the section. Starts no process but to ask a new openssl what it can do."""
-    names = {key: _entry(key) for key in section}
+    # Each key under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`.
+    names = {key: "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key for key in section}
     twice = [(key, name) for key, name in names.items() if name != key and name in section]
     errors = [f"{key} is another spelling of {name}, which is there, too: delete one" for key, name in twice]
     section = {names[key]: str(value).strip() for key, value in section.items()}
@@ -1874,36 +1871,34 @@ def _settings(section: Mapping[str, str]) -> Settings:
     secrets: dict[str, str] = {}
     for key, value in section.items():
         option = _option_name(key[4:], binary.options)
-        if option in ("ref_variable", "secret_variable") and not section.get(f"cmp_{option.partition('_')[0]}"):
-            option, value = option.partition("_")[0], f"\0{value}"  # a configured value takes precedence
+        variable = option in ("ref_variable", "secret_variable") and not section.get(f"cmp_{option[:-9]}")
+        if variable:  # a configured value takes precedence
+            option = option[:-9]
         elif not value and f"{key}_variable" in section:
             continue  # left to the variable
         try:
             _check_entry(key, option, binary)
             if option in OURS:
-                _check_value(option, value)
+                _check_text(option, value)
                 san_types = _san_types(value) if option == "san_types" else san_types
             elif _option(option).kind != "run":
                 options.pop(option, None)  # the configured ones in their order, after the defaults
-                if value.lower() not in OFF or option in ("profile", "cmd", "popo"):
+                if variable or value.lower() not in OFF or option in ("profile", "cmd", "popo"):
                     options[option] = ""  # there, if not usable: so nothing says that it is missing
-                    options[option], named = _read_value(option, value, binary)
+                    read = _read_variable if variable else _read_value
+                    options[option], named = read(option, value, binary)
                     secrets.update(named)
         except CMPError as err:
             errors.append(f"{_one_line(key, 60)}: {err}")
     own, refuse = not section.get("cmp_tmp_dir"), section.get("cmp_refuse_changes", "").lower() in ON
     # The process may change its own directory.
     directory = _openssl_path(_utf8(os.path.abspath(_default_directory() if own else section["cmp_tmp_dir"])))
-    fault, options = _directory_fault(directory, own), _with_defaults(options, binary)
+    _add_defaults(options, binary)
+    fault = _directory_fault(directory, own)
     settings = Settings(binary, directory, fault, own, options, secrets, refuse, san_types)
     findings = [(text, fatal) for wrong, text, fatal in _findings(section, settings) if wrong]
     errors += [text for text, fatal in findings if fatal]
     return settings._replace(errors=errors, warnings=[text for text, fatal in findings if not fatal])
-
-
-def _entry(key: str) -> str:
-    """A key of the section under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`."""
-    return "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key
 
 
 def _check_entry(key: str, option: str, binary: Binary) -> None:
@@ -1928,33 +1923,37 @@ def _raise_first(*faults: tuple[object, str]) -> None:
             raise CMPError(text)
 
 
+def _read_variable(option: str, name: str, binary: Binary) -> tuple[str | None, dict[str, str]]:
+    """The same as `_read_value`, where the entry names an environment variable."""
+    if option == "secret":
+        return _read_value(option, f"env:{name}", binary)
+    value = _variable_value(name)
+    _check_text("reference", value)
+    return value, {}
+
+
 def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, dict[str, str]]:
     """The value for openssl, None for a switch, and the environment variables that it names. Raises CMPError."""
     kind, switch = _option(option).kind, value.lower() in ON and option != "profile"
-    if value[:1] == "\0":  # the name of a variable
-        if option == "ref":
-            value = _variable_value(value[1:])
-            _raise_first(
-                (value != value.strip(), "begins or ends with a blank or a line break"),
-                (re.search(r"[\r\n\0]", value), "has more than one line"),
-                (re.fullmatch(r"(['\"]).*\1", value), "stands in quotes, which count: take them away"),
-            )
-            return value, {}
-        value = f"env:{value[1:]}"
-    elif binary.options and binary.options[option] == switch:
+    if binary.options and binary.options[option] == switch:
         raise CMPError("needs a value, not True" if switch else "is a switch: set it to True or False")
     if switch:
         return None, {}
     _raise_first((not value or "\0" in value, "has no value: give it one, or delete the line"))
-    _check_value(option, value)
+    _check_text(option, value)
+    value = _utf8(value)
     if kind == "secret":
-        name, secret = _secret(option, _utf8(value))
+        name, secret = _secret(option, value)
         return f"env:{name}", {name: secret}
-    return _utf8(_slash_dn(value, binary) if kind == "name" else ",".join(_file_list(option, value))), {}
+    names = _file_list(option, value)
+    for name in names if kind in ("file", "files", "key") else ():
+        _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
+    return _utf8(_slash_dn(value, binary)) if kind == "name" else ",".join(names), {}
 
 
 # Kinds or names of options (with !: all but these), a regular expression -> what is wrong with a value that matches.
-VALUE_FAULTS = r"""
+VALUE_FAULTS = _table(r"""
+reference ^\s|[\r\n]|\s$ -> begins or ends with a blank or a line break, or has more than one line
 !secret -----BEGIN -> is the content of a file: write its path
 !files [\r\n] -> has more than one line: what is indented belongs to the line above it
 files ^\[.*\]$ -> is a list: write the files into one line, with commas between them
@@ -1962,7 +1961,7 @@ secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the 
 !secret ^(['"]).*\1$ -> write the value without the quotes
 secret ^(?!pass:).*\s[#;] -> a comment needs a line of its own; if it belongs to the secret, write pass: before that
 name \s[#;](\s|$) -> a comment needs a line of its own; if it belongs to the name, write a backslash before it
-!name/secret \s[#;] -> a comment needs a line of its own
+!name/secret/reference \s[#;] -> a comment needs a line of its own
 !secret (?i)pin-value\s*= -> every local user can see a pin-value in the list of processes:
     write pin-source=file:PATH in its place, or cmp_keypass: env:NAME
 provparam (?i)(pin|pass|secret)[^=]*=(?!file:) -> every local user can see a PIN there:
@@ -1988,35 +1987,17 @@ cmd ^(?!(ir|cr|p10cr)$) -> only ir, cr and p10cr enrol a certificate
 popo ^(?!(-1|0)$) -> only 0 (raVerified) and -1 (none) are possible: the private key stays with the client
 keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public key, too, and fails;
     for an engine: org.openssl.engine:pkcs11:... as cmp_key
-"""
-
-
-def _check_value(option: str, value: str) -> None:
-    """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
-    _check_text(option, value)
-    kind = _option(option).kind
-    if kind in ("file", "files", "key"):
-        for name in _file_list(option, _utf8(value)):
-            _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
+""")
 
 
 def _check_text(option: str, value: str) -> None:
-    """The same, without a look at the files that it names."""
-    for fault, text in _value_faults(_option(option).kind, option):
-        found = fault.search(value)
+    """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
+    for row, text in VALUE_FAULTS:
+        names, fault = row.split(" ", 1)
+        meant = bool({option, _option(option).kind} & {*names.strip("!").split("/")}) != names.startswith("!")
+        found = re.search(fault, value, re.S | re.A) if meant else None
         if found:
             raise CMPError(_one_line(found.expand(text)))
-
-
-@functools.lru_cache(maxsize=256)
-def _value_faults(kind: str, option: str) -> list[tuple[re.Pattern[str], str]]:
-    """The rows of VALUE_FAULTS for an option of this kind: expression and text."""
-    rows = []
-    for line in VALUE_FAULTS.replace("\n    ", " ").strip().splitlines():
-        (names, fault), text = line.split(" -> ")[0].split(" ", 1), line.split(" -> ")[1]
-        if bool({kind, option} & set(names.strip("!").split("/"))) != names.startswith("!"):
-            rows.append((re.compile(fault, re.S | re.A), text))
-    return rows
 
 
 PKCS7 = "PKCS #7 (convert it: openssl pkcs7 -print_certs)"
@@ -2057,11 +2038,11 @@ COMMA_ATTRIBUTE = re.compile(
 ESCAPE = re.compile(rb"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)", re.S)
 DN_ALIASES = dict(
     pair.split("=")
-    for pair in """
-        E=emailAddress EMAIL=emailAddress S=ST SP=ST T=title G=GN I=initials DNQ=dnQualifier
-        GENERATION=generationQualifier PHONE=telephoneNumber POBOX=postOfficeBox JURISDICTIONCOUNTRY=jurisdictionC
-        JURISDICTIONSTATE=jurisdictionST JURISDICTIONLOCALITY=jurisdictionL
-    """.split()
+    for pair in (
+        "E=emailAddress EMAIL=emailAddress S=ST SP=ST T=title G=GN I=initials DNQ=dnQualifier PHONE=telephoneNumber"
+        " POBOX=postOfficeBox GENERATION=generationQualifier JURISDICTIONCOUNTRY=jurisdictionC"
+        " JURISDICTIONSTATE=jurisdictionST JURISDICTIONLOCALITY=jurisdictionL"
+    ).split()
 )
 
 
@@ -2122,7 +2103,7 @@ def _attribute_type(kind: str, binary: Binary) -> str:
         return short or kind
     short = _object_names(binary.path, binary.version).get(number.casefold(), "")
     if not short:
-        near = "" if number[:1].isdigit() else _did_you_mean(kind, {*DN_TYPES.values()}, "")
+        near = _did_you_mean(kind, {*DN_TYPES.values()}, "")
         raise CMPError(f"openssl does not know the attribute {_one_line(kind, 60)} and would leave it out{near}")
     return short
 
@@ -2149,7 +2130,7 @@ def _secret(option: str, value: str) -> tuple[str, str]:
         what = "acme2certifier has neither a terminal nor a descriptor for it: use file:PATH or env:NAME"
         raise CMPError(f"{source}: {what}")
     if colon and source == "env":
-        name, secret = rest.strip(), _variable_value(rest.strip(), secret=True)
+        name, secret = rest.strip(), _variable_value(rest.strip())
     elif colon and source in ("file", "pass"):
         secret = _first_line(rest.strip()) if source == "file" else rest
     line_break = re.search(r"[\r\n\0]", secret)
@@ -2172,36 +2153,34 @@ def _first_line(path: str) -> str:
     return os.fsdecode(line)
 
 
-def _variable_value(name: str, secret: bool = False) -> str:
+def _variable_value(name: str) -> str:
     """What an environment variable holds. Raises CMPError where it is not set."""
     # Perhaps the secret itself was put there by mistake.
-    shown = not secret or re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
-    what = f"the environment variable {_one_line(name)}" if shown else "the variable named there (perhaps a secret)"
+    shown = re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
+    what = f"the environment variable {name}" if shown else "the variable named there (perhaps a secret)"
     _raise_first((not name, "names no variable"), (not os.environ.get(name), f"{what} is not set"))
     return os.environ[name]
 
 
-def _with_defaults(options: Mapping[str, str | None], binary: Binary) -> dict[str, str | None]:
-    """The options, with what is not configured of those that each run needs."""
-    result = dict(options)
-    if "config" in binary.options and not options.keys() & {"config", "section"}:
-        result["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
+def _add_defaults(options: dict[str, str | None], binary: Binary) -> None:
+    """Add what is not configured of the options that each run needs."""
+    if "config" in binary.options and "section" not in options:
+        options.setdefault("config", "")  # the system's openssl.cnf may have a section cmp that nobody here knows of
     message, total = options.get("msg_timeout"), options.get("total_timeout")
-    result["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
-    result["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
+    options["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
+    options["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
     if "keep_alive" in binary.options:
-        result.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
-    return result
+        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
 
 
 def _san_types(value: str) -> list[str]:
     """The kinds of subjectAltNames that cmp_san_types allows. Raises CMPError where there is no such kind."""
-    kinds, known = set(), list(SAN_KINDS.values())
-    for word in re.split(r"[,\s]+", value.strip(", ")):
-        kind = next((kind for kind in known if kind.lower() == word.lower()), "")
-        near = "" if kind else _did_you_mean(word, known, "")
-        _raise_first((not kind, f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}"))
-        kinds.add(kind)
+    known, words = {kind.lower(): kind for kind in SAN_KINDS.values()}, re.split(r"[,\s]+", value.strip(", "))
+    for word in words:
+        if word.lower() not in known:
+            near = _did_you_mean(word, known.values(), "")
+            raise CMPError(f"'{_one_line(word, 40)}' is none of {', '.join(known.values())}{near}")
+    kinds = {known[word.lower()] for word in words}
     # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
     return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
 
@@ -2241,8 +2220,6 @@ warning verify_hostname/verify_email/verify_ip !out_trusted ->
     {}: about the issued certificate, and not used without cmp_out_trusted
 warning ir cmd=p10cr -> {}: not used with cmp_cmd: p10cr, for the request is the CSR as it is
 error popo=-1 RECENT !cmd=p10cr -> cmp_popo: this openssl sends no request without a proof: delete it
-warning provider !provider=default !RECENT -> cmp_provider: this openssl then loads no default provider,
-    which most need
 """)
 
 
@@ -2366,8 +2343,8 @@ def _openssl_faults(settings: Settings) -> tuple[list[str] | None, list[str]]:
     if run.killed() or (made and not faults):
         return None if run.killed() else [], expired
     if not faults:
-        errors = [line.text for line in run.lines if line.level == "error" and not NOT_BEGUN.match(line.text)]
-        faults = [text for text in texts if CAUSE.search(text) and not NOT_BEGUN.match(text)] + errors
+        lines = [line for line in run.lines if not NOT_BEGUN.match(line.text)]
+        faults = [line.text for line in lines if line.level == "error" or CAUSE.search(line.text)]
     said = _foreign("; ".join(dict.fromkeys(faults[:3])), settings.hidden) or "it cannot use that value"
     options, told = settings.options, "\n".join(faults)
     values = [(v, o) for o, value in options.items() for v in _file_list(o, value or "") if len(v) > 1]
@@ -3792,7 +3769,7 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
 
 def _shown(key: str, value: str, settings: Settings) -> str:
     """The value of an entry, unless it is a secret: a misspelt one of a secret has a secret for its value, too."""
-    option, known = _entry(key)[4:], settings.binary.options
+    option, known = _option_name(key[4:]), settings.binary.options
     public = option in known.keys() - settings.binary.mock_server or option in OURS or (not known and option in OPTIONS)
     if _option(option).kind in ("secret", "run", "other") or not public or not key.startswith("cmp_"):
         return "(hidden)" if value else ""
