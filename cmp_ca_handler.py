@@ -1741,10 +1741,9 @@ class Option(NamedTuple):
         return "fixed" in self.marks or self.kind in ("ours", "run", "other", "secret") or bool(self.weak)
 
 
-def _table(text: str) -> list[tuple[str, str]]:
-    """The rows of a table, `left -> right`; what is indented belongs to the row above it."""
-    rows = (row.partition(" -> ") for row in text.replace("\n    ", " ").strip().splitlines())
-    return [(left, right) for left, _, right in rows]
+def _table(text: str) -> list[tuple[str, str, str]]:
+    """The first word of each row, its other words, and what stands behind the arrow; an indented line goes on."""
+    return re.findall("^(.+?) (.+?) -> (.+)$", text.replace("\n    ", " "), re.M)
 
 
 # Names of options, a colon, and what is special of them:
@@ -1873,7 +1872,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
         option = _option_name(key[4:], binary.options)
         variable = option in ("ref_variable", "secret_variable") and not section.get(f"cmp_{option[:-9]}")
         if variable:  # a configured value takes precedence
-            option = option[:-9]
+            option, value = option[:-9], f"env:{value}"
         elif not value and f"{key}_variable" in section:
             continue  # left to the variable
         try:
@@ -1885,9 +1884,12 @@ def _settings(section: Mapping[str, str]) -> Settings:
                 options.pop(option, None)  # the configured ones in their order, after the defaults
                 if variable or value.lower() not in OFF or option in ("profile", "cmd", "popo"):
                     options[option] = ""  # there, if not usable: so nothing says that it is missing
-                    read = _read_variable if variable else _read_value
-                    options[option], named = read(option, value, binary)
-                    secrets.update(named)
+                    if variable and option == "ref":
+                        _check_text("reference", _variable_value(value[4:]))
+                        options["ref"] = _variable_value(value[4:])
+                    else:
+                        options[option], named = _read_value(option, value, binary)
+                        secrets.update(named)
         except CMPError as err:
             errors.append(f"{_one_line(key, 60)}: {err}")
     own, refuse = not section.get("cmp_tmp_dir"), section.get("cmp_refuse_changes", "").lower() in ON
@@ -1921,15 +1923,6 @@ def _raise_first(*faults: tuple[object, str]) -> None:
     for wrong, text in faults:
         if wrong:
             raise CMPError(text)
-
-
-def _read_variable(option: str, name: str, binary: Binary) -> tuple[str | None, dict[str, str]]:
-    """The same as `_read_value`, where the entry names an environment variable."""
-    if option == "secret":
-        return _read_value(option, f"env:{name}", binary)
-    value = _variable_value(name)
-    _check_text("reference", value)
-    return value, {}
 
 
 def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, dict[str, str]]:
@@ -1992,10 +1985,11 @@ keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public ke
 
 def _check_text(option: str, value: str) -> None:
     """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
-    for row, text in VALUE_FAULTS:
-        names, fault = row.split(" ", 1)
-        meant = bool({option, _option(option).kind} & {*names.strip("!").split("/")}) != names.startswith("!")
-        found = re.search(fault, value, re.S | re.A) if meant else None
+    mine = {option, _option(option).kind}
+    for names, fault, text in VALUE_FAULTS:
+        if mine.isdisjoint(names.strip("!").split("/")) != names.startswith("!"):
+            continue
+        found = re.search(fault, value, re.S | re.A)
         if found:
             raise CMPError(_one_line(found.expand(text)))
 
@@ -2234,7 +2228,7 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
         yield ignored, f"{key} is set by the handler itself and ignored here: delete it", WARNING
     for option in options:
         yield _option(option).weak, f"cmp_{option} weakens security: {_option(option).weak}", WARNING
-        yield from _file_findings(option, section.get(f"cmp_{option}", ""), settings)
+        yield from _credential_findings(option, section.get(f"cmp_{option}", ""), settings)
     yield from _combined(section, settings)
     yield from _proxy_findings(settings)
     wrong = settings.seconds("total_timeout") < settings.seconds("msg_timeout")
@@ -2242,25 +2236,27 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     yield settings.directory_fault, settings.directory_fault, FATAL
 
 
-def _file_findings(option: str, value: str, settings: Settings) -> Iterator[Question]:
+def _credential_findings(option: str, configured: str, settings: Settings) -> Iterator[Question]:
     """Secrets that are easy to find out, or that look like a mistake; certificates that have expired, or soon will."""
-    key, kind, path = f"cmp_{option}", _option(option).kind, value.removeprefix("file:").strip()
-    if kind == "key" or (kind == "secret" and value.startswith("file:")):
+    key, kind, value = f"cmp_{option}", _option(option).kind, settings.options[option] or ""
+    path, secret = value.removeprefix("file:"), ""
+    if kind == "secret":
+        path = configured[5:].strip() if configured.startswith("file:") else ""
+        secret = settings.secrets.get(value.partition(":")[2], "")
+    if kind in ("key", "secret"):
         open_to_all = os.name == "posix" and os.path.isfile(path) and os.stat(path).st_mode & 0o004
         yield open_to_all, f"{key}: every local user can read {_one_line(path, 100)}: chmod o-r", WARNING
-    if kind == "secret":
-        secret = settings.secrets.get((settings.options[option] or "").partition(":")[2], "")
-        quoted, short = re.fullmatch(r"(['\"]).*\1", secret, re.S), option == "secret" and 0 < len(secret) < 8
-        guess = "one captured message is enough to guess it; ask the CA for a longer one"
-        yield secret != secret.strip(), f"{key}: the secret begins or ends with a blank, which counts", WARNING
-        yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
-        yield short, f"cmp_secret has fewer than 8 characters: {guess}", WARNING
-        yield os.path.isfile(secret), f"{key}: the secret is the name of a file: write file: before it", WARNING
-    for found in _configured_certificates(path)[: option in ("cert", "tls_cert")]:
-        # Where a secret protects the messages, cmp_cert is not used, except for the default of cmp_recipient.
-        level = WARNING if option == "cert" and "secret" in settings.options else FATAL
+    quoted, short = re.fullmatch(r"(['\"]).*\1", secret, re.S), option == "secret" and 0 < len(secret) < 8
+    guess = "one captured message is enough to guess it; ask the CA for a longer one"
+    yield secret != secret.strip(), f"{key}: the secret begins or ends with a blank, which counts", WARNING
+    yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
+    yield short, f"cmp_secret has fewer than 8 characters: {guess}", WARNING
+    yield os.path.isfile(secret), f"{key}: the secret is the name of a file: write file: before it", WARNING
+    # Where a secret protects the messages, cmp_cert is not used, except for the default of cmp_recipient.
+    level = WARNING if option == "cert" and "secret" in settings.options else FATAL
+    now, soon = _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
+    for found in _configured_certificates(path)[:1] if option in ("cert", "tls_cert") else ():
         what, start, end = f"{key}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
-        now, soon = _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
         yield start > now, f"{what} is not valid before {start[:10]}", level
         yield end <= now, f"{what} has expired on {end[:10]}: renew it", level
         yield now < end <= soon, f"{what} expires on {end[:10]}: renew it", WARNING
@@ -2280,8 +2276,8 @@ def _combined(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     for option, value in options.items():
         for word in (option, f"{option}={value}", *_option(option).marks):
             words.setdefault(word, []).append(f"cmp_{option}")
-    for row, text in COMBINATIONS:
-        level, first, *others = row.split()
+    for level, row, text in COMBINATIONS:
+        first, *others = row.split()
         names = [name for word in first.split("/") for name in words.get(word, ())]
         so = names and all((word.strip("!") in words) != word.startswith("!") for word in others)
         yield so, text.replace("{}", ", ".join(names)), level == "error"
