@@ -1955,10 +1955,8 @@ secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the 
 secret ^(?!pass:).*\s[#;] -> a comment needs a line of its own; if it belongs to the secret, write pass: before that
 name \s[#;](\s|$) -> a comment needs a line of its own; if it belongs to the name, write a backslash before it
 !name/secret/reference \s[#;] -> a comment needs a line of its own
-!secret (?i)pin-value\s*= -> every local user can see a pin-value in the list of processes:
-    write pin-source=file:PATH in its place, or cmp_keypass: env:NAME
-provparam (?i)(pin|pass|secret)[^=]*=(?!file:) -> every local user can see a PIN there:
-    write file:PATH for it, or use cmp_keypass: env:NAME
+!secret (?i)pin-value\s*= -> every local user can see the PIN: write pin-source=file:PATH, or cmp_keypass: env:NAME
+provparam (?i)(pin|pass|secret)[^=]*=(?!file:) -> every local user can see it: write file:PATH, or cmp_keypass: env:NAME
 server/proxy @ -> a user and password there are visible to every local user, and openssl ignores them: remove
 server/proxy ^(https?://)?[^/[]*:[^/[]*: -> an address of IPv6 needs brackets, such as [2001:db8::1]:8080
 server/proxy ^(?!(?:https?://)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)(?::[^/]*)?(?:/|/[^/\s]\S*)?$)(.*) ->
@@ -1967,8 +1965,9 @@ server/proxy ^(?:https?://)?(?:\[[^]]*\]|[^:/[]*):(?!//|0*(?:[1-9]\d{0,3}|[1-5]\
     '\1' is no port: 1 to 65535 are possible
 profile ^- -> begins with a hyphen, and openssl would read it as an option
 secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write env:NAME; if it is the secret itself, write pass: before it
-secret ^(ENV|FILE|PASS): -> write env:, file: and pass: in small letters;
-    if that is the secret itself, write pass: before it
+secret ^(ENV|FILE|PASS): -> write \1 in small letters; if it is the secret itself, write pass: before it
+secret ^(stdin$|fd(?=:)) -> \1: acme2certifier has neither a terminal nor a descriptor: use file:PATH or env:NAME
+secret ^pass:$ -> the secret is empty
 tmp_dir/openssl_bin ^~|[$%] -> is taken as it is written, without a shell: write the whole path
 !secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write the value itself
 path \s|^\w+:// -> is the path on the server alone, such as pkix/, without a blank
@@ -2120,15 +2119,11 @@ def _secret(option: str, value: str) -> tuple[str, str]:
     """The environment variable for openssl's `-secret` and the like, and what it is to hold. Raises CMPError."""
     source, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a source, the secret
     name, secret = "CMP_CA_HANDLER_" + option.upper(), value
-    if value == "stdin" or (source == "fd" and colon):
-        what = "acme2certifier has neither a terminal nor a descriptor for it: use file:PATH or env:NAME"
-        raise CMPError(f"{source}: {what}")
     if colon and source == "env":
         name, secret = rest.strip(), _variable_value(rest.strip())
     elif colon and source in ("file", "pass"):
         secret = _first_line(rest.strip()) if source == "file" else rest
-    line_break = re.search(r"[\r\n\0]", secret)
-    _raise_first((not secret, "the secret is empty"), (line_break, "the secret contains a line break: take it out"))
+    _raise_first((re.search(r"[\r\n\0]", secret), "the secret contains a line break: take it out"))
     return name, secret
 
 
@@ -2290,14 +2285,11 @@ def _proxies() -> list[str]:
 
 def _proxy_findings(settings: Settings) -> Iterator[Question]:
     """Say which proxy openssl takes from the environment."""
-    options, environment, tls = settings.options, os.environ, settings.tls
-    for name in _proxies():
-        what = "openssl does not send the user and password in it, but prints them"
-        yield "@" in environment[name], f"{name}: {what}", WARNING
+    options, tls = settings.options, settings.tls
     proxies = [name for name in _proxies() if tls or name.lower() == "http_proxy"]
     host = re.sub(r"^https?://|(:\d+)?(/.*)?$", "", options.get("server") or "").strip("[]")
-    excluded = options.get("no_proxy") or environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    what = f"openssl takes the proxy from {', '.join(proxies)}"
+    excluded = options.get("no_proxy") or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    what = f"openssl takes the proxy from {', '.join(proxies)}, and sends it no user and password"
     if tls and len({name.lower() for name in proxies}) < 2:
         what = f"openssl cannot connect with TLS where only {', '.join(proxies)} is set: set cmp_proxy, too"
     used = proxies and "proxy" not in options and host not in re.split(r"[,\s]+", excluded)
