@@ -1895,8 +1895,8 @@ def _settings(section: Mapping[str, str]) -> Settings:
     own, refuse = not section.get("cmp_tmp_dir"), section.get("cmp_refuse_changes", "").lower() in ON
     # The process may change its own directory.
     directory = _openssl_path(_utf8(os.path.abspath(_default_directory() if own else section["cmp_tmp_dir"])))
-    _add_defaults(options, binary)
     fault = _directory_fault(directory, own)
+    _add_defaults(options, binary)
     settings = Settings(binary, directory, fault, own, options, secrets, refuse, san_types)
     findings = [(text, fatal) for wrong, text, fatal in _findings(section, settings) if wrong]
     errors += [text for text, fatal in findings if fatal]
@@ -2132,10 +2132,9 @@ def _first_line(path: str) -> str:
     _check_file(path, "")
     with open(path, "rb") as file:
         line, where = file.readline(1025).rstrip(b"\n"), f"file:{_one_line(path, 100)}"
-    windows = "has line ends of Windows, which openssl takes into the secret: save it with LF alone"
     _raise_first(
         (line[:3] == b"\xef\xbb\xbf", f"{where} begins with a byte order mark: save it as UTF-8 without BOM"),
-        (b"\r" in line, f"{where} {windows}"),
+        (b"\r" in line, f"{where} has line ends of Windows, which openssl would take, too: save it with LF alone"),
         (len(line) > 1023, f"the first line of {where} has more than 1,023 bytes"),
         (not line.strip() or b"\0" in line, f"the first line of {where} is empty, or no text in UTF-8 or ASCII"),
     )
@@ -2179,7 +2178,7 @@ Question = tuple[object, str, bool]  # whether it is so, and then the Finding
 FATAL, WARNING = True, False
 # What is missing, and what does nothing, or something else, beside another entry: the level; an option that is there,
 # or one of several, or those with a mark of OPTIONS ({} names them); what else is there, and with ! what is not -> what
-# to say. For capitals see `_combined`.
+# to say. For capitals see `_combination_findings`.
 COMBINATIONS = _table("""
 error cmd !server !ELSEWHERE -> cmp_server is missing: set it to the address:port of the CMP server
 warning config/section ELSEWHERE -> {}: what stands in that OpenSSL configuration file is not checked here
@@ -2224,7 +2223,7 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     for option in options:
         yield _option(option).weak, f"cmp_{option} weakens security: {_option(option).weak}", WARNING
         yield from _credential_findings(option, section.get(f"cmp_{option}", ""), settings)
-    yield from _combined(section, settings)
+    yield from _combination_findings(section, settings)
     yield from _proxy_findings(settings)
     wrong = settings.seconds("total_timeout") < settings.seconds("msg_timeout")
     yield wrong, "cmp_total_timeout must be at least cmp_msg_timeout; 0 is possible for both only", FATAL
@@ -2257,7 +2256,7 @@ def _credential_findings(option: str, configured: str, settings: Settings) -> It
         yield now < end <= soon, f"{what} expires on {end[:10]}: renew it", WARNING
 
 
-def _combined(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
+def _combination_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
     """What COMBINATIONS says of these settings."""
     options = settings.options
     capitals = {
