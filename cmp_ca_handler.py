@@ -1503,7 +1503,7 @@ class ChainFinder:
         found: dict[str, list[Certificate]] = {"untrusted": [], "trusted": [], "out_trusted": []}
         for option, certificates in found.items():
             for path in _file_list(option, transaction.settings.options.get(option) or ""):
-                certificates += (there := _certificates(path))
+                certificates += (there := _configured_certificates(path))
                 if not there:
                     what, name = "holds no certificate that can be read: make it PEM", _one_line(path, 100)
                     transaction.warn("cmp_%s: %s %s", option, name, what)
@@ -1612,6 +1612,17 @@ def _certificates(path: str) -> list[Certificate]:
     return found
 
 
+def _configured_certificates(path: str) -> list[Certificate]:
+    """The same for a file that the configuration names: read again only when it has changed."""
+    info = os.stat(path) if os.path.isfile(path) else None
+    return _unchanged_certificates(path, info.st_mtime_ns, info.st_size) if info else []
+
+
+@functools.lru_cache(maxsize=16)
+def _unchanged_certificates(path: str, changed: int, size: int) -> list[Certificate]:
+    return _certificates(path)
+
+
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
     """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
     same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
@@ -1668,6 +1679,11 @@ class Option(NamedTuple):
         return "fixed" in self.marks or self.kind in ("ours", "run", "other", "secret") or bool(self.weak)
 
 
+def _table(text: str) -> list[tuple[str, str, str]]:
+    """The first word of each row, its other words, and what stands behind the arrow; an indented line goes on."""
+    return re.findall("^(.+?) (.+?) -> (.+)$", text.replace("\n    ", " "), re.M)
+
+
 # Names of options, a colon, and what is special of them:
 # kind    ours: no option of openssl; run: set by the handler for each run, ignored with a warning; other: no enrolment;
 #         secret: reaches openssl in its environment, for any local user can read an argument list;
@@ -1722,7 +1738,6 @@ OPTIONS = {
     for words, _, weak in [special.partition(", ")]
     for name in names.split()
 }
-ORDINARY = Option()  # one without a row
 OURS = frozenset(name for name, option in OPTIONS.items() if option.kind == "ours")
 ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
@@ -1732,7 +1747,7 @@ EXPIRES_SOON = 30 * 86400  # seconds
 
 def _option(name: str) -> Option:
     """What is special of an option."""
-    return OPTIONS.get(name, ORDINARY)
+    return OPTIONS.get(name, Option())
 
 
 class Settings(NamedTuple):
@@ -1753,11 +1768,8 @@ class Settings(NamedTuple):
     def hidden(self) -> Collection[str]:
         """What must appear nowhere (see `_hide`). openssl prints the passwords of proxies, whatever is in them."""
         users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
-        return {
-            *self.secrets.values(),
-            *(f"{user}@" for user in users if user),
-            *(user.partition(":")[2] for user in users),
-        } - {""}
+        passwords = [text for user in users for text in (f"{user}@", user.partition(":")[2])]
+        return {*self.secrets.values(), *passwords} - {"", "@"}
 
     @property
     def server(self) -> str:
@@ -1782,7 +1794,8 @@ class Settings(NamedTuple):
 
 def _settings(section: Mapping[str, str]) -> Settings:
     """Read the section. Starts no process but to ask a new openssl what it can do."""
-    names = {key: _entry(key) for key in section}
+    # Each key under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`.
+    names = {key: "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key for key in section}
     twice = [(key, name) for key, name in names.items() if name != key and name in section]
     errors = [f"{key} is another spelling of {name}, which is there, too: delete one" for key, name in twice]
     section = {names[key]: str(value).strip() for key, value in section.items()}
@@ -1795,36 +1808,37 @@ def _settings(section: Mapping[str, str]) -> Settings:
     secrets: dict[str, str] = {}
     for key, value in section.items():
         option = _option_name(key[4:], binary.options)
-        if option in ("ref_variable", "secret_variable") and not section.get(f"cmp_{option.partition('_')[0]}"):
-            option, value = option.partition("_")[0], f"\0{value}"  # a configured value takes precedence
+        variable = option in ("ref_variable", "secret_variable") and not section.get(f"cmp_{option[:-9]}")
+        if variable:  # a configured value takes precedence
+            option, value = option[:-9], f"env:{value}"
         elif not value and f"{key}_variable" in section:
             continue  # left to the variable
         try:
             _check_entry(key, option, binary)
             if option in OURS:
-                _check_value(option, value)
+                _check_text(option, value)
                 san_types = _san_types(value) if option == "san_types" else san_types
             elif _option(option).kind != "run":
                 options.pop(option, None)  # the configured ones in their order, after the defaults
-                if value.lower() not in OFF or option in ("profile", "cmd", "popo"):
+                if variable or value.lower() not in OFF or option in ("profile", "cmd", "popo"):
                     options[option] = ""  # there, if not usable: so nothing says that it is missing
-                    options[option], named = _read_value(option, value, binary)
-                    secrets.update(named)
+                    if variable and option == "ref":
+                        _check_text("reference", _variable_value(value[4:]))
+                        options["ref"] = _variable_value(value[4:])
+                    else:
+                        options[option], named = _read_value(option, value, binary)
+                        secrets.update(named)
         except CMPError as err:
             errors.append(f"{_one_line(key, 60)}: {err}")
     own, refuse = not section.get("cmp_tmp_dir"), section.get("cmp_refuse_changes", "").lower() in ON
     # The process may change its own directory.
     directory = _openssl_path(_utf8(os.path.abspath(_default_directory() if own else section["cmp_tmp_dir"])))
-    fault, options = _directory_fault(directory, own), _with_defaults(options, binary)
+    fault = _directory_fault(directory, own)
+    _add_defaults(options, binary)
     settings = Settings(binary, directory, fault, own, options, secrets, refuse, san_types)
     findings = [(text, fatal) for wrong, text, fatal in _findings(section, settings) if wrong]
     errors += [text for text, fatal in findings if fatal]
     return settings._replace(errors=errors, warnings=[text for text, fatal in findings if not fatal])
-
-
-def _entry(key: str) -> str:
-    """A key of the section under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`."""
-    return "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key
 
 
 def _check_entry(key: str, option: str, binary: Binary) -> None:
@@ -1852,30 +1866,25 @@ def _raise_first(*faults: tuple[object, str]) -> None:
 def _read_value(option: str, value: str, binary: Binary) -> tuple[str | None, dict[str, str]]:
     """The value for openssl, None for a switch, and the environment variables that it names. Raises CMPError."""
     kind, switch = _option(option).kind, value.lower() in ON and option != "profile"
-    if value[:1] == "\0":  # the name of a variable
-        if option == "ref":
-            value = _variable_value(value[1:])
-            _raise_first(
-                (value != value.strip(), "begins or ends with a blank or a line break"),
-                (re.search(r"[\r\n\0]", value), "has more than one line"),
-                (re.fullmatch(r"(['\"]).*\1", value), "stands in quotes, which count: take them away"),
-            )
-            return value, {}
-        value = f"env:{value[1:]}"
-    elif binary.options and binary.options[option] == switch:
+    if binary.options and binary.options[option] == switch:
         raise CMPError("needs a value, not True" if switch else "is a switch: set it to True or False")
     if switch:
         return None, {}
     _raise_first((not value or "\0" in value, "has no value: give it one, or delete the line"))
-    _check_value(option, value)
+    _check_text(option, value)
+    value = _utf8(value)
     if kind == "secret":
-        name, secret = _secret(option, _utf8(value))
+        name, secret = _secret(option, value)
         return f"env:{name}", {name: secret}
-    return _utf8(_slash_dn(value, binary) if kind == "name" else ",".join(_file_list(option, value))), {}
+    names = _file_list(option, value)
+    for name in names if kind in ("file", "files", "key") else ():
+        _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
+    return _utf8(_slash_dn(value, binary)) if kind == "name" else ",".join(names), {}
 
 
 # Kinds or names of options (with !: all but these), a regular expression -> what is wrong with a value that matches.
-VALUE_FAULTS = r"""
+VALUE_FAULTS = _table(r"""
+reference ^\s|[\r\n]|\s$ -> begins or ends with a blank or a line break, or has more than one line
 !secret -----BEGIN -> is the content of a file: write its path
 !files [\r\n] -> has more than one line: what is indented belongs to the line above it
 files ^\[.*\]$ -> is a list: write the files into one line, with commas between them
@@ -1883,11 +1892,9 @@ secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the 
 !secret ^(['"]).*\1$ -> write the value without the quotes
 secret ^(?!pass:).*\s[#;] -> a comment needs a line of its own; if it belongs to the secret, write pass: before that
 name \s[#;](\s|$) -> a comment needs a line of its own; if it belongs to the name, write a backslash before it
-!name/secret \s[#;] -> a comment needs a line of its own
-!secret (?i)pin-value\s*= -> every local user can see a pin-value in the list of processes:
-    write pin-source=file:PATH in its place, or cmp_keypass: env:NAME
-provparam (?i)(pin|pass|secret)[^=]*=(?!file:) -> every local user can see a PIN there:
-    write file:PATH for it, or use cmp_keypass: env:NAME
+!name/secret/reference \s[#;] -> a comment needs a line of its own
+!secret (?i)pin-value\s*= -> every local user can see the PIN: write pin-source=file:PATH, or cmp_keypass: env:NAME
+provparam (?i)(pin|pass|secret)[^=]*=(?!file:) -> every local user can see it: write file:PATH, or cmp_keypass: env:NAME
 server/proxy @ -> a user and password there are visible to every local user, and openssl ignores them: remove
 server/proxy ^(https?://)?[^/[]*:[^/[]*: -> an address of IPv6 needs brackets, such as [2001:db8::1]:8080
 server/proxy ^(?!(?:https?://)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)(?::[^/]*)?(?:/|/[^/\s]\S*)?$)(.*) ->
@@ -1896,8 +1903,9 @@ server/proxy ^(?:https?://)?(?:\[[^]]*\]|[^:/[]*):(?!//|0*(?:[1-9]\d{0,3}|[1-5]\
     '\1' is no port: 1 to 65535 are possible
 profile ^- -> begins with a hyphen, and openssl would read it as an option
 secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write env:NAME; if it is the secret itself, write pass: before it
-secret ^(ENV|FILE|PASS): -> write env:, file: and pass: in small letters;
-    if that is the secret itself, write pass: before it
+secret ^(ENV|FILE|PASS): -> write \1 in small letters; if it is the secret itself, write pass: before it
+secret ^(stdin$|fd(?=:)) -> \1: acme2certifier has neither a terminal nor a descriptor: use file:PATH or env:NAME
+secret ^pass:$ -> the secret is empty
 tmp_dir/openssl_bin ^~|[$%] -> is taken as it is written, without a shell: write the whole path
 !secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write the value itself
 path \s|^\w+:// -> is the path on the server alone, such as pkix/, without a blank
@@ -1909,35 +1917,18 @@ cmd ^(?!(ir|cr|p10cr)$) -> only ir, cr and p10cr enrol a certificate
 popo ^(?!(-1|0)$) -> only 0 (raVerified) and -1 (none) are possible: the private key stays with the client
 keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public key, too, and fails;
     for an engine: org.openssl.engine:pkcs11:... as cmp_key
-"""
-
-
-def _check_value(option: str, value: str) -> None:
-    """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
-    _check_text(option, value)
-    kind = _option(option).kind
-    if kind in ("file", "files", "key"):
-        for name in _file_list(option, _utf8(value)):
-            _check_file(name, "private key" if kind == "key" else "certificate" if option != "config" else "")
+""")
 
 
 def _check_text(option: str, value: str) -> None:
-    """The same, without a look at the files that it names."""
-    for fault, text in _value_faults(_option(option).kind, option):
-        found = fault.search(value)
+    """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
+    mine = {option, _option(option).kind}
+    for names, fault, text in VALUE_FAULTS:
+        if mine.isdisjoint(names.strip("!").split("/")) != names.startswith("!"):
+            continue
+        found = re.search(fault, value, re.S | re.A)
         if found:
             raise CMPError(_one_line(found.expand(text)))
-
-
-@functools.lru_cache(maxsize=256)
-def _value_faults(kind: str, option: str) -> list[tuple[re.Pattern[str], str]]:
-    """The rows of VALUE_FAULTS for an option of this kind: expression and text."""
-    rows = []
-    for line in VALUE_FAULTS.replace("\n    ", " ").strip().splitlines():
-        (names, fault), text = line.split(" -> ")[0].split(" ", 1), line.split(" -> ")[1]
-        if bool({kind, option} & set(names.strip("!").split("/"))) != names.startswith("!"):
-            rows.append((re.compile(fault, re.S | re.A), text))
-    return rows
 
 
 PKCS7 = "PKCS #7 (convert it: openssl pkcs7 -print_certs)"
@@ -1969,19 +1960,20 @@ def _file_list(option: str, value: str) -> list[str]:
     return [name for name in re.split(r"[,\s]+", _openssl_path(value)) if name]
 
 
-# An attribute in RFC 4514's notation (text in quotes is of its predecessors) or what is none, and in openssl's.
-DN_ATTRIBUTE = re.compile(
+# In openssl's notation, /C=DE/CN=x, and in RFC 4514's, C=DE, CN=x: what stands before an attribute, its type, its value
+# in quotes (of RFC 4514's predecessors) or without; or what is no attribute.
+SLASH_ATTRIBUTE = re.compile(r"/*([/+])([^=/+\\]*)=()((?:[^/+\\]|\\.)*)(?=[/+]|$)|(?!/*$)(.+)", re.S)
+COMMA_ATTRIBUTE = re.compile(
     r'([,+])\s*([\w.-]+)\s*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|((?:[^,+;"\\]|\\.)*))\s*(?=[,+]|$)|(.+)', re.S
 )
-SLASH_ATTRIBUTE = re.compile(r"([/+])([^=/+\\]*)(=?)((?:[^/+\\]|\\.)*)", re.S)
 ESCAPE = re.compile(rb"\\([0-9A-Fa-f]{2})|\\([^\w\t\n]|_)", re.S)
 DN_ALIASES = dict(
     pair.split("=")
-    for pair in """
-        E=emailAddress EMAIL=emailAddress S=ST SP=ST T=title G=GN I=initials DNQ=dnQualifier
-        GENERATION=generationQualifier PHONE=telephoneNumber POBOX=postOfficeBox JURISDICTIONCOUNTRY=jurisdictionC
-        JURISDICTIONSTATE=jurisdictionST JURISDICTIONLOCALITY=jurisdictionL
-    """.split()
+    for pair in (
+        "E=emailAddress EMAIL=emailAddress S=ST SP=ST T=title G=GN I=initials DNQ=dnQualifier PHONE=telephoneNumber"
+        " POBOX=postOfficeBox GENERATION=generationQualifier JURISDICTIONCOUNTRY=jurisdictionC"
+        " JURISDICTIONSTATE=jurisdictionST JURISDICTIONLOCALITY=jurisdictionL"
+    ).split()
 )
 
 
@@ -1990,7 +1982,7 @@ def _slash_dn(value: str, binary: Binary) -> str:
     """`C=DE, CN=x` in openssl's notation, `/C=DE/CN=x`; that stays. Raises CMPError where openssl would misread it."""
     value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
     text = ""
-    for separator, kind, part in _split_slash(value) if value.startswith("/") else _split_rfc4514(value):
+    for separator, kind, part in _attributes(value):
         _raise_first((not kind, f"'={_one_line(part, 60)}' has no attribute type such as CN"))
         if not part or "\0" in part:
             raise CMPError(f"{_one_line(kind, 60)}: has {'a NUL in its' if part else 'no'} value")
@@ -1999,46 +1991,31 @@ def _slash_dn(value: str, binary: Binary) -> str:
     return text or "/"
 
 
-def _split_slash(value: str) -> Iterator[tuple[str, str, str]]:
-    """Separator, type and value of each attribute in `/C=DE/CN=x`; a backslash makes the next character plain."""
-    if re.search(r"(?<!\\)(?:\\\\)*\\(\w|$)", value):  # `\C3` and `\xC3` are of other notations: openssl reads C3
-        raise CMPError("write the character itself for its code, or \\\\ for a backslash")
-    for separator, kind, equals, text in SLASH_ATTRIBUTE.findall(value):
-        if not equals and (kind or text or separator == "+"):
-            what, sign = f"'{_one_line(kind + text, 60)}' is no attribute", "slash" if separator == "/" else "plus sign"
-            raise CMPError(f"{what} such as CN=x: write \\{separator} for a {sign} in a value")
-        if equals:
-            _check_merged(kind, text, "slash")
-            yield separator, kind.strip(), re.sub(r"\\(.)", r"\1", text, flags=re.S)
-
-
-def _split_rfc4514(value: str) -> Iterator[tuple[str, str, str]]:
-    """Separator, type and value of each attribute in RFC 4514's notation `C=DE, CN=x`, as they are written."""
-    for separator, kind, quoted, plain, rest in DN_ATTRIBUTE.findall(f",{value}"):
+def _attributes(value: str) -> Iterator[tuple[str, str, str]]:
+    """Separator (a slash or a plus sign), type and value of each attribute of a name in either notation."""
+    slashes = value.startswith("/")
+    found = SLASH_ATTRIBUTE.findall(value) if slashes else COMMA_ATTRIBUTE.findall(f",{value}")
+    for separator, kind, quoted, plain, rest in found:
         if rest:
-            shown, sign = _one_line(rest[1:], 60), "+ for a plus sign" if rest[0] == "+" else ", for a comma"
-            semicolon = f"'{shown}': separate attributes with commas, or write \\; for a semicolon"
-            _raise_first((re.match(r'[^,"]*;', shown), semicolon))
-            hint = f"; write \\{sign} in a value, \\\\ for a backslash"
-            raise CMPError(f"'{shown}' is not a distinguished name such as C=DE, CN=Issuing CA{hint}")
-        plain = re.sub(r"((?<!\\)(?:\\\\)*\\\s)?\s*$", r"\1", plain)  # but an escaped blank
-        _check_merged(kind, plain, "comma")
-        _raise_first(
-            (plain[:1] == "#", f"{kind}: write the text itself for #hex, or \\# for a number sign at the start")
-        )
-        yield separator.replace(",", "/"), kind, _unescaped(kind, plain or quoted)
-
-
-def _check_merged(kind: str, text: str, separator: str) -> None:
-    """Raise CMPError where an attribute's value has swallowed the next one."""
-    merged = re.search(r"(?:\s|(?<!\\)/)([A-Za-z]+) ?=", text)
-    if merged and merged.group(1).upper() in DN_TYPES:
-        hint = f"write a {separator} before it, or \\= if it is no attribute"
-        raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
+            hint = "in a value, write \\, \\+ \\; \\/ for these signs, \\\\ for a backslash"
+            what = "is not a distinguished name such as C=DE, CN=Issuing CA"
+            raise CMPError(f"'{_one_line(rest[1:], 60)}' {what}: {hint}")
+        kind, text = kind.strip(), plain or quoted
+        merged = re.search(r"(?:\s|(?<!\\)/)([A-Za-z]+) ?=", plain)
+        if merged and merged.group(1).upper() in DN_TYPES:
+            hint = f"write a {'slash' if slashes else 'comma'} before it, or \\= if it is no attribute"
+            raise CMPError(f"{kind}: its value contains {merged.group(1)}=: {hint}")
+        if slashes and re.search(r"\\\w", plain.replace(r"\\", "")):  # of other notations: openssl reads C3 for \C3
+            raise CMPError("write the character itself for its code, or \\\\ for a backslash")
+        if not slashes:
+            text = quoted or re.sub(r"((?<!\\)(?:\\\\)*\\\s)?\s*$", r"\1", plain)  # an escaped blank stays
+            number = "write the text itself for #hex, or \\# for a number sign at the start"
+            _raise_first((plain[:1] == "#", f"{kind}: {number}"))
+        yield separator.replace(",", "/"), kind, _unescaped(kind, text)
 
 
 def _unescaped(kind: str, text: str) -> str:
-    r"""The value of an attribute without the escapes of RFC 4514: `\,` and `\C3\BC`. Raises CMPError."""
+    r"""The value of an attribute without its escapes: `\,` and RFC 4514's `\C3\BC`. Raises CMPError."""
     value = text.encode("utf-8", "surrogateescape")
     _raise_first((b"\\" in ESCAPE.sub(b"", value), f"{kind}: write two backslashes for one in its value"))
     try:
@@ -2057,7 +2034,7 @@ def _attribute_type(kind: str, binary: Binary) -> str:
         return short or kind
     short = _object_names(binary.path, binary.version).get(number.casefold(), "")
     if not short:
-        near = "" if number[:1].isdigit() else _did_you_mean(kind, {*DN_TYPES.values()}, "")
+        near = _did_you_mean(kind, {*DN_TYPES.values()}, "")
         raise CMPError(f"openssl does not know the attribute {_one_line(kind, 60)} and would leave it out{near}")
     return short
 
@@ -2080,15 +2057,11 @@ def _secret(option: str, value: str) -> tuple[str, str]:
     """The environment variable for openssl's `-secret` and the like, and what it is to hold. Raises CMPError."""
     source, colon, rest = value.partition(":")  # openssl-passphrase-options(1); without a source, the secret
     name, secret = "CMP_CA_HANDLER_" + option.upper(), value
-    if value == "stdin" or (source == "fd" and colon):
-        what = "acme2certifier has neither a terminal nor a descriptor for it: use file:PATH or env:NAME"
-        raise CMPError(f"{source}: {what}")
     if colon and source == "env":
-        name, secret = rest.strip(), _variable_value(rest.strip(), secret=True)
+        name, secret = rest.strip(), _variable_value(rest.strip())
     elif colon and source in ("file", "pass"):
         secret = _first_line(rest.strip()) if source == "file" else rest
-    line_break = re.search(r"[\r\n\0]", secret)
-    _raise_first((not secret, "the secret is empty"), (line_break, "the secret contains a line break: take it out"))
+    _raise_first((re.search(r"[\r\n\0]", secret), "the secret contains a line break: take it out"))
     return name, secret
 
 
@@ -2097,46 +2070,43 @@ def _first_line(path: str) -> str:
     _check_file(path, "")
     with open(path, "rb") as file:
         line, where = file.readline(1025).rstrip(b"\n"), f"file:{_one_line(path, 100)}"
-    windows = "has line ends of Windows, which openssl takes into the secret: save it with LF alone"
     _raise_first(
         (line[:3] == b"\xef\xbb\xbf", f"{where} begins with a byte order mark: save it as UTF-8 without BOM"),
-        (b"\r" in line, f"{where} {windows}"),
+        (b"\r" in line, f"{where} has line ends of Windows, which openssl would take, too: save it with LF alone"),
         (len(line) > 1023, f"the first line of {where} has more than 1,023 bytes"),
         (not line.strip() or b"\0" in line, f"the first line of {where} is empty, or no text in UTF-8 or ASCII"),
     )
     return os.fsdecode(line)
 
 
-def _variable_value(name: str, secret: bool = False) -> str:
+def _variable_value(name: str) -> str:
     """What an environment variable holds. Raises CMPError where it is not set."""
     # Perhaps the secret itself was put there by mistake.
-    shown = not secret or re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
-    what = f"the environment variable {_one_line(name)}" if shown else "the variable named there (perhaps a secret)"
+    shown = re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
+    what = f"the environment variable {name}" if shown else "the variable named there (perhaps a secret)"
     _raise_first((not name, "names no variable"), (not os.environ.get(name), f"{what} is not set"))
     return os.environ[name]
 
 
-def _with_defaults(options: Mapping[str, str | None], binary: Binary) -> dict[str, str | None]:
-    """The options, with what is not configured of those that each run needs."""
-    result = dict(options)
-    if "config" in binary.options and not options.keys() & {"config", "section"}:
-        result["config"] = ""  # the system's openssl.cnf may have a section cmp that nobody here knows of
+def _add_defaults(options: dict[str, str | None], binary: Binary) -> None:
+    """Add what is not configured of the options that each run needs."""
+    if "config" in binary.options and "section" not in options:
+        options.setdefault("config", "")  # the system's openssl.cnf may have a section cmp that nobody here knows of
     message, total = options.get("msg_timeout"), options.get("total_timeout")
-    result["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
-    result["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
+    options["msg_timeout"] = message or str(min(MSG_TIMEOUT, int(total or MSG_TIMEOUT)))
+    options["total_timeout"] = total or str(max(TOTAL_TIMEOUT, int(message or 0) + MSG_TIMEOUT))
     if "keep_alive" in binary.options:
-        result.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
-    return result
+        options.setdefault("keep_alive", "0")  # a CA may tie a transaction to its connection, and we may come back
 
 
 def _san_types(value: str) -> list[str]:
     """The kinds of subjectAltNames that cmp_san_types allows. Raises CMPError where there is no such kind."""
-    kinds, known = set(), list(SAN_KINDS.values())
-    for word in re.split(r"[,\s]+", value.strip(", ")):
-        kind = next((kind for kind in known if kind.lower() == word.lower()), "")
-        near = "" if kind else _did_you_mean(word, known, "")
-        _raise_first((not kind, f"'{_one_line(word, 40)}' is none of {', '.join(known)}{near}"))
-        kinds.add(kind)
+    known, words = {kind.lower(): kind for kind in SAN_KINDS.values()}, re.split(r"[,\s]+", value.strip(", "))
+    for word in words:
+        if word.lower() not in known:
+            near = _did_you_mean(word, known.values(), "")
+            raise CMPError(f"'{_one_line(word, 40)}' is none of {', '.join(known.values())}{near}")
+    kinds = {known[word.lower()] for word in words}
     # Where it names none of the usual ones, it adds to them: no ACME client asks for a certificate without.
     return sorted(kinds if kinds & CHECKED_KINDS else kinds | CHECKED_KINDS)
 
@@ -2144,6 +2114,39 @@ def _san_types(value: str) -> list[str]:
 Finding = tuple[str, bool]  # what is wrong with the configuration; whether that stops everything, or is a warning
 Question = tuple[object, str, bool]  # whether it is so, and then the Finding
 FATAL, WARNING = True, False
+# What is missing, and what does nothing, or something else, beside another entry: the level; an option that is there,
+# or one of several, or those with a mark of OPTIONS ({} names them); what else is there, and with ! what is not -> what
+# to say. For capitals see `_combination_findings`.
+COMBINATIONS = _table("""
+error cmd !server !ELSEWHERE -> cmp_server is missing: set it to the address:port of the CMP server
+warning config/section ELSEWHERE -> {}: what stands in that OpenSSL configuration file is not checked here
+warning cert !secret !trusted !srvcert !unprotected_requests !ELSEWHERE ->
+    cmp_trusted is not set: the CA's signed answers cannot be verified
+warning trusted !srvcert !expect_sender !ELSEWHERE -> cmp_trusted without cmp_expect_sender or cmp_srvcert: anyone
+    who holds a certificate from this CA and can intercept the connection could pose as the CA; set cmp_expect_sender
+warning TLS !tls_trusted !ELSEWHERE -> cmp_tls_trusted is not set: the TLS server is not authenticated
+error HTTPS !TLS !ELSEWHERE -> cmp_tls_used is missing: this openssl needs cmp_tls_used: True for https://
+warning tls NO_TLS !TLS !HTTPS !ELSEWHERE -> {}: not used, the connection is plain HTTP
+error tls !NO_TLS !TLS !HTTPS !ELSEWHERE ->
+    {} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True
+warning cert secret !key !ELSEWHERE -> cmp_cert without cmp_key: only the names in it are used
+warning key secret !cert !ELSEWHERE -> cmp_key without cmp_cert: set both, or none
+error tls_cert !tls_key !ELSEWHERE -> cmp_tls_cert without cmp_tls_key: set both, or none
+error tls_key !tls_cert !ELSEWHERE -> cmp_tls_key without cmp_tls_cert: set both, or none
+warning keypass !key !ELSEWHERE -> cmp_keypass without cmp_key: there is no key for it
+warning tls_keypass !tls_key !ELSEWHERE -> cmp_tls_keypass without cmp_tls_key: there is no key for it
+warning secret !ref !cert -> cmp_secret without cmp_ref: most CAs then do not know whose secret it is
+warning recipient srvcert -> cmp_recipient: not used beside cmp_srvcert, whose subject is the recipient
+warning policy !explicit_policy -> cmp_policy does nothing without cmp_explicit_policy: True
+warning explicit_policy !policy ->
+    cmp_explicit_policy without cmp_policy refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy
+warning out_trusted !untrusted -> cmp_out_trusted without cmp_untrusted:
+    whoever takes the issuers out of an answer has its certificate refused; set cmp_untrusted, too
+warning verify_hostname/verify_email/verify_ip !out_trusted ->
+    {}: about the issued certificate, and not used without cmp_out_trusted
+warning ir cmd=p10cr -> {}: not used with cmp_cmd: p10cr, for the request is the CSR as it is
+error popo=-1 RECENT !cmd=p10cr -> cmp_popo: this openssl sends no request without a proof: delete it
+""")
 
 
 def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
@@ -2155,106 +2158,61 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     for key in section:
         ignored = key.startswith("cmp_") and _option(key[4:]).kind == "run"
         yield ignored, f"{key} is set by the handler itself and ignored here: delete it", WARNING
-    yield from _secret_findings(section, settings)
-    elsewhere = "cmp_config" if options.get("config") else "cmp_section" if "section" in options else ""
-    yield elsewhere, f"{elsewhere}: what stands in that OpenSSL configuration file is not checked here", WARNING
-    if not elsewhere:  # it may hold all of this
-        yield from _server_entry_findings(section, settings)
-    for kind in ("", "tls_"):
-        yield from _credential_findings(settings, kind, bool(elsewhere))
     for option in options:
         yield _option(option).weak, f"cmp_{option} weakens security: {_option(option).weak}", WARNING
-    yield from _useless_findings(options, settings.binary)
+        yield from _credential_findings(option, section.get(f"cmp_{option}", ""), settings)
+    yield from _combination_findings(section, settings)
     yield from _proxy_findings(settings)
     wrong = settings.seconds("total_timeout") < settings.seconds("msg_timeout")
     yield wrong, "cmp_total_timeout must be at least cmp_msg_timeout; 0 is possible for both only", FATAL
     yield settings.directory_fault, settings.directory_fault, FATAL
 
 
-def _secret_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
-    """Secrets that are easy to find out, or that look like a mistake."""
-    short = "has fewer than 8 characters: one captured message is enough to guess it; ask the CA for a longer one"
-    for option in [option for option in settings.options if _option(option).kind == "secret"]:
-        secret = settings.secrets.get((settings.options[option] or "").partition(":")[2], "")
-        key, (source, _, path) = f"cmp_{option}", section.get(f"cmp_{option}", "").partition(":")
-        quoted = re.fullmatch(r"(['\"]).*\1", secret, re.S)
-        yield secret != secret.strip(), f"{key}: the secret begins or ends with a blank, which counts", WARNING
-        yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
-        yield option == "secret" and 0 < len(secret) < 8, f"cmp_secret {short}", WARNING
-        yield os.path.isfile(secret), f"{key}: the secret is the name of a file: write file: before it", WARNING
-        open_to_all = source == "file" and _readable_by_all(path)
+def _credential_findings(option: str, configured: str, settings: Settings) -> Iterator[Question]:
+    """Secrets that are easy to find out, or that look like a mistake; certificates that have expired, or soon will."""
+    key, kind, value = f"cmp_{option}", _option(option).kind, settings.options[option] or ""
+    path, secret = value.removeprefix("file:"), ""
+    if kind == "secret":
+        path = configured[5:].strip() if configured.startswith("file:") else ""
+        secret = settings.secrets.get(value.partition(":")[2], "")
+    if kind in ("key", "secret"):
+        open_to_all = os.name == "posix" and os.path.isfile(path) and os.stat(path).st_mode & 0o004
         yield open_to_all, f"{key}: every local user can read {_one_line(path, 100)}: chmod o-r", WARNING
-
-
-def _readable_by_all(path: str) -> bool:
-    """Whether every local user can read a file."""
-    return os.name == "posix" and os.path.isfile(path) and bool(os.stat(path).st_mode & 0o004)
-
-
-def _server_entry_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
-    """What an enrolment cannot do without, and half a setting of TLS: no TLS, or a TLS server that anybody can be."""
-    options, version, server = settings.options, settings.binary.version, settings.options.get("server")
-    unverified = "cert" in options and not options.keys() & {"secret", "trusted", "srvcert", "unprotected_requests"}
-    anybody = "trusted" in options and not options.keys() & {"srvcert", "expect_sender"}
-    who = "anyone who holds a certificate from this CA and can intercept the connection could pose as the CA"
-    yield server is None, "cmp_server is missing: set it to the address:port of the CMP server", FATAL
-    yield unverified, "cmp_trusted is not set: the CA's signed answers cannot be verified", WARNING
-    yield anybody, f"cmp_trusted without cmp_expect_sender or cmp_srvcert: {who}; set cmp_expect_sender", WARNING
-    useless = ", ".join(f"cmp_{option}" for option in options if "tls" in _option(option).marks)
-    if settings.tls:
-        yield "tls_trusted" not in options, "cmp_tls_trusted is not set: the TLS server is not authenticated", WARNING
-    elif (server or "").startswith("https://"):
-        yield True, f"cmp_tls_used is missing: {version} needs cmp_tls_used: True for https://", FATAL
-    elif section.get("cmp_tls_used", "").lower() in OFF:
-        yield useless, f"{useless}: not used, the connection is plain HTTP", WARNING
-    else:
-        yield useless, f"{useless} without cmp_tls_used: the connection is plain HTTP: set cmp_tls_used: True", FATAL
-
-
-def _credential_findings(settings: Settings, kind: str, elsewhere: bool) -> Iterator[Question]:
-    """Look at cmp_cert and cmp_key, or at cmp_tls_cert and cmp_tls_key; a half may stand in another file."""
-    options, (cert, key, keypass) = settings.options, (f"{kind}{what}" for what in ("cert", "key", "keypass"))
-    # Where a secret protects the messages, the certificate is not used, except for the default of cmp_recipient.
-    level = WARNING if not kind and "secret" in options else FATAL
-    have, lack = (cert, key) if cert in options else (key, cert)
-    half = (have in options) != (lack in options) and (kind or "secret" in options) and not elsewhere
-    what = "only the names in it are used" if have == "cert" else "set both, or none"
-    lonely = keypass in options and key not in options and not elsewhere
-    yield half, f"cmp_{have} without cmp_{lack}: {what}", level
-    yield lonely, f"cmp_{keypass} without cmp_{key}: there is no key for it", WARNING
-    path = options.get(key) or ""
-    yield _readable_by_all(path), f"cmp_{key}: every local user can read {path}: chmod o-r", WARNING
-    path, now, soon = options.get(cert) or "", _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
-    for found in _certificates(path)[:1]:
-        what, start, end = f"cmp_{cert}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
+    quoted, short = re.fullmatch(r"(['\"]).*\1", secret, re.S), option == "secret" and 0 < len(secret) < 8
+    guess = "one captured message is enough to guess it; ask the CA for a longer one"
+    yield secret != secret.strip(), f"{key}: the secret begins or ends with a blank, which counts", WARNING
+    yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
+    yield short, f"cmp_secret has fewer than 8 characters: {guess}", WARNING
+    yield os.path.isfile(secret), f"{key}: the secret is the name of a file: write file: before it", WARNING
+    # Where a secret protects the messages, cmp_cert is not used, except for the default of cmp_recipient.
+    level = WARNING if option == "cert" and "secret" in settings.options else FATAL
+    now, soon = _iso(time.time()), _iso(time.time() + EXPIRES_SOON)
+    for found in _configured_certificates(path)[:1] if option in ("cert", "tls_cert") else ():
+        what, start, end = f"{key}: the certificate in {_one_line(path, 100)}", found.not_before, found.not_after
         yield start > now, f"{what} is not valid before {start[:10]}", level
         yield end <= now, f"{what} has expired on {end[:10]}: renew it", level
         yield now < end <= soon, f"{what} expires on {end[:10]}: renew it", WARNING
 
 
-def _useless_findings(options: Mapping[str, str | None], binary: Binary) -> Iterator[Question]:
-    """Options that do nothing, or something else, without another one."""
-    policy, explicit = "policy" in options, "explicit_policy" in options
-    everybody = "refuses every signer: set cmp_policy, to 2.5.29.32.0 for any policy"
-    yield policy and not explicit, "cmp_policy does nothing without cmp_explicit_policy: True", WARNING
-    yield explicit and not policy, f"cmp_explicit_policy without cmp_policy {everybody}", WARNING
-    nobody = "secret" in options and not options.keys() & {"ref", "cert"}
-    yield nobody, "cmp_secret without cmp_ref: most CAs then do not know whose secret it is", WARNING
-    lonely = "out_trusted" in options and "untrusted" not in options
-    what = "whoever takes the issuers out of an answer has its certificate refused; set cmp_untrusted, too"
-    yield lonely, f"cmp_out_trusted without cmp_untrusted: {what}", WARNING
-    both = "recipient" in options and "srvcert" in options
-    yield both, "cmp_recipient: not used beside cmp_srvcert, whose subject is the recipient", WARNING
-    names = ", ".join(f"cmp_{name}" for name in ("verify_hostname", "verify_email", "verify_ip") if name in options)
-    what = "about the issued certificate, and not used without cmp_out_trusted"
-    yield names and "out_trusted" not in options, f"{names}: {what}", WARNING
-    names = ", ".join(f"cmp_{option}" for option in options if "ir" in _option(option).marks)
-    what, p10cr = "not used with cmp_cmd: p10cr, for the request is the CSR as it is", options.get("cmd") == "p10cr"
-    yield names and p10cr, f"{names}: {what}", WARNING
-    unproven = options.get("popo") == "-1" and not p10cr and "newkeyout" in binary.options
-    yield unproven, f"cmp_popo: {binary.version} sends no request without a proof: delete it", FATAL
-    alone = options.get("provider", "default") != "default" and not binary.since(3, 5)
-    yield alone, f"cmp_provider: {binary.version} then loads no default provider, which most need", WARNING
+def _combination_findings(section: Mapping[str, str], settings: Settings) -> Iterator[Question]:
+    """What COMBINATIONS says of these settings."""
+    options = settings.options
+    capitals = {
+        "ELSEWHERE": options.get("config") or "section" in options,  # in an OpenSSL configuration file
+        "HTTPS": (options.get("server") or "").startswith("https://"),
+        "NO_TLS": section.get("cmp_tls_used", "").lower() in OFF,
+        "RECENT": settings.binary.since(3, 5),
+        "TLS": settings.tls,
+    }
+    words = {word: [word] for word, so in capitals.items() if so}
+    for option, value in options.items():
+        for word in (option, f"{option}={value}", *_option(option).marks):
+            words.setdefault(word, []).append(f"cmp_{option}")
+    for level, row, text in COMBINATIONS:
+        first, *others = row.split()
+        names = [name for word in first.split("/") for name in words.get(word, ())]
+        so = names and all((word.strip("!") in words) != word.startswith("!") for word in others)
+        yield so, text.replace("{}", ", ".join(names)), level == "error"
 
 
 def _proxies() -> list[str]:
@@ -2264,14 +2222,11 @@ def _proxies() -> list[str]:
 
 def _proxy_findings(settings: Settings) -> Iterator[Question]:
     """Say which proxy openssl takes from the environment."""
-    options, environment, tls = settings.options, os.environ, settings.tls
-    for name in _proxies():
-        what = "openssl does not send the user and password in it, but prints them"
-        yield "@" in environment[name], f"{name}: {what}", WARNING
+    options, tls = settings.options, settings.tls
     proxies = [name for name in _proxies() if tls or name.lower() == "http_proxy"]
     host = re.sub(r"^https?://|(:\d+)?(/.*)?$", "", options.get("server") or "").strip("[]")
-    excluded = options.get("no_proxy") or environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    what = f"openssl takes the proxy from {', '.join(proxies)}"
+    excluded = options.get("no_proxy") or os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    what = f"openssl takes the proxy from {', '.join(proxies)}, and sends it no user and password"
     if tls and len({name.lower() for name in proxies}) < 2:
         what = f"openssl cannot connect with TLS where only {', '.join(proxies)} is set: set cmp_proxy, too"
     used = proxies and "proxy" not in options and host not in re.split(r"[,\s]+", excluded)
@@ -2313,8 +2268,8 @@ def _openssl_faults(settings: Settings) -> tuple[list[str] | None, list[str]]:
     if run.killed() or (made and not faults):
         return None if run.killed() else [], expired
     if not faults:
-        errors = [line.text for line in run.lines if line.level == "error" and not NOT_BEGUN.match(line.text)]
-        faults = [text for text in texts if CAUSE.search(text) and not NOT_BEGUN.match(text)] + errors
+        lines = [line for line in run.lines if not NOT_BEGUN.match(line.text)]
+        faults = [line.text for line in lines if line.level == "error" or CAUSE.search(line.text)]
     said = _foreign("; ".join(dict.fromkeys(faults[:3])), settings.hidden) or "it cannot use that value"
     options, told = settings.options, "\n".join(faults)
     values = [(v, o) for o, value in options.items() for v in _file_list(o, value or "") if len(v) > 1]
@@ -3739,7 +3694,7 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
 
 def _shown(key: str, value: str, settings: Settings) -> str:
     """The value of an entry, unless it is a secret: a misspelt one of a secret has a secret for its value, too."""
-    option, known = _entry(key)[4:], settings.binary.options
+    option, known = _option_name(key[4:]), settings.binary.options
     public = option in known.keys() - settings.binary.mock_server or option in OURS or (not known and option in OPTIONS)
     if _option(option).kind in ("secret", "run", "other") or not public or not key.startswith("cmp_"):
         return "(hidden)" if value else ""
@@ -3967,7 +3922,7 @@ def _comma_dn(value: str) -> str:
     if not value.startswith("/"):
         return value
     text = ""
-    for separator, kind, part in _split_slash(value):
+    for separator, kind, part in _attributes(value):
         text += {"+": "+", "/": ", "}[separator] + f"{kind}={_escaped(part)}"
     return text[2:] or "/"
 
