@@ -136,9 +136,6 @@ class CAhandler:
         try:
             self._helper = _acme2certifier_helper()
             self._config = _load_config(self._helper, self.logger)
-            if "CAhandler" not in self._config:
-                path = os.environ.get("ACME_SRV_CONFIGFILE") or "the configuration"
-                raise CMPError(f"{_one_line(path)} has no [CAhandler] section")
             self.section = _our_entries(self._config["CAhandler"])
         except Exception as err:
             self.config_error = self._failure("configuration", err)
@@ -462,48 +459,46 @@ def _acme2certifier_helper() -> types.ModuleType | None:
 
 def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
     """acme2certifier's configuration, a configparser object. Raises CMPError with what is wrong with the file."""
-    path = os.environ.get("ACME_SRV_CONFIGFILE")
-    if helper is None:
-        if not path:
-            raise CMPError("no configuration: ACME_SRV_CONFIGFILE is not set, and acme2certifier is not installed")
-        return _read_ini(path)
-    try:  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
-        return helper.load_config(logger, "CAhandler")
+    path = os.environ.get("ACME_SRV_CONFIGFILE") or ""
+    if helper is None and not path:
+        raise CMPError("no configuration: ACME_SRV_CONFIGFILE is not set, and acme2certifier is not installed")
+    try:  # acme2certifier reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
+        config = helper.load_config(logger, "CAhandler") if helper else _read_ini(path)
     except Exception as err:
-        if path and _is_ini(path):
-            _read_ini(path)  # says what is wrong: the helper says that it is no YAML either
-        mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
-        if not isinstance(err, OSError) and not what.startswith("found duplicate key"):
-            what = re.sub("(?s)['\"].*['\"]", "'...'", what)  # a line, or a word of one, which may be a secret
-        what = f"line {mark.line + 1}: {what}" if mark else what
-        raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
-
-
-def _is_ini(path: str) -> bool:
-    """Whether the first line that says something begins a section, as acme2certifier tells INI and YAML apart."""
-    with open(path, encoding="latin-1") as file:
-        first = next((line for line in map(str.strip, file) if line and line[0] not in "#;"), "")
-    return first.lstrip("\xef\xbb\xbf").startswith("[")
+        what = _one_line(_unreadable(err))
+        raise CMPError(f"cannot read {path or 'the configuration of acme2certifier'}: {what}") from None
+    if "CAhandler" not in config:
+        raise CMPError(f"{_one_line(path) or 'the configuration'} has no [CAhandler] section")
+    return config
 
 
 def _read_ini(path: str) -> Any:
-    """The INI file as a configparser object. Raises CMPError with what is wrong with it, never with a line of it."""
+    """An INI file, as acme2certifier reads it."""
     import configparser  # only without acme2certifier
 
     config = configparser.ConfigParser(interpolation=None)
     config.optionxform = str  # type: ignore[assignment,method-assign]  # keep the case
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            config.read_file(file)
-    except configparser.MissingSectionHeaderError as err:  # it prints the line, which may hold a secret
-        raise CMPError(f"cannot read {path}: no [section] before line {err.lineno}") from None
-    except configparser.ParsingError as err:  # so does this one
-        lines = ", ".join(str(number) for number, _ in err.errors)
-        raise CMPError(f"cannot read {path}: no key and value in line {lines}") from None
-    except (OSError, ValueError, configparser.Error) as err:
-        what = "; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else ""
-        raise CMPError(f"cannot read {path}: {_one_line(str(err))}{what}") from err
+    with open(path, encoding="utf-8-sig") as file:
+        config.read_file(file)
     return config
+
+
+def _unreadable(err: BaseException) -> str:
+    """What is wrong with a configuration file; never a line of it, or a word of one, which may be a secret."""
+    import configparser
+
+    if isinstance(err.__context__, configparser.Error):  # acme2certifier tries YAML where it is no INI
+        err = err.__context__
+    if isinstance(err, configparser.MissingSectionHeaderError):
+        return f"no [section] before line {err.lineno}"
+    if isinstance(err, configparser.ParsingError):
+        return f"no key and value in line {', '.join(str(number) for number, _ in err.errors)}"
+    if isinstance(err, (OSError, UnicodeDecodeError, configparser.Error)):
+        return f"{err}; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else str(err)
+    mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
+    if not what.startswith("found duplicate key"):
+        what = re.sub("(?s)['\"].*['\"]", "'...'", what)
+    return f"line {mark.line + 1}: {what}" if mark else what
 
 
 def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
