@@ -334,13 +334,11 @@ class CAhandler:
     def _check_seen(self, csr: CSR) -> None:
         """Ask acme2certifier how many names it reads in the CSR: it has checked no others. Raises CMPError."""
         read = getattr(self._helper, "csr_san_get", None)
-        if read is None:
-            return
+        names = sum(kind in CHECKED_KINDS for kind, _ in csr.names)
         try:
-            seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("=")))
+            seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("="))) if read else names
         except Exception as err:
             raise CMPError(f"acme2certifier cannot read this CSR: {_one_line(str(err))}", REQUEST) from err
-        names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr.extensions))
         if seen != names:
             what = f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
             raise CMPError(what, REQUEST)
@@ -528,8 +526,7 @@ COMMON_NAME, SUBJECT_ALT_NAME, KEY_USAGE, BASIC_CONSTRAINTS = "2.5.4.3", "2.5.29
 EXTENDED_KEY_USAGE, OCSP_SIGNING = "2.5.29.37", "1.3.6.1.5.5.7.3.9"
 TN_AUTH_LIST = "1.3.6.1.5.5.7.1.26"  # RFC 8226
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
-RSASSA_PSS, ED25519 = "1.2.840.113549.1.1.10", "1.3.101.112"
-EC_KEY = "1.2.840.10045.2.1"
+RSASSA_PSS, ED25519, EC_KEY = "1.2.840.113549.1.1.10", "1.3.101.112", "1.2.840.10045.2.1"
 # Those of NIST, SEC and Brainpool over prime fields, and SM2: all without points of small order.
 CURVES = re.compile(
     r"1\.2\.840\.10045\.3\.1\.[1-7]|1\.3\.132\.0\.([89]|10|3[0-5])"
@@ -570,6 +567,7 @@ class CSR(NamedTuple):
     subject: Name
     key: bytes  # the subjectPublicKeyInfo
     extensions: dict[str, bytes]
+    names: list[tuple[str, str]]  # the subjectAltNames: kind and text
 
 
 def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values())) -> CSR:
@@ -579,19 +577,17 @@ def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values(
         _check_der(der)
         information, _, _ = _sequence(der)
         version, subject, key, *attributes = _sequence(information.raw)
-        if version.tag == 0x02 and version.value != b"\0":  # as certbot before 2.0 wrote it
-            raise CMPError("its version is not 1, the only one that there is: update the ACME client")
-        if version.tag != 0x02 or [a.tag for a in attributes] not in ([], [0xA0]):
-            raise CMPError("it is not a PKCS #10 request")
+        if version.raw != b"\x02\x01\0" or [a.tag for a in attributes] not in ([], [0xA0]):
+            raise CMPError("it is not a PKCS #10 request of version 1: update the ACME client (certbot before 2.0)")
         _check_key(key)
-        csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
-        _check_extensions(csr.extensions, kinds)
+        extensions = _requested(attributes[0].value if attributes else b"")
+        _check_extensions(extensions, kinds)
+        csr = CSR(der, _name(subject.raw), key.raw, extensions, _alternative_names(extensions))
         _check_common_name(csr)
-    except CMPError as err:
-        raise CMPError(f"not a usable CSR: {err}", REQUEST) from err
-    except (IndexError, ValueError) as err:
-        raise CMPError("not a usable CSR: it is not a PKCS #10 request", REQUEST) from err
-    return csr
+        return csr
+    except (CMPError, IndexError, ValueError) as err:
+        what = err if isinstance(err, CMPError) else "it is not a PKCS #10 request"
+        raise CMPError(f"not a usable CSR: {what}", REQUEST) from err
 
 
 def _check_key(key: Element) -> None:
@@ -663,16 +659,13 @@ def _check_extensions(extensions: Mapping[str, bytes], kinds: Collection[str]) -
 
 
 def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
-    """Whether it is a CA's: cA in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3).
-
-    Raises CMPError where others may read something else: in two values, or in one in pieces.
-    """
-    usage, *second = _elements(extensions.get(KEY_USAGE, b"\x03\x01\x00"))
-    flag, *others = [*_sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\x00")), None]
-    if second or usage.tag != 0x03 or not 1 <= len(usage.value) <= 3 or any(e and e.tag == 0x01 for e in others):
-        raise CMPError("its keyUsage or basicConstraints is malformed")
-    authority = flag is not None and flag.tag == 0x01 and any(flag.value)
-    return authority or bool(usage.value[1:2] and usage.value[1] & 0x04)
+    """Whether it is a CA's: TRUE in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3)."""
+    usage, *second = _elements(extensions.get(KEY_USAGE, b"\x03\x01\0"))
+    if second or usage.tag != 0x03 or not 1 <= len(usage.value) <= 3:  # in pieces, others may read something else
+        raise CMPError("its keyUsage is malformed")
+    constraints = _sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\0"))
+    signs = any(bits & 0x04 for bits in usage.value[1:2])
+    return signs or any(element.tag == 0x01 and any(element.value) for element in constraints)
 
 
 def _check_common_name(csr: CSR) -> None:
@@ -686,7 +679,7 @@ def _check_common_name(csr: CSR) -> None:
     for name in names:  # TeletexString is Latin-1 for some, UTF-8 for others
         if name.text is None or "\0" in name.text or (name.tag == 0x14 and not name.raw.isascii()):
             raise CMPError("its common name (CN) is no string that everybody reads alike: use UTF8String")
-    checked = {name.lower() for kind, name in _alternative_names(csr.extensions) if kind in CHECKED_KINDS}
+    checked = {name.lower() for kind, name in csr.names if kind in CHECKED_KINDS}
     hosts = _common_names(csr.subject)
     if TN_AUTH_LIST in csr.extensions and (hosts or SUBJECT_ALT_NAME in csr.extensions):
         raise CMPError("it asks for telephone numbers (TNAuthList) and names: acme2certifier checks only one of them")
@@ -703,8 +696,8 @@ def _common_names(subject: Name) -> set[str]:
 
 
 def _cn_texts(subject: Name) -> set[str]:
-    """The CNs in small letters."""
-    return {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
+    """The CNs in small letters, without a dot at the end."""
+    return {(a.text or "").strip().lower().rstrip(".") for rdn in subject for a in rdn if a.type == COMMON_NAME}
 
 
 def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]:
@@ -724,17 +717,15 @@ def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]
 
 def _wanted(csr: CSR) -> str:
     """What a CSR asks for, for the log: its subject, or else its names."""
-    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr.extensions))
+    names = ", ".join(f"{kind}:{name}" for kind, name in csr.names)
     return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
 
 
 def _prove_possession(csr: CSR, transaction: Transaction) -> None:
-    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit.
+    """Check the CSR's signature and save its public key: `-popo 0` tells the CA that the RA has done so (RFC 4211, 4).
 
-    `_check_key`, before this, has refused the keys with which anybody can sign.
+    Neither acme2certifier nor `openssl cmp` does it. `_check_key` has refused keys with which anybody can sign.
     """
-    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). It is done here, for
-    # neither acme2certifier nor `openssl cmp` does it.
     binary, name = transaction.settings.binary, transaction.key_file
     if os.path.exists(transaction.file(name)):
         return  # a poll: it was verified before the CA was asked
@@ -745,9 +736,8 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     if SIGNATURE_WRONG.search(run.output):
         raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused", REQUEST)
     if run.code != 0 or not SIGNATURE_FITS.search(run.output):
-        said = run.killed() or _one_line("; ".join(line.text for line in run.lines[:2]))
-        hint = "" if run.killed() else _hint("cannot use the CSR")
-        raise CMPError(f"openssl cannot use the CSR: {said}{hint}", REQUEST)
+        said = _one_line("; ".join(line.text for line in run.lines[:2])) + _hint("cannot use the CSR")
+        raise CMPError(f"openssl cannot use the CSR: {run.killed() or said}", REQUEST)
     transaction.write(name, csr.key if name.endswith(".der") else _pem(csr.key, "PUBLIC KEY"))
 
 
@@ -756,11 +746,8 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
     settings, file = transaction.settings, transaction.file
     known, whole = settings.binary.options, settings.binary.converts_csr()
     arguments = ["-certout", file("cert.pem"), "-extracertsout", file("extracerts.pem")]
-    if "cacertsout" in known:
-        arguments += ["-cacertsout", file("capubs.pem")]
+    arguments += ["-cacertsout", file("capubs.pem")] if "cacertsout" in known else []
     if settings.options.get("cmd") == "p10cr":  # the request is the CSR
-        if not csr.extensions.get(SUBJECT_ALT_NAME) and _cn_texts(csr.subject):
-            transaction.logger.warning("the CSR has no subjectAltName: many clients refuse such a certificate")
         return [*arguments, "-csr", file("csr.pem")]
     arguments += ["-newkey", file(transaction.key_file)]
     subject = _subject(csr, settings)
@@ -775,9 +762,14 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
         arguments += ["-sans", _utf8(",".join(names))]
     elif "san_nodefault" in known:  # without it the names of the RA's own certificate go into the request
         arguments += [f"-{settings.binary.spelled['san_nodefault']}"]
-    critical = subject in (None, "/")  # exactly where there is no subject (RFC 5280, 4.2.1.6): Java and others insist
-    if whole and not csr.subject and SUBJECT_ALT_NAME in csr.extensions and critical != (CRITICAL_NAMES in csr.der):
-        arguments += _marked_names(csr, transaction, critical)
+    # Names are critical exactly where there is no subject (RFC 5280, 4.2.1.6): Java and others insist. If those of the
+    # CSR are not so, openssl gets them from a file, byte for byte, unless the administrator has such a file himself.
+    critical, options = subject in (None, "/"), settings.options
+    free = whole and not options.get("config") and not options.keys() & {"section", "reqexts"}
+    if free and csr.names and not csr.subject and critical != (CRITICAL_NAMES in csr.der):
+        value = ("critical,DER:" if critical else "DER:") + csr.extensions[SUBJECT_ALT_NAME].hex()
+        transaction.write("request.cnf", f"[names]\nsubjectAltName = {value}\n")
+        arguments += ["-config", file("request.cnf"), "-reqexts", "names"]
     return arguments
 
 
@@ -793,8 +785,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
     if "subject" in settings.options:
         return settings.options["subject"]
     # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
-    names = _alternative_names(csr.extensions)
-    fitting = [name for wanted in ("DNS", "IP") for kind, name in names if kind == wanted and 0 < len(name) <= 64]
+    fitting = [name for wanted in ("DNS", "IP") for kind, name in csr.names if kind == wanted and 0 < len(name) <= 64]
     return _slash_form([[Attribute(COMMON_NAME, UTF8, fitting[0], b"")]], exact=True) if fitting else None
 
 
@@ -804,28 +795,15 @@ def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     if settings.binary.converts_csr():
         # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
         lonely = not csr.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} and "reqexts" not in settings.options
-        texts = [text.rstrip(".") for text in _cn_texts(csr.subject)] if lonely else []
+        texts = _cn_texts(csr.subject) if lonely else ()
         # To openssl, `critical` is no name, and what else has a colon names a kind.
         return [t for t in texts if re.fullmatch(r"(?!critical$)[\w.*-]+|[0-9a-f]*:[0-9a-f:.]+", t, re.A)]
-    names = _alternative_names(csr.extensions)
-    carried = [(k, name) for k, name in names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
-    lost = [kind for kind, name in names if (kind, name) not in carried]
+    carried = [(k, name) for k, name in csr.names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
+    lost = [kind for kind, name in csr.names if (kind, name) not in carried]
     lost += [oid for oid in csr.extensions if oid != SUBJECT_ALT_NAME]
     if lost:
         transaction.logger.warning("openssl before 3.0 leaves out these parts of the CSR: %s", ", ".join(lost))
     return [name for _, name in carried]
-
-
-def _marked_names(csr: CSR, transaction: Transaction, critical: bool) -> list[str]:
-    """Options that send the CSR's subjectAltName, byte for byte, critical or not.
-
-    An OpenSSL configuration file of the administrator's has precedence.
-    """
-    if transaction.settings.options.keys() & {"section", "reqexts"} or transaction.settings.options.get("config"):
-        return []
-    value = ("critical,DER:" if critical else "DER:") + csr.extensions[SUBJECT_ALT_NAME].hex()
-    transaction.write("request.cnf", f"[names]\nsubjectAltName = {value}\n")
-    return ["-config", transaction.file("request.cnf"), "-reqexts", "names"]
 
 
 # --- A transaction is a directory ---------------------------------------------------------------------------
@@ -1693,7 +1671,7 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     `-subject`, where the CSR has none.
     """
     try:
-        names = (_alternative_names(csr.extensions), _alternative_names(leaf.extensions))
+        names = (csr.names, _alternative_names(leaf.extensions))
         asked, got = ({f"{kind}:{text.lower()}" for kind, text in found} for found in names)
         others = [] if _same_key(leaf.key, csr.key) else ["another key"]
         others += ["a CA certificate"] if _signs_certificates(leaf.extensions) else []
