@@ -192,21 +192,18 @@ class CAhandler:
         try:
             _check_identifier(poll_identifier)
             about["id"] = poll_identifier
-            # Whatever is wrong with the other entries: the result of an earlier poll is handed out.
-            settings = _settings(self._configured())
-            if settings.directory_fault:
-                raise CMPError(settings.directory_fault)
+            settings = self._waiting_settings()
             kept = _kept_result(settings, poll_identifier)
             if kept:
-                leaf = _certificate(_decode(kept.partition("-----END")[0] + "-----END", "CERTIFICATE"))
-                if csr and not _same_key(_read_csr(csr).key, leaf.key):
+                outcome = Outcome(kept[0], bundle="".join(_pem(certificate.der) for certificate in kept))
+                if csr and not _same_key(_read_csr(csr).key, kept[0].key):
                     raise CMPError("the poll identifier belongs to another CSR", REQUEST)
-                return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
-            with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
-                outcome = self._poll(csr, transaction, about)
-                transaction.keep = not outcome.bundle and not outcome.final
-                certificate = base64.b64encode(outcome.leaf.der).decode() if outcome.leaf else None
-                return (outcome.text or None, outcome.bundle or None, certificate, poll_identifier, outcome.final)
+            else:
+                with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
+                    outcome = self._poll(csr, transaction, about)
+                    transaction.keep = not outcome.bundle and not outcome.final
+            certificate = base64.b64encode(outcome.leaf.der).decode() if outcome.leaf else None
+            return (outcome.text or None, outcome.bundle or None, certificate, poll_identifier, outcome.final)
         except BlockingIOError:
             self.failure = BUSY
             self.logger.info("CMP poll is in progress elsewhere: %s", _pairs(about))
@@ -216,7 +213,6 @@ class CAhandler:
 
     def _poll(self, csr: str, transaction: Transaction, about: dict[str, object]) -> Outcome:
         """Ask the CA about a transaction that waits, if it is time. Raises CMPError where that is impossible."""
-        transaction.keep = True
         wanted = _read_csr(transaction.read("csr.pem"))  # of the kinds that were allowed then
         about.update(subject=_wanted(wanted), server=transaction.settings.server)
         if csr and _decode(csr, CSR_LABEL) != wanted.der:
@@ -348,30 +344,32 @@ class CAhandler:
         entries = dict.fromkeys([*self.section, "cmp_profile"])
         return [entry for entry in entries if not _option(_option_name(entry[4:])).fixed]
 
-    def _configured(self) -> dict[str, str]:
-        """The section. Raises CMPError where there is none that can be read."""
-        if self.config_error:
-            raise CMPError(self.config_error)
-        return self.section
+    def _waiting_settings(self) -> Settings:
+        """The settings for orders that wait; of their faults only one counts: others may have put orders there."""
+        settings = _settings(self.section)
+        fault = self.config_error or settings.directory_fault
+        if fault:
+            raise CMPError(fault)
+        return settings
 
     def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
         """The section, with what the profile of the order, of its account or of its HTTP header sets."""
-        check = getattr(self._helper, "eab_profile_header_info_check", None)
+        check, entries = getattr(self._helper, "eab_profile_header_info_check", None), self._profile_entries()
         if check is None or self.config_error:
-            return self._configured()
+            return self.section
 
         def load(function: str, default: Any) -> Any:
             reader = getattr(self._helper, function, None)  # old releases have not got them all
             return reader(self.logger, self._config) if reader else default
 
         # acme2certifier sets attributes by `hasattr` and `setattr`: let it find only what a profile may set.
-        chosen = types.SimpleNamespace(**{entry: self.section.get(entry) for entry in self._profile_entries()})
+        chosen = types.SimpleNamespace(**{entry: self.section.get(entry) for entry in entries})
         chosen.cahandler_registry_name = self.cahandler_registry_name
         chosen.eab_profiling, chosen.eab_handler = load("config_eab_profile_load", (False, None))
         # For a list in a profile it looks at these, at a revocation, too.
         chosen.header_info_field = load("config_headerinfo_load", None)
         chosen.profiles = load("config_profile_load", {})
-        check_revocation, error = getattr(self._helper, "eab_profile_revocation_check", None), None
+        error, check_revocation = None, getattr(self._helper, "eab_profile_revocation_check", None)
         try:
             if not revocation:
                 error = check(self.logger, chosen, argument, self.profile_mapping_field)
@@ -382,19 +380,17 @@ class CAhandler:
             raise CMPError(f"{what}: look at the file that [EABhandler] names, and at [Order]") from err
         if error:
             raise CMPError(_one_line(str(error)), REQUEST)
-        values = ((entry, getattr(chosen, entry, None)) for entry in self._profile_entries())
-        return {
-            **self.section,
-            **{entry: str(value) for entry, value in values if isinstance(value, (str, int, float))},
-        }
+        found = {entry: getattr(chosen, entry, None) for entry in entries}
+        return {**self.section, **{k: str(v) for k, v in found.items() if isinstance(v, (str, int, float))}}
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error found."""
+        if self.config_error:
+            raise CMPError(self.config_error)
         settings = _settings(section)
-        for warning in settings.warnings:
-            if warning not in _warned:  # once per process is enough
-                _warned.add(warning)
-                self.logger.warning("configuration: %s", warning)
+        for warning in [text for text in settings.warnings if text not in _warned]:  # once per process is enough
+            self.logger.warning("configuration: %s", warning)
+        _warned.update(settings.warnings)
         if settings.errors:
             raise CMPError("configuration error: " + "; ".join(settings.errors))
         return settings
@@ -846,7 +842,7 @@ class Transaction:
         self.settings, self.identifier, self.state, self.logger = settings, identifier, state, logger
         self.lock = lock  # a file descriptor
         self.path = f"{settings.directory}/{identifier}"
-        self.keep = False
+        self.keep = state == "waiting"
         self.started = time.monotonic()
         self.cmp_id = ""  # CMP's transactionID, once the CA has answered
 
@@ -1026,13 +1022,10 @@ def _check_identifier(identifier: object) -> None:
         raise CMPError("not a transaction identifier", REQUEST)
 
 
-def _kept_result(settings: Settings, identifier: str) -> str:
+def _kept_result(settings: Settings, identifier: str) -> list[Certificate]:
     """The bundle that an earlier poll has got, empty if there is none."""
     path = f"{settings.directory}/{identifier}/issued"
-    if os.path.islink(path) or not os.path.isfile(path):
-        return ""
-    with open(path, encoding="ascii") as file:
-        return file.read()
+    return [] if os.path.islink(path) else _certificates(path)
 
 
 def _resume(settings: Settings, identifier: str, logger: logging.Logger, state: str = "waiting") -> Transaction:
@@ -3605,12 +3598,12 @@ def _handler_command(args: Any) -> int:
         if args.command == "check":
             return _check_command(handler, path, args)
         if args.command == "list":
-            return _list_command(_settings(handler._configured()), args)
+            return _list_command(handler._waiting_settings(), args)
         argument = _argument_file(args.argument) if args.command in ("enroll", "revoke") else ""
         text, identifier, error = None, None, None
         with _output_file(args.output or os.devnull) as output, _patience():
             if args.command == "cacerts":
-                text = _ca_certificates(handler._checked(handler._configured()), logger)
+                text = _ca_certificates(handler._checked(handler.section), logger)
             elif args.command == "revoke":
                 code, _, error = handler.revoke(argument, args.reason)
                 text = "revoked\n" if code == 200 else None
@@ -3720,8 +3713,6 @@ def _result(
 
 def _list_command(settings: Settings, args: Any) -> int:
     """Print the orders that wait."""
-    if settings.directory_fault:  # others may have put anything there
-        raise CMPError(settings.directory_fault)
     names, orders = os.listdir(settings.directory) if os.path.isdir(settings.directory) else [], []
     for name in sorted(names):
         path = f"{settings.directory}/{name}"
