@@ -237,22 +237,22 @@ class CAhandler:
 
         Returns (200, None, None) or (HTTP status, ACME error type, detail). CMP dates a revocation itself.
         """
+        status, problem = 400, "badRevocationReason"
         try:
             code = str(rev_reason).strip() if rev_reason is not None else "unspecified"
             name = next((name for name, number in REASONS.items() if code in (name, str(number))), None)
             if name is None:
-                err = CMPError(
-                    f"unknown revocation reason {_one_line(code, 40)}: 0 to 6, 8 to 10, or a name of RFC 5280", REQUEST
-                )
-                return (400, ACME_ERROR + "badRevocationReason", self._failure("revocation", err))
+                what = f"unknown revocation reason {_one_line(code, 40)}"
+                raise CMPError(f"{what}: 0 to 6, 8 to 10, or a name of RFC 5280", REQUEST)
+            problem = "malformed"
             try:
                 certificate = _certificate(_decode(cert, "CERTIFICATE"))
             except CMPError as err:
-                detail = self._failure("revocation", CMPError(f"not a certificate: {err}", REQUEST))
-                return (400, ACME_ERROR + "malformed", detail)
+                raise CMPError(f"not a certificate: {err}", REQUEST) from err
+            status, problem = 500, "serverInternal"
             return self._revoke(certificate, name, self._checked(self._profiled_section(cert, revocation=True)))
         except Exception as err:
-            return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
+            return (status, ACME_ERROR + problem, self._failure("revocation", err))
 
     def _revoke(self, certificate: Certificate, reason: str, settings: Settings) -> Revoked:
         """Ask the CA to revoke, with the server and the credentials of `settings`."""
