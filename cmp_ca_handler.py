@@ -9,9 +9,8 @@ acme2certifier loads `CAhandler` from this file. Every entry `cmp_X: value` of i
 cryptography; this file decides what to send, keeps secrets out of sight, and makes errors readable. It needs nothing
 but the standard library. For the command line: `python3 cmp_ca_handler.py --help`.
 
-It is to be read before it is trusted with the credentials of a CA, from top to bottom. Nine parts follow, each with
-its types and its entry first; a function stands below the first one that calls it. Nothing calls the command line, at
-the end.
+Read it before you trust it with the credentials of a CA, from top to bottom. Nine parts follow, each with its types
+and its entry first; a function stands below the first one that calls it. Nothing calls the last part.
 
     question                                                 where to look
     What becomes of an order?                                CAhandler.enroll
@@ -58,6 +57,7 @@ import signal
 import stat
 import subprocess
 import time
+import traceback
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -114,10 +114,7 @@ class Outcome(NamedTuple):
 
 
 class CAhandler:
-    """What acme2certifier calls: a context manager, made anew for each call.
-
-    No method lets an exception out: a failure is a log line and an error value.
-    """
+    """What acme2certifier calls, made anew for each call. A failure is a log line and an error value, no exception."""
 
     profile_mapping_field = "cmp_profile"
 
@@ -147,8 +144,8 @@ class CAhandler:
     def enroll(self, csr: str) -> Enrolled:
         """Get a certificate for a CSR (base64url DER, or PEM).
 
-        Returns (error, bundle in PEM with the leaf first, leaf's DER in base64, poll identifier). A CA that has
-        not decided yet gives (None, None, None, identifier).
+        Returns (error, PEM bundle with the leaf first, leaf's DER in base64, None); or (None, None, None, identifier)
+        where the CA has not decided yet.
         """
         about: dict[str, object] = {}
         try:
@@ -164,10 +161,11 @@ class CAhandler:
                 except BaseException as err:
                     # If our own code fails, the CA's answers are kept: it may have issued. The order waits.
                     transaction.keep = transaction.answered()
-                    if transaction.keep and not isinstance(err, Exception):
+                    if not transaction.keep:
+                        raise
+                    if not isinstance(err, Exception):
                         found = _pairs({"id": transaction.identifier, **about})
                         self.logger.warning("interrupted; for an hour a poll can go on with it: %s", found)
-                    if not transaction.keep or not isinstance(err, Exception):
                         raise
                     outcome = Outcome(waiting=True, text=self._failure("enrolment", err, about))
                 about["transaction"] = transaction.cmp_id or "unknown"
@@ -303,10 +301,9 @@ class CAhandler:
         about: dict[str, object] = {"subject": _name_text(leaf.subject), "serial": leaf.serial}
         changes = _changes(csr, leaf, transaction.read("subject"))
         if changes:
-            what, changes = _hide(_pairs(about), hidden), _hide(changes, hidden)
-            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", what, changes)
+            transaction.warn("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
             if settings.refuse_changes:
-                return Outcome(text=self._refuse(leaf, changes, settings), final=True)
+                return Outcome(text=self._refuse(leaf, _hide(changes, hidden), settings), final=True)
         chain = _chain(leaf, transaction)
         bundle = "".join(_pem(certificate.der) for certificate in chain)
         if transaction.state == "waiting":
@@ -410,20 +407,16 @@ def _explained(err: Exception) -> tuple[str, str]:
         hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
         text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
         return DISK, _one_line(text, 4 * MAX_TEXT) + (f" ({hint})" if hint else "")
-    import traceback  # hopefully never
-
     lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
     # Its text is not shown: nobody knows what is in it, and it may be a secret.
     return INTERNAL, f"internal error: {type(err).__name__} (lines {', '.join(lines)}): please report it"
 
 
 def _pairs(values: Mapping[str, object]) -> str:
-    """`key=value` for the log; a value that is more than one word stands in quotes, with a backslash before a quote."""
+    """`key=value` for the log; a value that is more than one word stands in quotes, written as in JSON."""
     words = {key: str(value) for key, value in values.items()}
-    for key, word in words.items():
-        if not re.fullmatch(r"[\w.:/@*+-]+", word):
-            words[key] = '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
-    return " ".join(f"{key}={word}" for key, word in words.items())
+    quoted = {k: json.dumps(w, ensure_ascii=False) for k, w in words.items() if not re.fullmatch(r"[\w.:/@*+-]+", w)}
+    return " ".join(f"{key}={word}" for key, word in {**words, **quoted}.items())
 
 
 def _by_serial(certificate: Certificate, settings: Settings) -> list[str]:
@@ -444,11 +437,9 @@ def _acme2certifier_helper() -> types.ModuleType | None:
     """acme2certifier's helper module: the one that runs this process, else one that can be imported, else None."""
     # import_module waits where another thread is still importing it; sys.modules would have half of it.
     for name in sorted(HELPERS, key=lambda name: name not in sys.modules):
-        try:
+        with contextlib.suppress(ImportError):  # not this release
             return importlib.import_module(name)
-        except ImportError:
-            continue  # not this release; without any, the configuration file is read below
-    return None
+    return None  # the configuration file is read below
 
 
 def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
@@ -496,12 +487,9 @@ def _unreadable(err: BaseException) -> str:
 
 
 def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
-    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored.
-
-    Raises CMPError where an entry has swallowed another one, or its own value: values are shown nowhere.
-    """
+    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
     entries = {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
-    for key, value in entries.items():
+    for key, value in entries.items():  # of one that has swallowed another, or its own value, no value is shown
         name, *rest = key.split()
         if rest:
             raise CMPError(f"{_one_line(name, 60)}: a colon is missing behind it")
