@@ -9,9 +9,8 @@ acme2certifier loads `CAhandler` from this file. Every entry `cmp_X: value` of i
 cryptography; this file decides what to send, keeps secrets out of sight, and makes errors readable. It needs nothing
 but the standard library. For the command line: `python3 cmp_ca_handler.py --help`.
 
-It is to be read before it is trusted with the credentials of a CA, from top to bottom. Nine parts follow, each with
-its types and its entry first; a function stands below the first one that calls it. Nothing calls the command line, at
-the end.
+Read it before you trust it with the credentials of a CA, from top to bottom. Nine parts follow, each with its types
+and its entry first; a function stands below the first one that calls it. Nothing calls the last part.
 
     question                                                 where to look
     What becomes of an order?                                CAhandler.enroll
@@ -58,6 +57,7 @@ import signal
 import stat
 import subprocess
 import time
+import traceback
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -114,10 +114,7 @@ class Outcome(NamedTuple):
 
 
 class CAhandler:
-    """What acme2certifier calls: a context manager, made anew for each call.
-
-    No method lets an exception out: a failure is a log line and an error value.
-    """
+    """What acme2certifier calls, made anew for each call. A failure is a log line and an error value, no exception."""
 
     profile_mapping_field = "cmp_profile"
 
@@ -136,9 +133,6 @@ class CAhandler:
         try:
             self._helper = _acme2certifier_helper()
             self._config = _load_config(self._helper, self.logger)
-            if "CAhandler" not in self._config:
-                path = os.environ.get("ACME_SRV_CONFIGFILE") or "the configuration"
-                raise CMPError(f"{_one_line(path)} has no [CAhandler] section")
             self.section = _our_entries(self._config["CAhandler"])
         except Exception as err:
             self.config_error = self._failure("configuration", err)
@@ -150,8 +144,8 @@ class CAhandler:
     def enroll(self, csr: str) -> Enrolled:
         """Get a certificate for a CSR (base64url DER, or PEM).
 
-        Returns (error, bundle in PEM with the leaf first, leaf's DER in base64, poll identifier). A CA that has
-        not decided yet gives (None, None, None, identifier).
+        Returns (error, PEM bundle with the leaf first, leaf's DER in base64, None); or (None, None, None, identifier)
+        where the CA has not decided yet.
         """
         about: dict[str, object] = {}
         try:
@@ -167,10 +161,11 @@ class CAhandler:
                 except BaseException as err:
                     # If our own code fails, the CA's answers are kept: it may have issued. The order waits.
                     transaction.keep = transaction.answered()
-                    if transaction.keep and not isinstance(err, Exception):
+                    if not transaction.keep:
+                        raise
+                    if not isinstance(err, Exception):
                         found = _pairs({"id": transaction.identifier, **about})
                         self.logger.warning("interrupted; for an hour a poll can go on with it: %s", found)
-                    if not transaction.keep or not isinstance(err, Exception):
                         raise
                     outcome = Outcome(waiting=True, text=self._failure("enrolment", err, about))
                 about["transaction"] = transaction.cmp_id or "unknown"
@@ -195,21 +190,18 @@ class CAhandler:
         try:
             _check_identifier(poll_identifier)
             about["id"] = poll_identifier
-            # Whatever is wrong with the other entries: the result of an earlier poll is handed out.
-            settings = _settings(self._configured())
-            if settings.directory_fault:
-                raise CMPError(settings.directory_fault)
+            settings = self._waiting_settings()
             kept = _kept_result(settings, poll_identifier)
             if kept:
-                leaf = _certificate(_decode(kept.partition("-----END")[0] + "-----END", "CERTIFICATE"))
-                if csr and not _same_key(_read_csr(csr).key, leaf.key):
+                outcome = Outcome(kept[0], bundle="".join(_pem(certificate.der) for certificate in kept))
+                if csr and not _same_key(_read_csr(csr).key, kept[0].key):
                     raise CMPError("the poll identifier belongs to another CSR", REQUEST)
-                return (None, kept, base64.b64encode(leaf.der).decode(), poll_identifier, False)
-            with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
-                outcome = self._poll(csr, transaction, about)
-                transaction.keep = not outcome.bundle and not outcome.final
-                certificate = base64.b64encode(outcome.leaf.der).decode() if outcome.leaf else None
-                return (outcome.text or None, outcome.bundle or None, certificate, poll_identifier, outcome.final)
+            else:
+                with closing(_resume(settings, poll_identifier, self.logger)) as transaction:
+                    outcome = self._poll(csr, transaction, about)
+                    transaction.keep = not outcome.bundle and not outcome.final
+            certificate = base64.b64encode(outcome.leaf.der).decode() if outcome.leaf else None
+            return (outcome.text or None, outcome.bundle or None, certificate, poll_identifier, outcome.final)
         except BlockingIOError:
             self.failure = BUSY
             self.logger.info("CMP poll is in progress elsewhere: %s", _pairs(about))
@@ -219,7 +211,6 @@ class CAhandler:
 
     def _poll(self, csr: str, transaction: Transaction, about: dict[str, object]) -> Outcome:
         """Ask the CA about a transaction that waits, if it is time. Raises CMPError where that is impossible."""
-        transaction.keep = True
         wanted = _read_csr(transaction.read("csr.pem"))  # of the kinds that were allowed then
         about.update(subject=_wanted(wanted), server=transaction.settings.server)
         if csr and _decode(csr, CSR_LABEL) != wanted.der:
@@ -244,22 +235,22 @@ class CAhandler:
 
         Returns (200, None, None) or (HTTP status, ACME error type, detail). CMP dates a revocation itself.
         """
+        status, problem = 400, "badRevocationReason"
         try:
             code = str(rev_reason).strip() if rev_reason is not None else "unspecified"
             name = next((name for name, number in REASONS.items() if code in (name, str(number))), None)
             if name is None:
-                err = CMPError(
-                    f"unknown revocation reason {_one_line(code, 40)}: 0 to 6, 8 to 10, or a name of RFC 5280", REQUEST
-                )
-                return (400, ACME_ERROR + "badRevocationReason", self._failure("revocation", err))
+                what = f"unknown revocation reason {_one_line(code, 40)}"
+                raise CMPError(f"{what}: 0 to 6, 8 to 10, or a name of RFC 5280", REQUEST)
+            problem = "malformed"
             try:
                 certificate = _certificate(_decode(cert, "CERTIFICATE"))
             except CMPError as err:
-                detail = self._failure("revocation", CMPError(f"not a certificate: {err}", REQUEST))
-                return (400, ACME_ERROR + "malformed", detail)
+                raise CMPError(f"not a certificate: {err}", REQUEST) from err
+            status, problem = 500, "serverInternal"
             return self._revoke(certificate, name, self._checked(self._profiled_section(cert, revocation=True)))
         except Exception as err:
-            return (500, ACME_ERROR + "serverInternal", self._failure("revocation", err))
+            return (status, ACME_ERROR + problem, self._failure("revocation", err))
 
     def _revoke(self, certificate: Certificate, reason: str, settings: Settings) -> Revoked:
         """Ask the CA to revoke, with the server and the credentials of `settings`."""
@@ -310,10 +301,9 @@ class CAhandler:
         about: dict[str, object] = {"subject": _name_text(leaf.subject), "serial": leaf.serial}
         changes = _changes(csr, leaf, transaction.read("subject"))
         if changes:
-            what, changes = _hide(_pairs(about), hidden), _hide(changes, hidden)
-            self.logger.warning("the CA issued something else than the CSR asked for: %s: %s", what, changes)
+            transaction.warn("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
             if settings.refuse_changes:
-                return Outcome(text=self._refuse(leaf, changes, settings), final=True)
+                return Outcome(text=self._refuse(leaf, _hide(changes, hidden), settings), final=True)
         chain = _chain(leaf, transaction)
         bundle = "".join(_pem(certificate.der) for certificate in chain)
         if transaction.state == "waiting":
@@ -337,13 +327,11 @@ class CAhandler:
     def _check_seen(self, csr: CSR) -> None:
         """Ask acme2certifier how many names it reads in the CSR: it has checked no others. Raises CMPError."""
         read = getattr(self._helper, "csr_san_get", None)
-        if read is None:
-            return
+        names = sum(kind in CHECKED_KINDS for kind, _ in csr.names)
         try:
-            seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("=")))
+            seen = len(read(self.logger, base64.urlsafe_b64encode(csr.der).decode().rstrip("="))) if read else names
         except Exception as err:
             raise CMPError(f"acme2certifier cannot read this CSR: {_one_line(str(err))}", REQUEST) from err
-        names = sum(kind in CHECKED_KINDS for kind, _ in _alternative_names(csr.extensions))
         if seen != names:
             what = f"acme2certifier reads {seen} of the CSR's {names} subjectAltNames: the others are not checked"
             raise CMPError(what, REQUEST)
@@ -353,30 +341,32 @@ class CAhandler:
         entries = dict.fromkeys([*self.section, "cmp_profile"])
         return [entry for entry in entries if not _option(_option_name(entry[4:])).fixed]
 
-    def _configured(self) -> dict[str, str]:
-        """The section. Raises CMPError where there is none that can be read."""
-        if self.config_error:
-            raise CMPError(self.config_error)
-        return self.section
+    def _waiting_settings(self) -> Settings:
+        """The settings for orders that wait; of their faults only one counts: others may have put orders there."""
+        settings = _settings(self.section)
+        fault = self.config_error or settings.directory_fault
+        if fault:
+            raise CMPError(fault)
+        return settings
 
     def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
         """The section, with what the profile of the order, of its account or of its HTTP header sets."""
-        check = getattr(self._helper, "eab_profile_header_info_check", None)
+        check, entries = getattr(self._helper, "eab_profile_header_info_check", None), self._profile_entries()
         if check is None or self.config_error:
-            return self._configured()
+            return self.section
 
         def load(function: str, default: Any) -> Any:
             reader = getattr(self._helper, function, None)  # old releases have not got them all
             return reader(self.logger, self._config) if reader else default
 
         # acme2certifier sets attributes by `hasattr` and `setattr`: let it find only what a profile may set.
-        chosen = types.SimpleNamespace(**{entry: self.section.get(entry) for entry in self._profile_entries()})
+        chosen = types.SimpleNamespace(**{entry: self.section.get(entry) for entry in entries})
         chosen.cahandler_registry_name = self.cahandler_registry_name
         chosen.eab_profiling, chosen.eab_handler = load("config_eab_profile_load", (False, None))
         # For a list in a profile it looks at these, at a revocation, too.
         chosen.header_info_field = load("config_headerinfo_load", None)
         chosen.profiles = load("config_profile_load", {})
-        check_revocation, error = getattr(self._helper, "eab_profile_revocation_check", None), None
+        error, check_revocation = None, getattr(self._helper, "eab_profile_revocation_check", None)
         try:
             if not revocation:
                 error = check(self.logger, chosen, argument, self.profile_mapping_field)
@@ -387,19 +377,17 @@ class CAhandler:
             raise CMPError(f"{what}: look at the file that [EABhandler] names, and at [Order]") from err
         if error:
             raise CMPError(_one_line(str(error)), REQUEST)
-        values = ((entry, getattr(chosen, entry, None)) for entry in self._profile_entries())
-        return {
-            **self.section,
-            **{entry: str(value) for entry, value in values if isinstance(value, (str, int, float))},
-        }
+        found = {entry: getattr(chosen, entry, None) for entry in entries}
+        return {**self.section, **{k: str(v) for k, v in found.items() if isinstance(v, (str, int, float))}}
 
     def _checked(self, section: Mapping[str, str]) -> Settings:
         """The settings. Raises CMPError, before anything is sent, with every error found."""
+        if self.config_error:
+            raise CMPError(self.config_error)
         settings = _settings(section)
-        for warning in settings.warnings:
-            if warning not in _warned:  # once per process is enough
-                _warned.add(warning)
-                self.logger.warning("configuration: %s", warning)
+        for warning in [text for text in settings.warnings if text not in _warned]:  # once per process is enough
+            self.logger.warning("configuration: %s", warning)
+        _warned.update(settings.warnings)
         if settings.errors:
             raise CMPError("configuration error: " + "; ".join(settings.errors))
         return settings
@@ -419,20 +407,16 @@ def _explained(err: Exception) -> tuple[str, str]:
         hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
         text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
         return DISK, _one_line(text, 4 * MAX_TEXT) + (f" ({hint})" if hint else "")
-    import traceback  # hopefully never
-
     lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
     # Its text is not shown: nobody knows what is in it, and it may be a secret.
     return INTERNAL, f"internal error: {type(err).__name__} (lines {', '.join(lines)}): please report it"
 
 
 def _pairs(values: Mapping[str, object]) -> str:
-    """`key=value` for the log; a value that is more than one word stands in quotes, with a backslash before a quote."""
+    """`key=value` for the log; a value that is more than one word stands in quotes, written as in JSON."""
     words = {key: str(value) for key, value in values.items()}
-    for key, word in words.items():
-        if not re.fullmatch(r"[\w.:/@*+-]+", word):
-            words[key] = '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
-    return " ".join(f"{key}={word}" for key, word in words.items())
+    quoted = {k: json.dumps(w, ensure_ascii=False) for k, w in words.items() if not re.fullmatch(r"[\w.:/@*+-]+", w)}
+    return " ".join(f"{key}={word}" for key, word in {**words, **quoted}.items())
 
 
 def _by_serial(certificate: Certificate, settings: Settings) -> list[str]:
@@ -453,66 +437,59 @@ def _acme2certifier_helper() -> types.ModuleType | None:
     """acme2certifier's helper module: the one that runs this process, else one that can be imported, else None."""
     # import_module waits where another thread is still importing it; sys.modules would have half of it.
     for name in sorted(HELPERS, key=lambda name: name not in sys.modules):
-        try:
+        with contextlib.suppress(ImportError):  # not this release
             return importlib.import_module(name)
-        except ImportError:
-            continue  # not this release; without any, the configuration file is read below
-    return None
+    return None  # the configuration file is read below
 
 
 def _load_config(helper: types.ModuleType | None, logger: logging.Logger) -> Any:
     """acme2certifier's configuration, a configparser object. Raises CMPError with what is wrong with the file."""
-    path = os.environ.get("ACME_SRV_CONFIGFILE")
-    if helper is None:
-        if not path:
-            raise CMPError("no configuration: ACME_SRV_CONFIGFILE is not set, and acme2certifier is not installed")
-        return _read_ini(path)
-    try:  # it reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
-        return helper.load_config(logger, "CAhandler")
+    path = os.environ.get("ACME_SRV_CONFIGFILE") or ""
+    if helper is None and not path:
+        raise CMPError("no configuration: ACME_SRV_CONFIGFILE is not set, and acme2certifier is not installed")
+    try:  # acme2certifier reads YAML too, and overlays the `[CAhandler:<name>]` section where there are several CAs
+        config = helper.load_config(logger, "CAhandler") if helper else _read_ini(path)
     except Exception as err:
-        if path and _is_ini(path):
-            _read_ini(path)  # says what is wrong: the helper says that it is no YAML either
-        mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
-        if not isinstance(err, OSError) and not what.startswith("found duplicate key"):
-            what = re.sub("(?s)['\"].*['\"]", "'...'", what)  # a line, or a word of one, which may be a secret
-        what = f"line {mark.line + 1}: {what}" if mark else what
-        raise CMPError(f"acme2certifier cannot read {path or 'its configuration'}: {_one_line(what)}") from None
-
-
-def _is_ini(path: str) -> bool:
-    """Whether the first line that says something begins a section, as acme2certifier tells INI and YAML apart."""
-    with open(path, encoding="latin-1") as file:
-        first = next((line for line in map(str.strip, file) if line and line[0] not in "#;"), "")
-    return first.lstrip("\xef\xbb\xbf").startswith("[")
+        what = _one_line(_unreadable(err))
+        raise CMPError(f"cannot read {path or 'the configuration of acme2certifier'}: {what}") from None
+    if "CAhandler" not in config:
+        raise CMPError(f"{_one_line(path) or 'the configuration'} has no [CAhandler] section")
+    return config
 
 
 def _read_ini(path: str) -> Any:
-    """The INI file as a configparser object. Raises CMPError with what is wrong with it, never with a line of it."""
+    """An INI file, as acme2certifier reads it."""
     import configparser  # only without acme2certifier
 
     config = configparser.ConfigParser(interpolation=None)
     config.optionxform = str  # type: ignore[assignment,method-assign]  # keep the case
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            config.read_file(file)
-    except configparser.MissingSectionHeaderError as err:  # it prints the line, which may hold a secret
-        raise CMPError(f"cannot read {path}: no [section] before line {err.lineno}") from None
-    except configparser.ParsingError as err:  # so does this one
-        lines = ", ".join(str(number) for number, _ in err.errors)
-        raise CMPError(f"cannot read {path}: no key and value in line {lines}") from None
-    except (OSError, ValueError, configparser.Error) as err:
-        what = "; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else ""
-        raise CMPError(f"cannot read {path}: {_one_line(str(err))}{what}") from err
+    with open(path, encoding="utf-8-sig") as file:
+        config.read_file(file)
     return config
 
 
-def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
-    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored.
+def _unreadable(err: BaseException) -> str:
+    """What is wrong with a configuration file; never a line of it, or a word of one, which may be a secret."""
+    import configparser
 
-    Raises CMPError where an entry has swallowed another one, or its own value: values are shown nowhere.
-    """
+    if isinstance(err.__context__, configparser.Error):  # acme2certifier tries YAML where it is no INI
+        err = err.__context__
+    if isinstance(err, configparser.MissingSectionHeaderError):
+        return f"no [section] before line {err.lineno}"
+    if isinstance(err, configparser.ParsingError):
+        return f"no key and value in line {', '.join(str(number) for number, _ in err.errors)}"
+    if isinstance(err, (OSError, UnicodeDecodeError, configparser.Error)):
+        return f"{err}; save it in UTF-8" if isinstance(err, UnicodeDecodeError) else str(err)
+    mark, what = getattr(err, "problem_mark", None), getattr(err, "problem", None) or str(err)
+    if not what.startswith("found duplicate key"):
+        what = re.sub("(?s)['\"].*['\"]", "'...'", what)
+    return f"line {mark.line + 1}: {what}" if mark else what
+
+
+def _our_entries(section: Mapping[str, Any]) -> dict[str, str]:
+    """What of a section is ours, a misspelt `CMP_` or `cmp-` included: nobody else would say that it is ignored."""
     entries = {key: str(value) for key, value in section.items() if key[:3].lower() == "cmp"}
-    for key, value in entries.items():
+    for key, value in entries.items():  # of one that has swallowed another, or its own value, no value is shown
         name, *rest = key.split()
         if rest:
             raise CMPError(f"{_one_line(name, 60)}: a colon is missing behind it")
@@ -533,8 +510,7 @@ COMMON_NAME, SUBJECT_ALT_NAME, KEY_USAGE, BASIC_CONSTRAINTS = "2.5.4.3", "2.5.29
 EXTENDED_KEY_USAGE, OCSP_SIGNING = "2.5.29.37", "1.3.6.1.5.5.7.3.9"
 TN_AUTH_LIST = "1.3.6.1.5.5.7.1.26"  # RFC 8226
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
-RSASSA_PSS, ED25519 = "1.2.840.113549.1.1.10", "1.3.101.112"
-EC_KEY = "1.2.840.10045.2.1"
+RSASSA_PSS, ED25519, EC_KEY = "1.2.840.113549.1.1.10", "1.3.101.112", "1.2.840.10045.2.1"
 # Those of NIST, SEC and Brainpool over prime fields, and SM2: all without points of small order.
 CURVES = re.compile(
     r"1\.2\.840\.10045\.3\.1\.[1-7]|1\.3\.132\.0\.([89]|10|3[0-5])"
@@ -575,6 +551,7 @@ class CSR(NamedTuple):
     subject: Name
     key: bytes  # the subjectPublicKeyInfo
     extensions: dict[str, bytes]
+    names: list[tuple[str, str]]  # the subjectAltNames: kind and text
 
 
 def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values())) -> CSR:
@@ -584,19 +561,17 @@ def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values(
         _check_der(der)
         information, _, _ = _sequence(der)
         version, subject, key, *attributes = _sequence(information.raw)
-        if version.tag == 0x02 and version.value != b"\0":  # as certbot before 2.0 wrote it
-            raise CMPError("its version is not 1, the only one that there is: update the ACME client")
-        if version.tag != 0x02 or [a.tag for a in attributes] not in ([], [0xA0]):
-            raise CMPError("it is not a PKCS #10 request")
+        if version.raw != b"\x02\x01\0" or [a.tag for a in attributes] not in ([], [0xA0]):
+            raise CMPError("it is not a PKCS #10 request of version 1: update the ACME client (certbot before 2.0)")
         _check_key(key)
-        csr = CSR(der, _name(subject.raw), key.raw, _requested(attributes[0].value if attributes else b""))
-        _check_extensions(csr.extensions, kinds)
+        extensions = _requested(attributes[0].value if attributes else b"")
+        _check_extensions(extensions, kinds)
+        csr = CSR(der, _name(subject.raw), key.raw, extensions, _alternative_names(extensions))
         _check_common_name(csr)
-    except CMPError as err:
-        raise CMPError(f"not a usable CSR: {err}", REQUEST) from err
-    except (IndexError, ValueError) as err:
-        raise CMPError("not a usable CSR: it is not a PKCS #10 request", REQUEST) from err
-    return csr
+        return csr
+    except (CMPError, IndexError, ValueError) as err:
+        what = err if isinstance(err, CMPError) else "it is not a PKCS #10 request"
+        raise CMPError(f"not a usable CSR: {what}", REQUEST) from err
 
 
 def _check_key(key: Element) -> None:
@@ -668,16 +643,13 @@ def _check_extensions(extensions: Mapping[str, bytes], kinds: Collection[str]) -
 
 
 def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
-    """Whether it is a CA's: cA in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3).
-
-    Raises CMPError where others may read something else: in two values, or in one in pieces.
-    """
-    usage, *second = _elements(extensions.get(KEY_USAGE, b"\x03\x01\x00"))
-    flag, *others = [*_sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\x00")), None]
-    if second or usage.tag != 0x03 or not 1 <= len(usage.value) <= 3 or any(e and e.tag == 0x01 for e in others):
-        raise CMPError("its keyUsage or basicConstraints is malformed")
-    authority = flag is not None and flag.tag == 0x01 and any(flag.value)
-    return authority or bool(usage.value[1:2] and usage.value[1] & 0x04)
+    """Whether it is a CA's: TRUE in basicConstraints, or keyCertSign in keyUsage (RFC 5280, 4.2.1.9 and 4.2.1.3)."""
+    usage, *second = _elements(extensions.get(KEY_USAGE, b"\x03\x01\0"))
+    if second or usage.tag != 0x03 or not 1 <= len(usage.value) <= 3:  # in pieces, others may read something else
+        raise CMPError("its keyUsage is malformed")
+    constraints = _sequence(extensions.get(BASIC_CONSTRAINTS, b"\x30\0"))
+    signs = any(bits & 0x04 for bits in usage.value[1:2])
+    return signs or any(element.tag == 0x01 and any(element.value) for element in constraints)
 
 
 def _check_common_name(csr: CSR) -> None:
@@ -691,7 +663,7 @@ def _check_common_name(csr: CSR) -> None:
     for name in names:  # TeletexString is Latin-1 for some, UTF-8 for others
         if name.text is None or "\0" in name.text or (name.tag == 0x14 and not name.raw.isascii()):
             raise CMPError("its common name (CN) is no string that everybody reads alike: use UTF8String")
-    checked = {name.lower() for kind, name in _alternative_names(csr.extensions) if kind in CHECKED_KINDS}
+    checked = {name.lower() for kind, name in csr.names if kind in CHECKED_KINDS}
     hosts = _common_names(csr.subject)
     if TN_AUTH_LIST in csr.extensions and (hosts or SUBJECT_ALT_NAME in csr.extensions):
         raise CMPError("it asks for telephone numbers (TNAuthList) and names: acme2certifier checks only one of them")
@@ -708,8 +680,8 @@ def _common_names(subject: Name) -> set[str]:
 
 
 def _cn_texts(subject: Name) -> set[str]:
-    """The CNs in small letters."""
-    return {(a.text or "").strip().lower() for rdn in subject for a in rdn if a.type == COMMON_NAME}
+    """The CNs in small letters, without a dot at the end."""
+    return {(a.text or "").strip().lower().rstrip(".") for rdn in subject for a in rdn if a.type == COMMON_NAME}
 
 
 def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]:
@@ -729,19 +701,17 @@ def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]
 
 def _wanted(csr: CSR) -> str:
     """What a CSR asks for, for the log: its subject, or else its names."""
-    names = ", ".join(f"{kind}:{name}" for kind, name in _alternative_names(csr.extensions))
+    names = ", ".join(f"{kind}:{name}" for kind, name in csr.names)
     return _name_text(csr.subject) if csr.subject else _one_line(names, 100) or "(no name)"
 
 
 def _prove_possession(csr: CSR, transaction: Transaction) -> None:
-    """Check the CSR's signature and save its public key. Raises CMPError where the signature does not fit.
+    """Check the CSR's signature and save its public key: `-popo 0` tells the CA that the RA has done so (RFC 4211, 4).
 
-    `_check_key`, before this, has refused the keys with which anybody can sign.
+    Neither acme2certifier nor `openssl cmp` does it. `_check_key` has refused keys with which anybody can sign.
     """
-    # `-popo 0` tells the CA that the RA has verified possession of the private key (RFC 4211, 4). It is done here, for
-    # neither acme2certifier nor `openssl cmp` does it.
-    binary = transaction.settings.binary
-    if os.path.exists(transaction.file("pubkey.pem")):
+    binary, name = transaction.settings.binary, transaction.key_file
+    if os.path.exists(transaction.file(name)):
         return  # a poll: it was verified before the CA was asked
     transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
@@ -750,10 +720,9 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     if SIGNATURE_WRONG.search(run.output):
         raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused", REQUEST)
     if run.code != 0 or not SIGNATURE_FITS.search(run.output):
-        said = run.killed() or _one_line("; ".join(line.text for line in run.lines[:2]))
-        hint = "" if run.killed() else _hint("cannot use the CSR")
-        raise CMPError(f"openssl cannot use the CSR: {said}{hint}", REQUEST)
-    transaction.write("pubkey.pem", _pem(csr.key, "PUBLIC KEY"))
+        said = _one_line("; ".join(line.text for line in run.lines[:2])) + _hint("cannot use the CSR")
+        raise CMPError(f"openssl cannot use the CSR: {run.killed() or said}", REQUEST)
+    transaction.write(name, csr.key if name.endswith(".der") else _pem(csr.key, "PUBLIC KEY"))
 
 
 def _request(csr: CSR, transaction: Transaction) -> list[str]:
@@ -761,13 +730,10 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
     settings, file = transaction.settings, transaction.file
     known, whole = settings.binary.options, settings.binary.converts_csr()
     arguments = ["-certout", file("cert.pem"), "-extracertsout", file("extracerts.pem")]
-    if "cacertsout" in known:
-        arguments += ["-cacertsout", file("capubs.pem")]
+    arguments += ["-cacertsout", file("capubs.pem")] if "cacertsout" in known else []
     if settings.options.get("cmd") == "p10cr":  # the request is the CSR
-        if not csr.extensions.get(SUBJECT_ALT_NAME) and _cn_texts(csr.subject):
-            transaction.logger.warning("the CSR has no subjectAltName: many clients refuse such a certificate")
         return [*arguments, "-csr", file("csr.pem")]
-    arguments += ["-newkey", file("pubkey.pem")]
+    arguments += ["-newkey", file(transaction.key_file)]
     subject = _subject(csr, settings)
     if subject is not None:
         arguments += ["-subject", subject]
@@ -780,9 +746,14 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
         arguments += ["-sans", _utf8(",".join(names))]
     elif "san_nodefault" in known:  # without it the names of the RA's own certificate go into the request
         arguments += [f"-{settings.binary.spelled['san_nodefault']}"]
-    critical = subject in (None, "/")  # exactly where there is no subject (RFC 5280, 4.2.1.6): Java and others insist
-    if whole and not csr.subject and SUBJECT_ALT_NAME in csr.extensions and critical != (CRITICAL_NAMES in csr.der):
-        arguments += _marked_names(csr, transaction, critical)
+    # Names are critical exactly where there is no subject (RFC 5280, 4.2.1.6): Java and others insist. If those of the
+    # CSR are not so, openssl gets them from a file, byte for byte, unless the administrator has such a file himself.
+    critical, options = subject in (None, "/"), settings.options
+    free = whole and not options.get("config") and not options.keys() & {"section", "reqexts"}
+    if free and csr.names and not csr.subject and critical != (CRITICAL_NAMES in csr.der):
+        value = ("critical,DER:" if critical else "DER:") + csr.extensions[SUBJECT_ALT_NAME].hex()
+        transaction.write("request.cnf", f"[names]\nsubjectAltName = {value}\n")
+        arguments += ["-config", file("request.cnf"), "-reqexts", "names"]
     return arguments
 
 
@@ -798,8 +769,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
     if "subject" in settings.options:
         return settings.options["subject"]
     # Corporate CAs refuse an empty subject, and certbot's is empty. A longer name than 64 is no CN (RFC 5280, A.1).
-    names = _alternative_names(csr.extensions)
-    fitting = [name for wanted in ("DNS", "IP") for kind, name in names if kind == wanted and 0 < len(name) <= 64]
+    fitting = [name for wanted in ("DNS", "IP") for kind, name in csr.names if kind == wanted and 0 < len(name) <= 64]
     return _slash_form([[Attribute(COMMON_NAME, UTF8, fitting[0], b"")]], exact=True) if fitting else None
 
 
@@ -809,28 +779,15 @@ def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     if settings.binary.converts_csr():
         # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
         lonely = not csr.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} and "reqexts" not in settings.options
-        texts = [text.rstrip(".") for text in _cn_texts(csr.subject)] if lonely else []
+        texts = _cn_texts(csr.subject) if lonely else ()
         # To openssl, `critical` is no name, and what else has a colon names a kind.
         return [t for t in texts if re.fullmatch(r"(?!critical$)[\w.*-]+|[0-9a-f]*:[0-9a-f:.]+", t, re.A)]
-    names = _alternative_names(csr.extensions)
-    carried = [(k, name) for k, name in names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
-    lost = [kind for kind, name in names if (kind, name) not in carried]
+    carried = [(k, name) for k, name in csr.names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
+    lost = [kind for kind, name in csr.names if (kind, name) not in carried]
     lost += [oid for oid in csr.extensions if oid != SUBJECT_ALT_NAME]
     if lost:
         transaction.logger.warning("openssl before 3.0 leaves out these parts of the CSR: %s", ", ".join(lost))
     return [name for _, name in carried]
-
-
-def _marked_names(csr: CSR, transaction: Transaction, critical: bool) -> list[str]:
-    """Options that send the CSR's subjectAltName, byte for byte, critical or not.
-
-    An OpenSSL configuration file of the administrator's has precedence.
-    """
-    if transaction.settings.options.keys() & {"section", "reqexts"} or transaction.settings.options.get("config"):
-        return []
-    value = ("critical,DER:" if critical else "DER:") + csr.extensions[SUBJECT_ALT_NAME].hex()
-    transaction.write("request.cnf", f"[names]\nsubjectAltName = {value}\n")
-    return ["-config", transaction.file("request.cnf"), "-reqexts", "names"]
 
 
 # --- A transaction is a directory ---------------------------------------------------------------------------
@@ -843,7 +800,7 @@ class Transaction:
     """`<cmp_tmp_dir>/<id>/`, locked while it is in use, and what the work on it needs.
 
     enrolling, waiting, revoking, asking  one of them: its state, and the lock
-    csr.pem, pubkey.pem           the request: what the client has signed, and its key
+    csr.pem, pubkey.der (or .pem) the request: what the client has signed, and its key
     subject, profile              what was sent as -subject; what the order's profile has set
     NNN.der                       the CA's answers; the newest holds the nonce that it expects next
     NNN.new, NNN.req              an answer as openssl saved it, the last of them may be anybody's; its request
@@ -873,18 +830,24 @@ class Transaction:
         self.settings, self.identifier, self.state, self.logger = settings, identifier, state, logger
         self.lock = lock  # a file descriptor
         self.path = f"{settings.directory}/{identifier}"
-        self.keep = False
+        self.keep = state == "waiting"
         self.started = time.monotonic()
         self.cmp_id = ""  # CMP's transactionID, once the CA has answered
+
+    @property
+    def key_file(self) -> str:
+        """Where the CSR's public key is: OpenSSL 3 reads DER faster; older ones, or with -keyform, only PEM."""
+        faster = self.settings.binary.since(3, 0) and "keyform" not in self.settings.options
+        return "pubkey.der" if faster else "pubkey.pem"
 
     def file(self, name: str) -> str:
         """The path of one of its files."""
         return f"{self.path}/{name}"
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, data: str | bytes) -> None:
         """Make one of its files."""
         with open(self.file(name), "wb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
+            file.write(data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
 
     def read(self, name: str) -> str:
         """The text of one of its files, empty if there is none."""
@@ -1073,13 +1036,10 @@ def _check_identifier(identifier: object) -> None:
         raise CMPError("not a transaction identifier", REQUEST)
 
 
-def _kept_result(settings: Settings, identifier: str) -> str:
+def _kept_result(settings: Settings, identifier: str) -> list[Certificate]:
     """The bundle that an earlier poll has got, empty if there is none."""
     path = f"{settings.directory}/{identifier}/issued"
-    if os.path.islink(path) or not os.path.isfile(path):
-        return ""
-    with open(path, encoding="ascii") as file:
-        return file.read()
+    return [] if os.path.islink(path) else _certificates(path)
 
 
 def _resume(settings: Settings, identifier: str, logger: logging.Logger, state: str = "waiting") -> Transaction:
@@ -1636,7 +1596,7 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     `-subject`, where the CSR has none.
     """
     try:
-        names = (_alternative_names(csr.extensions), _alternative_names(leaf.extensions))
+        names = (csr.names, _alternative_names(leaf.extensions))
         asked, got = ({f"{kind}:{text.lower()}" for kind, text in found} for found in names)
         others = [] if _same_key(leaf.key, csr.key) else ["another key"]
         others += ["a CA certificate"] if _signs_certificates(leaf.extensions) else []
@@ -3514,12 +3474,12 @@ def _handler_command(args: Any) -> int:
         if args.command == "check":
             return _check_command(handler, path, args)
         if args.command == "list":
-            return _list_command(_settings(handler._configured()), args)
+            return _list_command(handler._waiting_settings(), args)
         argument = _argument_file(args.argument) if args.command in ("enroll", "revoke") else ""
         text, identifier, error = None, None, None
         with _output_file(args.output or os.devnull) as output, _patience():
             if args.command == "cacerts":
-                text = _ca_certificates(handler._checked(handler._configured()), logger)
+                text = _ca_certificates(handler._checked(handler.section), logger)
             elif args.command == "revoke":
                 code, _, error = handler.revoke(argument, args.reason)
                 text = "revoked\n" if code == 200 else None
@@ -3629,8 +3589,6 @@ def _result(
 
 def _list_command(settings: Settings, args: Any) -> int:
     """Print the orders that wait."""
-    if settings.directory_fault:  # others may have put anything there
-        raise CMPError(settings.directory_fault)
     names, orders = os.listdir(settings.directory) if os.path.isdir(settings.directory) else [], []
     for name in sorted(names):
         path = f"{settings.directory}/{name}"

@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
     # the rest
     "another version": (
         csr(request(MINE), version=b"\x02\x01\x02"),
-        "its version is not 1, the only one that there is",
+        "not a PKCS #10 request of version 1",
     ),
     "no version": (csr(request(MINE), version=b"\x05\x00"), "not a PKCS #10 request"),
     "telephone numbers and a name": (csr(request(MINE, TELEPHONES)), "acme2certifier checks only one of them"),

@@ -157,7 +157,7 @@ def newest_nonce(files: dict[str, bytes], directory: Path) -> bytes:
     """The nonce of the newest whole answer in this image of a transaction; fails where a poll could not go on."""
     assert "waiting" in files
     assert files["csr.pem"].endswith(b"-----END CERTIFICATE REQUEST-----\n")
-    assert files["pubkey.pem"].endswith(b"-----END PUBLIC KEY-----\n")
+    assert files["pubkey.der"][:1] == b"\x30"
     answers = []
     for name in sorted(name for name in files if re.fullmatch(r"\d{3,}\.(der|new)", name)):
         path = directory / name
@@ -271,7 +271,7 @@ def test_file_size_limit(ca: DemoCA, handlers: Handlers) -> None:
     handler = handlers(hold(ca).options(), **SHORT)
     identifier = begin(handler, csr)
     ca.approve("all")
-    kept = ("csr.pem", "pubkey.pem", "subject")
+    kept = ("csr.pem", "pubkey.der", "subject")
     before = [(handlers.work / identifier / name).stat() for name in kept]
     limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n" + POLLER
     process = python(limited, identifier, "")
