@@ -1132,7 +1132,7 @@ class Exchange:
         self.before = transaction.usable()
         self.first = max(map(_number, self.before), default=0) + 1  # of the answers of this run
         self.after: list[Message] = []
-        self.run, self.deadline = Run(None, ""), 0.0
+        self.run, self.deadline = Run(HUNG, ""), 0.0
 
     def outcome(self) -> Outcome:
         """Ask the CA, keep what it has said, and tell what has become of the enrolment."""
@@ -1269,7 +1269,9 @@ class Exchange:
         newest = history[-1]
         if not newest.path.endswith(".new") or self._made(_number(newest) + 1):
             return ACCEPTED  # before this run; or it has made the request that follows
-        if newest not in self.after and not self.run.hung():  # a poll that was killed has left it: now it was replayed
+        if (
+            newest not in self.after and self.run.code != HUNG
+        ):  # a poll that was killed has left it: now it was replayed
             made = self._made(_number(newest))
             if made and self.run.only(TAKEN):
                 return ACCEPTED
@@ -1295,7 +1297,7 @@ class Exchange:
             run = _openssl_cmp(self.transaction, self.request, files, overrides, lambda: self._made(number + 1))
             if run.code == 0 or self._made(number + 1) or (self._made(number) and run.only(TAKEN)):
                 return ACCEPTED
-            if run.hung() and self.run.hung():  # twice: some false signers make openssl loop for ever
+            if run.code == self.run.code == HUNG:  # twice: some false signers make openssl loop for ever
                 return NOT_ACCEPTED
             # Half a request, or none for this answer: the disk is full, which says nothing about the answer.
             half = os.path.exists(file(requests[-1])) and _saved_message(file(requests[-1])) is None
@@ -1331,7 +1333,7 @@ class Exchange:
 
     def _undecided(self, news: bool, answered: bool) -> Outcome:
         """The order waits if the CA has answered; where the newest answer is no news, the text says why."""
-        if news and (self.run.asleep or self.run.only(TIME_IS_UP)):
+        if news and (self.run.code == ASLEEP or self.run.only(TIME_IS_UP)):
             return Outcome(waiting=True)
         text, kind = self._text()
         return Outcome(waiting=answered, text=text, kind=kind)
@@ -1420,7 +1422,7 @@ def _openssl_cmp(
     elsewhere = settings.options.get("config") or "section" in settings.options  # it may be set there
     says = not elsewhere and int(settings.options.get("verbosity") or SAYS_SENDING) >= SAYS_SENDING
     sent = next((number for number, line in enumerate(run.lines) if SENDING.match(line.text)), 0) if says else 0
-    early = [line._replace(level="note") if line.level in ERROR_LEVELS else line for line in run.lines[:sent]]
+    early = [x._replace(level=logging.INFO) if x.level == logging.ERROR else x for x in run.lines[:sent]]
     return run._replace(lines=[*early, *run.lines[sent:]])
 
 
@@ -1444,14 +1446,15 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
     if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
         return _refusal_text(newest, settings), REFUSED
     unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
-    if run.killed() and not run.asleep:
-        kind = UNREACHABLE if run.code is None else INTERNAL
+    if run.killed():
+        kind = UNREACHABLE if run.code == HUNG else INTERNAL
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
     # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-    errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
+    errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
     kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
     searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in errors)
-    if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
+    sent = any(SENT.match(line.text) for line in run.lines)  # before that, nobody else can have written a line
+    if not newest and not sent and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults, _ = _openssl_faults(settings)
         if faults:
             return f"configuration error: {'; '.join(faults)}", CONFIGURATION
@@ -1471,7 +1474,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
         if "srvcert" in settings.options and not _hint(searched):  # its words are those of whatever has failed inside
             searched = SRVCERT_REFUSED
-    if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
+    if run.code == ASLEEP and not errors:  # ended by us, before it could say that it does not accept this pollRep
         usable = newest is not None and 0 <= newest.check_after < 1 << 63
         errors = ["openssl does not accept the answer" if usable else "checkAfter out of range"]
         searched = errors[0]
@@ -2386,7 +2389,7 @@ def _openssl_faults(settings: Settings) -> tuple[list[str] | None, list[str]]:
     if run.killed() or (made and not faults):
         return None if run.killed() else [], expired
     if not faults:
-        errors = [line.text for line in run.lines if line.level == "error" and not NOT_BEGUN.match(line.text)]
+        errors = [error for error in run.errors() if not NOT_BEGUN.match(error)]
         faults = [text for text in texts if CAUSE.search(text) and not NOT_BEGUN.match(text)] + errors
     said = _foreign("; ".join(dict.fromkeys(faults[:3])), settings.hidden) or "it cannot use that value"
     options, told = settings.options, "\n".join(faults)
@@ -2432,7 +2435,7 @@ MAX_LOGGED = 400  # lines of one run of openssl in the log
 MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
 GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
 TICK = 0.2  # seconds between two looks at what openssl has saved, where it prints nothing
-LOST = 256  # no exit code
+HUNG, ASLEEP, LOST = 256, 257, 258  # no exit codes: killed after its time, ended while it slept, nobody knows
 
 
 class Binary(NamedTuple):
@@ -2486,8 +2489,8 @@ def _binary(name: str) -> Binary:
 def _described(path: str, changed: int, size: int) -> Binary:
     """What a program says of itself: asked once per process, and again when the file has changed."""
     run = _run([path, "cmp", "-help"])
-    about = _run([path, "version"]) if run.code is not None else run
-    if about.code is None:  # perhaps the machine is busy: that is not remembered
+    about = _run([path, "version"]) if run.code != HUNG else run
+    if about.code == HUNG:  # perhaps the machine is busy: that is not remembered
         raise CMPError(f"cmp_openssl_bin: {path}: {about.killed()}")
     found, mock = dict(OPTION.findall(run.output)), MOCK_SERVER.search(run.output)
     # Our name for what cmpossl before 2020 writes without underscores, unless the program has one of that name, too.
@@ -2495,7 +2498,7 @@ def _described(path: str, changed: int, size: int) -> Binary:
     options = {names[option]: bool(value) for option, value in found.items()}
     spelled = {names[option]: option for option in found}
     server = frozenset(names[option] for option, _ in OPTION.findall(mock.group(1) if mock else ""))
-    said = run.killed() or _one_line("; ".join(line.text for line in run.lines if line.level != "info"))
+    said = run.killed() or _one_line("; ".join(line.text for line in run.lines if line.level != logging.INFO))
     if ONLY_PRIVATE_KEYS.search(run.output):
         fault = "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
     elif options.keys() >= {"cmd", "server"}:
@@ -2538,54 +2541,37 @@ def _option_name(option: str, known: Collection[str] = ()) -> str:
 
 
 class Line(NamedTuple):
-    """One line of openssl's, secrets included."""
+    """One line of openssl's, secrets included, and the level of logging that it has."""
 
-    level: str
+    level: int
     text: str
 
 
 class Run(NamedTuple):
-    """How a program ended. `code` is None where it was killed or left asleep, LOST where nobody knows."""
+    """How a program ended, and what it has said."""
 
-    code: int | None
+    code: int  # or HUNG, ASLEEP, LOST
     output: str
     lines: Sequence[Line] = ()
     cut: bool = False  # it said more than is kept, or more than was read in time
-    asleep: bool = False  # ended by us while it slept: nothing was in flight
 
     def errors(self) -> list[str]:
-        """The texts of openssl's error messages, each once."""
-        return list(dict.fromkeys(line.text for line in self.lines if line.level in ERROR_LEVELS))
-
-    def reasons(self) -> list[str]:
-        """The same without the line that stands beside the errors of a poll, and says nothing by itself."""
-        return [error for error in self.errors() if not POLLING_FAILED.match(error)]
-
-    def sent(self) -> bool:
-        """Whether it has tried to send anything. Before that, nobody else can have written into its text."""
-        return any(map(SENT.match, (line.text for line in self.lines)))
+        """The texts of its errors, each once, but the one beside those of a poll, which says nothing by itself."""
+        found = (line.text for line in self.lines if line.level == logging.ERROR)
+        return [error for error in dict.fromkeys(found) if not POLLING_FAILED.match(error)]
 
     def complete(self) -> bool:
         """Whether it ended by itself, and all that it said is here: only then a missing line tells anything."""
-        return self.code is not None and 0 <= self.code < LOST and not self.cut and not self.asleep
-
-    def hung(self) -> bool:
-        """Whether it did not end in time."""
-        return self.code is None and not self.asleep
+        return 0 <= self.code < HUNG and not self.cut
 
     def only(self, lines: re.Pattern[str]) -> bool:
-        """Whether it has said why it failed, and every line of that is one of these.
-
-        Somebody on the way to the CA can add lines (by names in a certificate, by HTTP headers, by a text with line
-        breaks), but cannot remove one.
-        """
-        errors = self.reasons()
-        sender = any(OTHER_SENDER.match(line.text) for line in self.lines)
+        """Whether it has said why it failed, and every line of that is one of these: see Exchange."""
+        errors, sender = self.errors(), any(OTHER_SENDER.match(line.text) for line in self.lines)
         return self.complete() and bool(errors) and all(map(lines.match, errors)) and not sender
 
     def killed(self) -> str:
         """How it was killed, or an empty string."""
-        if self.code is None:
+        if self.code == HUNG:
             return "openssl did not end in time and was killed"
         if self.code == LOST:
             return "openssl's exit code was lost: something in this process waits for the children of others"
@@ -2610,31 +2596,26 @@ def _run(
         process, job = _start(argv, secrets, keep)
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
-    output, cut, whole, ended, deadline = b"", False, False, False, time.monotonic() + limit
+    output, chunk, ended, deadline = b"", b"-", False, time.monotonic() + limit
     assert process.stdout is not None  # noqa: S101 - it is a pipe
     with process.stdout as pipe:
         try:
             # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
-            while not ended and time.monotonic() < deadline:
+            while chunk and not ended and time.monotonic() < deadline:
                 if _readable(pipe, TICK):
                     chunk = os.read(pipe.fileno(), 65536)
-                    if not chunk:
-                        whole = True
-                        break
-                    cut = cut or len(output) + len(chunk) > MAX_OUTPUT
-                    output = (output + chunk)[:MAX_OUTPUT]
+                    output = (output + chunk)[: MAX_OUTPUT + 1]
                 else:
                     ended = asleep()
-            tries = 0
             while not ended and _exit_code(process) is None and time.monotonic() < deadline:
-                tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
-                time.sleep(0 if tries < 100 else 0.01)
+                time.sleep(0.0005)  # it has closed its output, so it ends at once; or else it is a strange program
         finally:
             code = _exit_code(process)
             _kill(process, job)
-    text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
+    text = output[:MAX_OUTPUT].decode("utf-8", "replace").replace("\r\n", "\n")  # as programs for Windows end them
     # If it has ended by itself meanwhile, its last words were not read: that is no complete run either.
-    return Run(None if ended else code, text, _lines(text), cut or not whole, asleep=ended)
+    end = ASLEEP if ended else HUNG if code is None else code
+    return Run(end, text, _lines(text), cut=bool(chunk) or len(output) > MAX_OUTPUT)
 
 
 def _lines(output: str) -> list[Line]:
@@ -2642,9 +2623,9 @@ def _lines(output: str) -> list[Line]:
     lines: list[Line] = []
     for line in output.split("\n"):
         match = MESSAGE.match(line)
-        level, text = (match.group(1).lower(), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
+        name, text = match.groups() if match else ("debug", QUEUE.sub(r"\1 \2", line))
         if text.strip():
-            lines.append(Line(level, text.strip()))
+            lines.append(Line(LEVELS.get(name.lower(), logging.ERROR), text.strip()))
     return lines
 
 
@@ -2653,14 +2634,13 @@ def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: s
 
     Whole lines are masked: the CA knows the shared secret, and may write it into any text.
     """
-    levels = {"debug": logging.DEBUG, "trace": logging.DEBUG, "info": logging.INFO, "note": logging.INFO}
-    levels["warning"], lines, hidden = logging.WARNING, run.lines, settings.hidden
+    lines = run.lines
     if len(lines) > MAX_LOGGED:  # a stranger's certificate may hold any number of lines
         logger.warning("openssl cmp: %s of its %s lines left out", len(lines) - MAX_LOGGED, len(lines))
         lines = [*lines[: MAX_LOGGED // 2], *lines[-MAX_LOGGED // 2 :]]
-    for line, text in zip(lines, _hide("\n".join(line.text for line in lines), hidden).split("\n")):
+    for line, text in zip(lines, _hide("\n".join(line.text for line in lines), settings.hidden).split("\n")):
         expected = ONE_WAY_TLS.match(line.text) or (usual and re.match(usual, line.text, re.I))
-        level = logging.DEBUG if expected else levels.get(line.level, logging.ERROR)
+        level = logging.DEBUG if expected else line.level
         if logger.isEnabledFor(level):
             logger.log(level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
 
@@ -2949,8 +2929,9 @@ def _kill(process: subprocess.Popen[bytes], job: int) -> None:
 # openssl's words: all texts of openssl that this file looks for. Where a new version has other words for one of them,
 # tests fail with it, and this is the place to change.
 
-ERROR_LEVELS = ("fatal", "alert", "critical", "error")
-# cmpossl of 2019 has its levels in capitals.
+# Its levels; all others are errors. cmpossl of 2019 has them in capitals.
+LEVELS = {"warning": logging.WARNING, "note": logging.INFO, "info": logging.INFO}
+LEVELS.update({"debug": logging.DEBUG, "trace": logging.DEBUG})
 MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
 QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
 

@@ -875,7 +875,7 @@ def test_a_busy_machine_is_not_remembered(handlers: Handlers, ca: DemoCA, tmp_pa
     program = tmp_path / "openssl"
     program.symlink_to(OPENSSL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cmp_ca_handler, "_run", lambda *_: cmp_ca_handler.Run(None, ""))
+        patch.setattr(cmp_ca_handler, "_run", lambda *_: cmp_ca_handler.Run(cmp_ca_handler.HUNG, ""))
         fault = handlers(ca.options(), openssl_bin=str(program)).handler_check()
         assert fault and f"cmp_openssl_bin: {program}: openssl did not end in time" in fault
     assert handlers(ca.options(), openssl_bin=str(program)).handler_check() is None
