@@ -416,9 +416,9 @@ def _explained(err: Exception) -> tuple[str, str]:
     if isinstance(err, CMPError):
         return err.kind, _one_line(str(err), 4 * MAX_TEXT)
     if isinstance(err, OSError):
-        hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
         text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
-        return DISK, _one_line(text, 4 * MAX_TEXT) + (f" ({hint})" if hint else "")
+        name = errno.errorcode.get(err.errno or 0, "")  # the system may speak any language
+        return DISK, _one_line(text, 4 * MAX_TEXT) + _hint(name)
     import traceback  # hopefully never
 
     lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
@@ -2061,7 +2061,6 @@ DN_ALIASES = dict(
 )
 
 
-@functools.lru_cache(maxsize=64)
 def _slash_dn(value: str, binary: Binary) -> str:
     """`C=DE, CN=x` in openssl's notation, `/C=DE/CN=x`; that stays. Raises CMPError where openssl would misread it."""
     value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
@@ -2447,9 +2446,6 @@ class Binary(NamedTuple):
     spelled: Mapping[str, str]  # option -> how this program writes it
     mock_server: frozenset[str]  # its options that make a server of it
     fault: str = ""  # why it cannot serve an RA
-
-    def __hash__(self) -> int:
-        return hash((self.path, self.version))
 
     def margin(self) -> int:
         """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
@@ -2945,12 +2941,11 @@ ACCEPTED_LINE = re.compile(
 )
 # The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
 LEAF_NOT_ACCEPTED = re.compile("certificate not accepted")
-LEAF_REFUSED = re.compile(
-    f"{LEAF_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled|different key types"
-    "|key type mismatch|key values mismatch|certificate verification failed",
+AFTER_ACCEPTANCE = re.compile(
+    f"{ACCEPTED_LINE.pattern}|{LEAF_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled"
+    "|different key types|key type mismatch|key values mismatch|certificate verification failed",
     re.I,
 )
-AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED_LINE.pattern}|{LEAF_REFUSED.pattern}", re.I)
 # Lines that say no more than that the CA lets us wait, and the time is up, or the file of one request more cannot be
 # written. They are anchored: a sender may be called "total timeout", too.
 TIME_IS_UP = re.compile(
@@ -3017,8 +3012,8 @@ MOCK_SERVER = re.compile("^Mock server options:\n(.*?)(?:\n\n|\\Z)", re.M | re.S
 OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
 ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
 
-# What openssl says, or the CA (a regular expression) -> what to do. The first one that fits counts, so special ones
-# come first. Nothing is decided by them.
+# What openssl, the CA or, by a name such as ENOSPC, the system says (a regular expression) -> what to do. The first one
+# that fits counts, so special ones come first. Nothing is decided by them.
 # A test holds docs/troubleshooting.md to the same list.
 HINTS = r"""
 approval -> the CA queues what needs an approval, and no poll sees it: approve it there, or switch approvals off
@@ -3091,20 +3086,16 @@ object not found|could not (find|read|open).*private key -> check cmp_key, and f
 digest algorithm name not recognized -> openssl calls them sha256, sha384, sha512
 MAC algorithm name not recognized -> openssl calls them hmac-sha1, hmacWithSHA256
 must give -key or -secret -> no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key
-No space left on device -> make room on the disk of cmp_tmp_dir
+No space left on device|\bENOSPC$ -> make room on the disk of cmp_tmp_dir
+\bEDQUOT$ -> the quota of this user on the disk of cmp_tmp_dir is used up
+\bEMFILE$ -> raise the limit of open files of this process
+\bENFILE$ -> raise the system's limit of open files
+\bEROFS$ -> cmp_tmp_dir must be on a file system that can be written
+\bENOLCK$ -> the file system of cmp_tmp_dir must support flock
+\bE(NOTCONN|BADFD)$ -> the file system of cmp_tmp_dir cannot be reached now
+\bEIO$ -> the disk of cmp_tmp_dir fails, or the machine that it is mounted from cannot be reached now
+\bEACCES$ -> check owner and mode of cmp_tmp_dir; machines that share it need the same uid number
 """
-OS_HINTS = {
-    errno.ENOSPC: "make room on the disk of cmp_tmp_dir",
-    errno.EDQUOT: "the quota of this user on the disk of cmp_tmp_dir is used up",
-    errno.EMFILE: "raise the limit of open files of this process",
-    errno.ENFILE: "raise the system's limit of open files",
-    errno.EROFS: "cmp_tmp_dir must be on a file system that can be written",
-    errno.ENOLCK: "the file system of cmp_tmp_dir must support flock",
-    errno.ENOTCONN: "the file system of cmp_tmp_dir cannot be reached now",
-    getattr(errno, "EBADFD", 77): "the file system of cmp_tmp_dir cannot be reached now",
-    errno.EIO: "the disk of cmp_tmp_dir fails, or the machine that it is mounted from cannot be reached now",
-    errno.EACCES: "check owner and mode of cmp_tmp_dir; machines that share it need the same uid number",
-}
 
 # --- Reading: DER, names, certificates, CMP messages -------------------------------------------------------------
 
