@@ -66,6 +66,8 @@ from typing import IO, Any, Callable, NamedTuple, Optional
 if sys.platform == "win32":  # mypy takes this very test for what it is
     import ctypes
     import msvcrt
+
+    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
 else:
     import fcntl
 
@@ -2686,9 +2688,6 @@ def _hint(searched: str) -> str:
 
 # What differs between operating systems, and the disk
 
-if sys.platform == "win32":
-    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-
 
 def _default_directory() -> str:
     """Where transactions live if cmp_tmp_dir does not say: a directory of this user's."""
@@ -2706,29 +2705,23 @@ def _directory_fault(path: str, own: bool) -> str:
     real = os.path.realpath(path)
     if own and os.path.islink(path):
         return f"cmp_tmp_dir {path} is a symbolic link: set cmp_tmp_dir to a directory of your own"
-    there = real
-    while True:
-        try:
-            os.lstat(there)
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            there = os.path.dirname(there)  # it will be made, if its parent lets us
-        except OSError as err:  # a shared disk that is away
+    try:
+        os.lstat(real)
+    except OSError as err:
+        if err.errno not in (errno.ENOENT, errno.ENOTDIR):  # a shared disk that is away
             return f"cmp_tmp_dir: {_explained(err)[1]}"
+    there = next(filter(os.path.lexists, _way(real)), real)  # what is missing will be made, if its parent lets us
     if not os.path.isdir(there):
         return f"cmp_tmp_dir {_one_line(there, 100)} is not a directory"
-    if not os.access(there, os.W_OK | os.X_OK):
-        user, owner = _user(), os.stat(there).st_uid
-        if os.name == "posix" and owner not in (os.geteuid(), 0):
-            what = f"belongs to {_user(owner)} (uid {owner}), and this is {user} (uid {os.geteuid()})"
-            return f"cmp_tmp_dir {_one_line(there, 100)} {what}: machines that share it need the same uid number"
-        return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
+    # Whoever can rename our directories, or those above, can put another public key into a request.
+    for place in dict.fromkeys([*_way(path), *_way(real)]):
+        who = _writable_by_others(place)
+        if who:
+            return f"cmp_tmp_dir: {_one_line(place, 100)} {who}"
     if there == real and os.name == "posix" and os.stat(real).st_mode & 0o1002 == 0o1002:
         return f"cmp_tmp_dir {name}: every local user can put something there: name a directory of your own in it"
-    # Whoever can rename our directories, or those above, can put another public key into a request.
-    places = dict.fromkeys([*_way(path), *(_way(real) if real != path else ())])
-    faults = ((place, _writable_by_others(place)) for place in places)
-    return next((f"cmp_tmp_dir: {_one_line(place, 100)} {who}" for place, who in faults if who), "")
+    user = _user() if not os.access(there, os.W_OK | os.X_OK) else ""
+    return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}" if user else ""
 
 
 def _way(path: str, depth: int = 0) -> Iterator[str]:
@@ -2769,8 +2762,8 @@ def _writable_by_others(path: str) -> str:
     except OSError:  # it will be made
         return ""
     if info.st_uid not in (os.geteuid(), 0):
-        what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else "give it to the user of acme2certifier"
-        return f"belongs to another user: {what}"
+        ours = "give it to the user of acme2certifier; machines that share it need the same uid number"
+        return f"belongs to another user: {f'run this as {_user(info.st_uid)}' if os.geteuid() == 0 else ours}"
     if stat.S_ISDIR(info.st_mode) and info.st_mode & 0o002 and not info.st_mode & 0o1000:
         return "can be written by every local user: chmod o-w"
     return ""
