@@ -1649,7 +1649,8 @@ class ChainFinder:
 
     def passed_over(self, below: Certificate) -> str:
         """The end of a warning: what is there of its issuer's name, and why it is not the issuer."""
-        named = [c for c in [*self.named, *self.sent] if c.subject_id == below.issuer_id and c != below]
+        issuer = _name_key(below.issuer)
+        named = [c for c in [*self.named, *self.sent] if _name_key(c.subject) == issuer and c != below]
         other = [c for c in named if not _names_as_issuer(below, c)]
         if self.false:
             return f" (openssl does not take what is there for it: {self.false[-1]})"
@@ -1661,7 +1662,7 @@ class ChainFinder:
 
 def _who(certificate: Certificate) -> tuple[object, bytes]:
     """Its name and key, which it keeps when it is renewed."""
-    return certificate.subject_id, certificate.key
+    return _name_key(certificate.subject), certificate.key
 
 
 def _certificates(path: str) -> list[Certificate]:
@@ -1693,7 +1694,7 @@ def _unchanged_certificates(path: str, changed: int, size: int) -> list[Certific
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
     """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
     same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
-    return same_key and issuer.subject_id == below.issuer_id
+    return same_key and _name_key(issuer.subject) == _name_key(below.issuer)
 
 
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
@@ -3119,7 +3120,6 @@ DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **D
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
-ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
 MALFORMED = (CMPError, LookupError, ValueError, StopIteration)  # what reading raises
 
 
@@ -3161,6 +3161,11 @@ def _sequence(data: bytes) -> list[Element]:
     return list(_elements(outer[0].value))
 
 
+def _by_tag(elements: Iterable[Element]) -> dict[int, bytes]:
+    """The contents of elements, each of which may be there or not: its tag tells which one it is."""
+    return {element.tag: element.value for element in elements}
+
+
 def _check_der(data: bytes, depth: int = 0) -> None:
     """Raise CMPError unless `data` is DER all the way down (X.690, 10): of BER, two programs read two things."""
     for tag, value, _ in _elements(data, strict=True):
@@ -3200,7 +3205,6 @@ class Attribute(NamedTuple):
 
 
 Name = list[list[Attribute]]
-SPECIAL = re.compile(r"(^|(?<=\s))#|[,+\"\\;<>=]")  # in RFC 4514's notation; behind a blank a # begins a comment
 
 
 def _name(raw: bytes) -> Name:
@@ -3231,17 +3235,16 @@ def _name_text(name: Name) -> str:
     """A name for people, in RFC 4514's notation but in the order of the certificate."""
     rdns = []
     for rdn in name:
-        pairs = []
-        for a in rdn:
-            value = "#" + a.raw.hex() if a.text is None else _escaped(a.text)
-            pairs.append(f"{ATTRIBUTES[a.type][0] if a.type in ATTRIBUTES else a.type}={value}")
-        rdns.append("+".join(pairs))
+        values = ["#" + a.raw.hex() if a.text is None else _escaped(a.text) for a in rdn]
+        kinds = [ATTRIBUTES[a.type][0] if a.type in ATTRIBUTES else a.type for a in rdn]
+        rdns.append("+".join(map("=".join, zip(kinds, values))))
     return _one_line(", ".join(rdns)) or "(empty)"
 
 
 def _escaped(text: str) -> str:
     """An attribute's value in RFC 4514's notation; a blank at its end would be stripped, with a backslash, too."""
-    return re.sub("^ | $", r"\\20", SPECIAL.sub(r"\\\g<0>", text))
+    special = r"(^|(?<=\s))#|[,+\"\\;<>=]"  # behind a blank a # begins a comment
+    return re.sub("^ | $", r"\\20", re.sub(special, r"\\\g<0>", text))
 
 
 def _slash_form(name: Name, exact: bool) -> str | None:
@@ -3271,8 +3274,6 @@ class Certificate(NamedTuple):
     not_after: str
     subject: Name
     key: bytes  # the subjectPublicKeyInfo
-    issuer_id: tuple[object, ...]  # to compare names by
-    subject_id: tuple[object, ...]
     extensions: dict[str, bytes]
     subject_key: bytes  # identifier of its key
     authority_key: bytes  # of the key that has signed it
@@ -3284,7 +3285,7 @@ class Certificate(NamedTuple):
 
 def _iso(seconds: float) -> str:
     """A time as ISO 8601 has it."""
-    return time.strftime(ISO_TIME, time.gmtime(seconds))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _time(element: Element) -> str:
@@ -3298,15 +3299,11 @@ def _time(element: Element) -> str:
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
     try:
-        fields = _sequence(_sequence(der)[0].raw)
-        if fields[0].tag == 0xA0:  # version
-            fields.pop(0)
+        fields = [field for field in _sequence(_sequence(der)[0].raw) if field.tag != 0xA0]  # without the version
         number, algorithm, issuer, validity, subject, key = fields[:6]
         serial = _one_line(f"{int.from_bytes(number.value, 'big', signed=True):x}", 64)
         start, end = map(_time, _sequence(validity.raw))
-        names = _name(issuer.raw), _name(subject.raw)
-        ids = _name_key(names[0]), _name_key(names[1])
-        about = (serial, algorithm.raw, names[0], start, end, names[1], key.raw, ids[0], ids[1])
+        about = (serial, algorithm.raw, _name(issuer.raw), start, end, _name(subject.raw), key.raw)
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
     extensions, subject_key, authority_key = {UNREADABLE: b""}, b"", b""
@@ -3315,8 +3312,7 @@ def _certificate(der: bytes) -> Certificate:
         found = {_oid(extension[0].value): extension[-1].value for extension in parsed}
         extensions = found if len(found) == len(parsed) else extensions  # of two, everybody reads another one
         subject_key = next(_elements(found.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
-        authority = {field.tag: field.value for field in _sequence(found.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
-        authority_key = authority.get(0x80, b"")
+        authority_key = _by_tag(_sequence(found.get(AUTHORITY_KEY_ID, b"\x30\x00"))).get(0x80, b"")
     return Certificate(der, *about, extensions, subject_key, authority_key)
 
 
@@ -3412,19 +3408,18 @@ def _saved_message(path: str) -> Message | None:
     try:
         with open(path, "rb") as file:
             header, body, *rest = _sequence(file.read(MAX_DER))
-        first = [*_elements(header.value)]
-        sender = _name(next(_elements(first[1].value)).raw) if first[1].tag == 0xA4 else None
-        # sender and recipient may have the tag 0xA4, too: they come before the transactionID, and the last one counts.
-        fields = {field.tag: field.value for field in first}
+        _, sender, _, *optional = _elements(header.value)
+        fields, more, kind = _by_tag(optional), _by_tag(rest), body.tag & 0x1F
         # Not a generator: there StopIteration would become a RuntimeError.
-        identifier, *nonces = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
-        mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
-        kind, protected, name = body.tag & 0x1F, any(f.tag == 0xA0 for f in rest), _one_line(identifier.hex(), 64)
-        capubs = _sequence(body.value)[:1] if kind in (IP, CP) else []
-        sent = b"".join(next(_elements(field.value)).value for field in [*rest, *capubs] if field.tag == 0xA1)
+        identifier, nonce, asked = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
+        name = _name(next(_elements(sender.value)).raw) if sender.tag == 0xA4 else None
+        mac = 0xA0 in more and _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
+        capubs = _by_tag(_sequence(body.value)).get(0xA1) if kind in (IP, CP) else None
+        sent = b"".join(next(_elements(found)).value for found in (more.get(0xA1), capubs) if found)
     except (FileNotFoundError, *MALFORMED):
         return None
-    message = Message(path, kind, name, (nonces[0], nonces[1]), protected, protected and mac, sender=sender, sent=sent)
+    transaction, nonces = _one_line(identifier.hex(), 64), (nonce, asked)
+    message = Message(path, kind, transaction, nonces, 0xA0 in more, mac, sender=name, sent=sent)
     with contextlib.suppress(*MALFORMED):  # a body that nobody can read says nothing
         message = message._replace(content=body.value, **_body(kind, body.value))
     return message
@@ -3433,48 +3428,46 @@ def _saved_message(path: str) -> Message | None:
 def _body(kind: int, value: bytes) -> dict[str, Any]:
     """What a PKIBody says, as fields of a Message. Raises an error of DER where it is malformed."""
     if kind == POLLREP:  # PollRepContent, 5.3.22
-        _, check_after, *reason = _elements(_sequence(value)[0].value)
-        return {"check_after": _integer(check_after), "texts": _free_text(reason)}
+        _, check_after, *more = _elements(_sequence(value)[0].value)
+        return {"check_after": _integer(check_after.value), "texts": _free_text(_by_tag(more))}
     if kind == RP:  # RevRepContent, 5.3.10
-        return _status_info(next(_elements(_sequence(value)[0].value)))
+        return _status_info(next(_elements(_sequence(value)[0].value)).value)
     if kind == ERROR:  # ErrorMsgContent, 5.3.21
         status, *more = _sequence(value)
-        codes = [_integer(field) for field in more if field.tag == 0x02]
-        details = _free_text([field for field in more if field.tag == 0x30])
-        return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
+        fields = _by_tag(more)
+        code = _integer(fields[0x02]) if 0x02 in fields else None
+        return {**_status_info(status.value), "error_code": code, "details": _free_text(fields)}
     if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
         _, _, *more = _elements(_sequence(value)[0].value)
-        info = [field for field in more if field.tag == 0x30]  # hashAlg may follow, with or without it (RFC 9480, 2.10)
-        return _status_info(info[0]) if info else {"status": 0}
+        info = _by_tag(more).get(0x30)  # hashAlg may follow, with or without it (RFC 9480, 2.10)
+        return {"status": 0} if info is None else _status_info(info)
     if kind in (IP, CP):  # CertRepMessage, 5.3.4: caPubs may come first
-        responses = [field for field in _sequence(value) if field.tag == 0x30]
-        _, status, *more = _elements(next(_elements(responses[0].value)).value)
-        pair = [field for field in more if field.tag == 0x30]  # rspInfo may follow, with or without it
-        certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
-        return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
+        _, status, *more = _elements(next(_elements(_by_tag(_sequence(value))[0x30])).value)
+        pair = _by_tag(_elements(_by_tag(more).get(0x30, b"")))  # rspInfo may follow, with or without it
+        return {**_status_info(status.value), "certificate": pair.get(0xA0, b"")}
     return {}
 
 
-def _status_info(info: Element) -> dict[str, Any]:
+def _status_info(info: bytes) -> dict[str, Any]:
     """PKIStatusInfo, 5.2.3."""
-    status, *more = _elements(info.value)
-    bits = next((field.value for field in more if field.tag == 0x03), b"")
+    status, *more = _elements(info)
+    fields = _by_tag(more)
+    bits = fields.get(0x03, b"")
     numbers = [8 * i + bit for i, octet in enumerate(bits[1:5]) for bit in range(8) if octet & 0x80 >> bit]
     failures = tuple(FAILURES[number] for number in numbers if number < len(FAILURES))
-    texts = _free_text([field for field in more if field.tag == 0x30])
-    return {"status": _integer(status), "failures": failures, "texts": texts}
+    return {"status": _integer(status.value), "failures": failures, "texts": _free_text(fields)}
 
 
-def _integer(element: Element) -> int:
+def _integer(value: bytes) -> int:
     """An INTEGER. One that is larger than any real one is none."""
-    if len(element.value) > 16:
+    if len(value) > 16:
         raise CMPError("a number that is too large")
-    return int.from_bytes(element.value, "big", signed=True)
+    return int.from_bytes(value, "big", signed=True)
 
 
-def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
-    """PKIFreeText, 5.1.1."""
-    return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
+def _free_text(fields: Mapping[int, bytes]) -> tuple[str, ...]:
+    """PKIFreeText, 5.1.1, which is the only SEQUENCE wherever it may be."""
+    return tuple(text.value.decode("utf-8", "replace") for text in _elements(fields.get(0x30, b"")))
 
 
 # --- The command line ---------------------------------------------------------------------------------------
