@@ -761,7 +761,7 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
 def _request(csr: CSR, transaction: Transaction) -> list[str]:
     """The options that describe one enrolment."""
     settings, file = transaction.settings, transaction.file
-    known, whole = settings.binary.options, settings.binary.converts_csr()
+    known, whole = settings.binary.options, settings.binary.since(3, 0)
     arguments = ["-certout", file("cert.pem"), "-extracertsout", file("extracerts.pem")]
     if "cacertsout" in known:
         arguments += ["-cacertsout", file("capubs.pem")]
@@ -791,7 +791,7 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
 def _subject(csr: CSR, settings: Settings) -> str | None:
     """What to pass as `-subject`; None leaves the subject to `-csr`."""
     if csr.subject:
-        whole = settings.binary.converts_csr()
+        whole = settings.binary.since(3, 0)
         text = _slash_form(csr.subject, exact=whole)
         if text is None and not whole:
             version, subject = settings.binary.version, _name_text(csr.subject)
@@ -808,7 +808,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
 def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     """The names for `-sans`: none where `-csr` brings the CSR's own, for the request would have two such extensions."""
     settings = transaction.settings
-    if settings.binary.converts_csr():
+    if settings.binary.since(3, 0):
         # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
         lonely = not csr.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} and "reqexts" not in settings.options
         texts = [text.rstrip(".") for text in _cn_texts(csr.subject)] if lonely else []
@@ -1865,7 +1865,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
     twice = [(key, name) for key, name in names.items() if name != key and name in section]
     errors = [f"{key} is another spelling of {name}, which is there, too: delete one" for key, name in twice]
     section = {names[key]: str(value).strip() for key, value in section.items()}
-    binary, san_types = NO_BINARY, sorted(CHECKED_KINDS)
+    binary, san_types = Binary(), sorted(CHECKED_KINDS)
     try:
         binary = _binary(section.get("cmp_openssl_bin") or "openssl")
     except (CMPError, OSError) as err:
@@ -2443,11 +2443,11 @@ HUNG, ASLEEP, LOST = 256, 257, 258  # no exit codes: killed after its time, ende
 class Binary(NamedTuple):
     """What an openssl program can do: `options` tells of each option of its `cmp` whether it takes a value."""
 
-    path: str
-    version: str
-    options: Mapping[str, bool]
-    spelled: Mapping[str, str]  # option -> how this program writes it
-    mock_server: frozenset[str]  # its options that make a server of it
+    path: str = ""
+    version: str = "OpenSSL 9.9.9"  # where there is none: so no other fault is blamed on an old version
+    options: Mapping[str, bool] = types.MappingProxyType({})
+    spelled: Mapping[str, str] = types.MappingProxyType({})  # option -> how this program writes it
+    mock_server: frozenset[str] = frozenset()  # its options that make a server of it
     fault: str = ""  # why it cannot serve an RA
 
     def margin(self) -> int:
@@ -2455,16 +2455,9 @@ class Binary(NamedTuple):
         return 2 if self.since(3, 3) else 5
 
     def since(self, major: int, minor: int) -> bool:
-        """Whether it is the release of this version of OpenSSL or a later one."""
+        """Whether it is the release of this version of OpenSSL or a later one: since 3.0, -csr works with -cmd ir."""
         number = OPENSSL.match(self.version)
         return number is not None and (int(number[1]), int(number[2]), not number[3]) >= (major, minor, True)
-
-    def converts_csr(self) -> bool:
-        """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
-        return self.since(3, 0)
-
-
-NO_BINARY = Binary("", "OpenSSL 9.9.9", {}, {}, frozenset())  # then no other fault is blamed on an old version
 
 
 def _binary(name: str) -> Binary:
@@ -2479,7 +2472,7 @@ def _binary(name: str) -> Binary:
         raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
     info = os.stat(path)
     binary = _described(path, info.st_mtime_ns, info.st_size)
-    if binary.fault:
+    if binary.fault:  # remembered, too: each GET of the directory asks here
         raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
     return binary
 
@@ -2491,12 +2484,12 @@ def _described(path: str, changed: int, size: int) -> Binary:
     about = _run([path, "version"]) if run.code != HUNG else run
     if about.code == HUNG:  # perhaps the machine is busy: that is not remembered
         raise CMPError(f"cmp_openssl_bin: {path}: {about.killed()}")
-    found, mock = dict(OPTION.findall(run.output)), MOCK_SERVER.search(run.output)
+    found = dict(OPTION.findall(run.output))
+    of_mock = dict(OPTION.findall("".join(MOCK_SERVER.findall(run.output))))
     # Our name for what cmpossl before 2020 writes without underscores, unless the program has one of that name, too.
-    names = {option: name if (name := _option_name(option)) not in found else option for option in found}
-    options = {names[option]: bool(value) for option, value in found.items()}
-    spelled = {names[option]: option for option in found}
-    server = frozenset(names[option] for option, _ in OPTION.findall(mock.group(1) if mock else ""))
+    spelled = {option if (name := _option_name(option)) in found else name: option for option in found}
+    options = {name: bool(found[option]) for name, option in spelled.items()}
+    server = frozenset(name for name, option in spelled.items() if option in of_mock)
     said = run.killed() or _one_line("; ".join(line.text for line in run.lines if line.level != logging.INFO))
     if ONLY_PRIVATE_KEYS.search(run.output):
         fault = "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
@@ -2509,7 +2502,7 @@ def _described(path: str, changed: int, size: int) -> Binary:
     # The dynamic linker may have said something before it.
     version = next(filter(OPENSSL.match, about.output.splitlines()), about.output)
     binary = Binary(path, _one_line(version.partition("(")[0], 60), options, spelled, server, fault)
-    if not binary.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
+    if not binary.since(3, 0):  # it replays answers under another transactionID, so it cannot go on from them
         options.pop("rspin", None)
     return binary
 
@@ -2613,8 +2606,8 @@ def _run(
             _kill(process, job)
     text = output[:MAX_OUTPUT].decode("utf-8", "replace").replace("\r\n", "\n")  # as programs for Windows end them
     # If it has ended by itself meanwhile, its last words were not read: that is no complete run either.
-    end = ASLEEP if ended else HUNG if code is None else code
-    return Run(end, text, _lines(text), cut=bool(chunk) or len(output) > MAX_OUTPUT)
+    code = HUNG if code is None else code
+    return Run(ASLEEP if ended else code, text, _lines(text), cut=bool(chunk) or len(output) > MAX_OUTPUT)
 
 
 def _lines(output: str) -> list[Line]:
@@ -2639,9 +2632,7 @@ def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: s
         lines = [*lines[: MAX_LOGGED // 2], *lines[-MAX_LOGGED // 2 :]]
     for line, text in zip(lines, _hide("\n".join(line.text for line in lines), settings.hidden).split("\n")):
         expected = ONE_WAY_TLS.match(line.text) or (usual and re.match(usual, line.text, re.I))
-        level = logging.DEBUG if expected else line.level
-        if logger.isEnabledFor(level):
-            logger.log(level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
+        logger.log(logging.DEBUG if expected else line.level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
 
 
 def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
@@ -2756,15 +2747,13 @@ def _openssl_path(path: str) -> str:
 
 def _writable_by_others(path: str) -> str:
     """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
-    if sys.platform == "win32":
+    if sys.platform == "win32" or not os.path.lexists(path):  # it will be made
         return ""
-    try:
-        info = os.lstat(path)
-    except OSError:  # it will be made
-        return ""
+    info = os.lstat(path)
     if info.st_uid not in (os.geteuid(), 0):
         ours = "give it to the user of acme2certifier; machines that share it need the same uid number"
-        return f"belongs to another user: {f'run this as {_user(info.st_uid)}' if os.geteuid() == 0 else ours}"
+        what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else ours
+        return f"belongs to another user: {what}"
     if stat.S_ISDIR(info.st_mode) and info.st_mode & 0o002 and not info.st_mode & 0o1000:
         return "can be written by every local user: chmod o-w"
     return ""
@@ -2777,19 +2766,17 @@ def _user(number: int | None = None) -> str:
     import pwd  # only for an error
 
     number = os.geteuid() if number is None else number
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
+    return f"user {number}"
 
 
 def _check_room(path: str) -> None:
     """Raise OSError where there is no room for the CA's answers: blocks and inodes."""
-    if sys.platform == "win32":
-        full = shutil.disk_usage(path).free < MAX_DER
-    else:
+    full = shutil.disk_usage(path).free < MAX_DER
+    if sys.platform != "win32":
         disk = os.statvfs(path)
-        full = disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files > 0 and disk.f_favail < 8)
+        full = full or (disk.f_files > 0 and disk.f_favail < 8)
     if full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
@@ -2895,14 +2882,13 @@ def _readable(pipe: IO[bytes], seconds: float) -> bool:
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
     """The exit code, None while it runs. Popen.poll() says 0 where the status is lost, and 0 would be a yes."""
-    if sys.platform == "win32":
+    if sys.platform == "win32" or process.returncode is not None:
         return process.poll()
-    if process.returncode is None:
-        try:
-            pid, status = os.waitpid(process.pid, os.WNOHANG)
-            process.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        except ChildProcessError:
-            process.returncode = LOST
+    try:
+        pid, status = os.waitpid(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(status) if pid else None
+    except ChildProcessError:
+        process.returncode = LOST
     return process.returncode
 
 
@@ -3082,8 +3068,7 @@ MAC algorithm name not recognized -> openssl calls them hmac-sha1, hmacWithSHA25
 must give -key or -secret -> no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key
 No space left on device|\bENOSPC$ -> make room on the disk of cmp_tmp_dir
 \bEDQUOT$ -> the quota of this user on the disk of cmp_tmp_dir is used up
-\bEMFILE$ -> raise the limit of open files of this process
-\bENFILE$ -> raise the system's limit of open files
+\bE[MN]FILE$ -> raise the limit of open files, of this process or of the system
 \bEROFS$ -> cmp_tmp_dir must be on a file system that can be written
 \bENOLCK$ -> the file system of cmp_tmp_dir must support flock
 \bE(NOTCONN|BADFD)$ -> the file system of cmp_tmp_dir cannot be reached now
@@ -3739,7 +3724,7 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
         settings = _dry_run(_settings(handler.section))
         known, hidden = settings.binary.options, [*settings.hidden]
         about["openssl"] = f"{settings.binary.path}  {settings.binary.version}" if known else "not usable"
-        able = {"all extensions of a CSR": settings.binary.converts_csr(), "waiting enrolments": "rspin" in known}
+        able = {"all extensions of a CSR": settings.binary.since(3, 0), "waiting enrolments": "rspin" in known}
         able["profiles"] = "profile" in known
         about["able"] = ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()) if known else ""
         about["tmp_dir"] = settings.directory

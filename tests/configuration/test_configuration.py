@@ -867,7 +867,7 @@ def test_pre_releases() -> None:
         ("OpenSSL 1.1.1w ", False),
         ("LibreSSL 3.8.2", False),
     ):
-        assert cmp_ca_handler.Binary("", version, {}, {}, frozenset()).converts_csr() is converts, version
+        assert cmp_ca_handler.Binary("", version).since(3, 0) is converts, version
 
 
 def test_a_busy_machine_is_not_remembered(handlers: Handlers, ca: DemoCA, tmp_path: Path) -> None:
