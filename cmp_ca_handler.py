@@ -66,6 +66,8 @@ from typing import IO, Any, Callable, NamedTuple, Optional
 if sys.platform == "win32":  # mypy takes this very test for what it is
     import ctypes
     import msvcrt
+
+    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
 else:
     import fcntl
 
@@ -404,9 +406,9 @@ def _explained(err: Exception) -> tuple[str, str]:
     if isinstance(err, CMPError):
         return err.kind, _one_line(str(err), 4 * MAX_TEXT)
     if isinstance(err, OSError):
-        hint = OS_HINTS.get(err.errno or 0)  # by number: the system may speak any language
         text = f"{err.strerror or err}: {err.filename}" if err.filename else str(err.strerror or err)
-        return DISK, _one_line(text, 4 * MAX_TEXT) + (f" ({hint})" if hint else "")
+        name = errno.errorcode.get(err.errno or 0, "")  # the system may speak any language
+        return DISK, _one_line(text, 4 * MAX_TEXT) + _hint(name)
     lines = [str(f.lineno) for f in traceback.extract_tb(err.__traceback__) if f.filename == __file__]
     # Its text is not shown: nobody knows what is in it, and it may be a secret.
     return INTERNAL, f"internal error: {type(err).__name__} (lines {', '.join(lines)}): please report it"
@@ -728,7 +730,7 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
 def _request(csr: CSR, transaction: Transaction) -> list[str]:
     """The options that describe one enrolment."""
     settings, file = transaction.settings, transaction.file
-    known, whole = settings.binary.options, settings.binary.converts_csr()
+    known, whole = settings.binary.options, settings.binary.since(3, 0)
     arguments = ["-certout", file("cert.pem"), "-extracertsout", file("extracerts.pem")]
     arguments += ["-cacertsout", file("capubs.pem")] if "cacertsout" in known else []
     if settings.options.get("cmd") == "p10cr":  # the request is the CSR
@@ -760,7 +762,7 @@ def _request(csr: CSR, transaction: Transaction) -> list[str]:
 def _subject(csr: CSR, settings: Settings) -> str | None:
     """What to pass as `-subject`; None leaves the subject to `-csr`."""
     if csr.subject:
-        whole = settings.binary.converts_csr()
+        whole = settings.binary.since(3, 0)
         text = _slash_form(csr.subject, exact=whole)
         if text is None and not whole:
             version, subject = settings.binary.version, _name_text(csr.subject)
@@ -776,7 +778,7 @@ def _subject(csr: CSR, settings: Settings) -> str | None:
 def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     """The names for `-sans`: none where `-csr` brings the CSR's own, for the request would have two such extensions."""
     settings = transaction.settings
-    if settings.binary.converts_csr():
+    if settings.binary.since(3, 0):
         # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
         lonely = not csr.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} and "reqexts" not in settings.options
         texts = _cn_texts(csr.subject) if lonely else ()
@@ -1111,7 +1113,7 @@ class Exchange:
         self.before = transaction.usable()
         self.first = max(map(_number, self.before), default=0) + 1  # of the answers of this run
         self.after: list[Message] = []
-        self.run, self.deadline = Run(None, ""), 0.0
+        self.run, self.deadline = Run(HUNG, ""), 0.0
 
     def outcome(self) -> Outcome:
         """Ask the CA, keep what it has said, and tell what has become of the enrolment."""
@@ -1252,7 +1254,7 @@ class Exchange:
             run = _openssl_cmp(self.transaction, self.request, files, overrides, lambda: self._made(number + 1))
             if run.code == 0 or self._made(number + 1) or (self._made(number) and run.only(TAKEN)):
                 return ACCEPTED
-            if run.hung() and self.run.hung():  # twice: some false signers make openssl loop for ever
+            if run.code == self.run.code == HUNG:  # twice: some false signers make openssl loop for ever
                 return NOT_ACCEPTED
             # Half a request, or none for this answer: the disk is full, which says nothing about the answer.
             half = os.path.exists(file(requests[-1])) and _saved_message(file(requests[-1])) is None
@@ -1284,7 +1286,7 @@ class Exchange:
 
     def _undecided(self, news: bool, answered: bool) -> Outcome:
         """The order waits if the CA has answered; where the newest answer is no news, the text says why."""
-        if news and (self.run.asleep or self.run.only(TIME_IS_UP)):
+        if news and (self.run.code == ASLEEP or self.run.only(TIME_IS_UP)):
             return Outcome(waiting=True)
         text, kind = self._text()
         return Outcome(waiting=answered, text=text, kind=kind)
@@ -1343,7 +1345,7 @@ def _openssl_cmp(
     elsewhere = settings.options.get("config") or "section" in settings.options  # it may be set there
     says = not elsewhere and int(settings.options.get("verbosity") or SAYS_SENDING) >= SAYS_SENDING
     sent = next((number for number, line in enumerate(run.lines) if SENDING.match(line.text)), 0) if says else 0
-    early = [line._replace(level="note") if line.level in ERROR_LEVELS else line for line in run.lines[:sent]]
+    early = [x._replace(level=logging.INFO) if x.level == logging.ERROR else x for x in run.lines[:sent]]
     return run._replace(lines=[*early, *run.lines[sent:]])
 
 
@@ -1367,10 +1369,11 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
     if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
         return _refusal_text(newest, settings), REFUSED
     unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
-    if run.killed() and not run.asleep:
-        kind = UNREACHABLE if run.code is None else INTERNAL
+    if run.killed():
+        kind = UNREACHABLE if run.code == HUNG else INTERNAL
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
-    if not newest and not run.sent() and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
+    sent = any(SENT.match(line.text) for line in run.lines)  # before that, nobody else can have written a line
+    if not newest and not sent and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
         faults, _ = _openssl_faults(settings)
         if faults:
             return f"configuration error: {'; '.join(faults)}", CONFIGURATION
@@ -1379,9 +1382,9 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         searched = " ".join(line.text for line in run.lines)  # no server has written anything
     else:
         # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
-        errors = [error for error in run.reasons() if not unverified or not ACCEPTED_LINE.match(error)]
+        errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
         kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
-        if run.asleep and not errors:  # ended by us, before it could say that it does not accept this pollRep
+        if run.code == ASLEEP and not errors:  # ended by us, before it could say that it does not accept this pollRep
             errors = ["openssl does not accept the answer"]
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
         ours = errors[:1] if kind == UNAUTHENTIC else errors
@@ -1543,7 +1546,8 @@ class ChainFinder:
 
     def passed_over(self, below: Certificate) -> str:
         """The end of a warning: what is there of its issuer's name, and why it is not the issuer."""
-        named = [c for c in [*self.named, *self.sent] if c.subject_id == below.issuer_id and c != below]
+        issuer = _name_key(below.issuer)
+        named = [c for c in [*self.named, *self.sent] if _name_key(c.subject) == issuer and c != below]
         if self.false:
             return f" (openssl does not take what is there for it: {self.false[-1]})"
         if named and not any(_names_as_issuer(below, c) for c in named):
@@ -1554,7 +1558,7 @@ class ChainFinder:
 
 def _who(certificate: Certificate) -> tuple[object, bytes]:
     """Its name and key, which it keeps when it is renewed."""
-    return certificate.subject_id, certificate.key
+    return _name_key(certificate.subject), certificate.key
 
 
 def _certificates(path: str) -> list[Certificate]:
@@ -1586,7 +1590,7 @@ def _unchanged_certificates(path: str, changed: int, size: int) -> list[Certific
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
     """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
     same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
-    return same_key and issuer.subject_id == below.issuer_id
+    return same_key and _name_key(issuer.subject) == _name_key(below.issuer)
 
 
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
@@ -1759,7 +1763,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
     twice = [(key, name) for key, name in names.items() if name != key and name in section]
     errors = [f"{key} is another spelling of {name}, which is there, too: delete one" for key, name in twice]
     section = {names[key]: str(value).strip() for key, value in section.items()}
-    binary, san_types = NO_BINARY, sorted(CHECKED_KINDS)
+    binary, san_types = Binary(), sorted(CHECKED_KINDS)
     try:
         binary = _binary(section.get("cmp_openssl_bin") or "openssl")
     except (CMPError, OSError) as err:
@@ -1937,7 +1941,6 @@ DN_ALIASES = dict(
 )
 
 
-@functools.lru_cache(maxsize=64)
 def _slash_dn(value: str, binary: Binary) -> str:
     """`C=DE, CN=x` in openssl's notation, `/C=DE/CN=x`; that stays. Raises CMPError where openssl would misread it."""
     value = re.sub(r"^(?:subject|issuer)\s*=\s*(?=/|[\w.]+\s*=)", "", value)  # as `openssl x509 -subject` prints it
@@ -2229,7 +2232,7 @@ def _openssl_faults(settings: Settings) -> tuple[list[str] | None, list[str]]:
         return None if run.killed() else [], expired
     if not faults:
         lines = [line for line in run.lines if not NOT_BEGUN.match(line.text)]
-        faults = [line.text for line in lines if line.level == "error" or CAUSE.search(line.text)]
+        faults = [line.text for line in lines if line.level == logging.ERROR or CAUSE.search(line.text)]
     said = _foreign("; ".join(dict.fromkeys(faults[:3])), settings.hidden) or "it cannot use that value"
     options, told = settings.options, "\n".join(faults)
     values = [(v, o) for o, value in options.items() for v in _file_list(o, value or "") if len(v) > 1]
@@ -2274,37 +2277,27 @@ MAX_LOGGED = 400  # lines of one run of openssl in the log
 MAX_TEXT = 300  # characters of an error: it becomes a log line and an ACME problem
 GRACE = 5  # seconds that openssl may take beyond -total_timeout before it is killed
 TICK = 0.2  # seconds between two looks at what openssl has saved, where it prints nothing
-LOST = 256  # no exit code
+HUNG, ASLEEP, LOST = 256, 257, 258  # no exit codes: killed after its time, ended while it slept, nobody knows
 
 
 class Binary(NamedTuple):
     """What an openssl program can do: `options` tells of each option of its `cmp` whether it takes a value."""
 
-    path: str
-    version: str
-    options: Mapping[str, bool]
-    spelled: Mapping[str, str]  # option -> how this program writes it
-    mock_server: frozenset[str]  # its options that make a server of it
+    path: str = ""
+    version: str = "OpenSSL 9.9.9"  # where there is none: so no other fault is blamed on an old version
+    options: Mapping[str, bool] = types.MappingProxyType({})
+    spelled: Mapping[str, str] = types.MappingProxyType({})  # option -> how this program writes it
+    mock_server: frozenset[str] = frozenset()  # its options that make a server of it
     fault: str = ""  # why it cannot serve an RA
-
-    def __hash__(self) -> int:
-        return hash((self.path, self.version))
 
     def margin(self) -> int:
         """The last seconds of -total_timeout, which openssl keeps for the answer to its last pollReq."""
         return 2 if self.since(3, 3) else 5
 
     def since(self, major: int, minor: int) -> bool:
-        """Whether it is the release of this version of OpenSSL or a later one."""
+        """Whether it is the release of this version of OpenSSL or a later one: since 3.0, -csr works with -cmd ir."""
         number = OPENSSL.match(self.version)
         return number is not None and (int(number[1]), int(number[2]), not number[3]) >= (major, minor, True)
-
-    def converts_csr(self) -> bool:
-        """Whether `-csr` works with `-cmd ir`: since the release of 3.0; earlier only with p10cr."""
-        return self.since(3, 0)
-
-
-NO_BINARY = Binary("", "OpenSSL 9.9.9", {}, {}, frozenset())  # then no other fault is blamed on an old version
 
 
 def _binary(name: str) -> Binary:
@@ -2319,7 +2312,7 @@ def _binary(name: str) -> Binary:
         raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
     info = os.stat(path)
     binary = _described(path, info.st_mtime_ns, info.st_size)
-    if binary.fault:
+    if binary.fault:  # remembered, too: each GET of the directory asks here
         raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
     return binary
 
@@ -2328,16 +2321,16 @@ def _binary(name: str) -> Binary:
 def _described(path: str, changed: int, size: int) -> Binary:
     """What a program says of itself: asked once per process, and again when the file has changed."""
     run = _run([path, "cmp", "-help"])
-    about = _run([path, "version"]) if run.code is not None else run
-    if about.code is None:  # perhaps the machine is busy: that is not remembered
+    about = _run([path, "version"]) if run.code != HUNG else run
+    if about.code == HUNG:  # perhaps the machine is busy: that is not remembered
         raise CMPError(f"cmp_openssl_bin: {path}: {about.killed()}")
-    found, mock = dict(OPTION.findall(run.output)), MOCK_SERVER.search(run.output)
+    found = dict(OPTION.findall(run.output))
+    of_mock = dict(OPTION.findall("".join(MOCK_SERVER.findall(run.output))))
     # Our name for what cmpossl before 2020 writes without underscores, unless the program has one of that name, too.
-    names = {option: name if (name := _option_name(option)) not in found else option for option in found}
-    options = {names[option]: bool(value) for option, value in found.items()}
-    spelled = {names[option]: option for option in found}
-    server = frozenset(names[option] for option, _ in OPTION.findall(mock.group(1) if mock else ""))
-    said = run.killed() or _one_line("; ".join(line.text for line in run.lines if line.level != "info"))
+    spelled = {option if (name := _option_name(option)) in found else name: option for option in found}
+    options = {name: bool(found[option]) for name, option in spelled.items()}
+    server = frozenset(name for name, option in spelled.items() if option in of_mock)
+    said = run.killed() or _one_line("; ".join(line.text for line in run.lines if line.level != logging.INFO))
     if ONLY_PRIVATE_KEYS.search(run.output):
         fault = "takes only a private key for -newkey, and the ACME client's stays with the client: install OpenSSL 3"
     elif options.keys() >= {"cmd", "server"}:
@@ -2349,7 +2342,7 @@ def _described(path: str, changed: int, size: int) -> Binary:
     # The dynamic linker may have said something before it.
     version = next(filter(OPENSSL.match, about.output.splitlines()), about.output)
     binary = Binary(path, _one_line(version.partition("(")[0], 60), options, spelled, server, fault)
-    if not binary.converts_csr():  # it replays answers under another transactionID, so it cannot go on from them
+    if not binary.since(3, 0):  # it replays answers under another transactionID, so it cannot go on from them
         options.pop("rspin", None)
     return binary
 
@@ -2380,54 +2373,40 @@ def _option_name(option: str, known: Collection[str] = ()) -> str:
 
 
 class Line(NamedTuple):
-    """One line of openssl's, secrets included."""
+    """One line of openssl's, secrets included, and the level of logging that it has."""
 
-    level: str
+    level: int
     text: str
 
 
 class Run(NamedTuple):
-    """How a program ended. `code` is None where it was killed or left asleep, LOST where nobody knows."""
+    """How a program ended, and what it has said."""
 
-    code: int | None
+    code: int  # or HUNG, ASLEEP, LOST
     output: str
     lines: Sequence[Line] = ()
     cut: bool = False  # it said more than is kept, or more than was read in time
-    asleep: bool = False  # ended by us while it slept: nothing was in flight
 
     def errors(self) -> list[str]:
-        """The texts of openssl's error messages, each once; one that only 3.0 does not call an error is among them."""
-        errors = (line for line in self.lines if line.level in ERROR_LEVELS or OTHER_SENDER.match(line.text))
-        return list(dict.fromkeys(line.text for line in errors))
+        """The texts of its errors, each once, but the one beside those of a poll, which says nothing by itself.
 
-    def reasons(self) -> list[str]:
-        """The same without the line that stands beside the errors of a poll, and says nothing by itself."""
-        return [error for error in self.errors() if not POLLING_FAILED.match(error)]
-
-    def sent(self) -> bool:
-        """Whether it has tried to send anything. Before that, nobody else can have written into its text."""
-        return any(map(SENT.match, (line.text for line in self.lines)))
+        One that only 3.0 does not call an error is among them.
+        """
+        found = (line.text for line in self.lines if line.level == logging.ERROR or OTHER_SENDER.match(line.text))
+        return [error for error in dict.fromkeys(found) if not POLLING_FAILED.match(error)]
 
     def complete(self) -> bool:
         """Whether it ended by itself, and all that it said is here: only then a missing line tells anything."""
-        return self.code is not None and 0 <= self.code < LOST and not self.cut and not self.asleep
-
-    def hung(self) -> bool:
-        """Whether it did not end in time."""
-        return self.code is None and not self.asleep
+        return 0 <= self.code < HUNG and not self.cut
 
     def only(self, lines: re.Pattern[str]) -> bool:
-        """Whether it has said why it failed, and every line of that is one of these.
-
-        Somebody on the way to the CA can add lines (by names in a certificate, by HTTP headers, by a text with line
-        breaks), but cannot remove one.
-        """
-        errors = self.reasons()
+        """Whether it has said why it failed, and every line of that is one of these: see Exchange."""
+        errors = self.errors()
         return self.complete() and bool(errors) and all(map(lines.match, errors))
 
     def killed(self) -> str:
         """How it was killed, or an empty string."""
-        if self.code is None:
+        if self.code == HUNG:
             return "openssl did not end in time and was killed"
         if self.code == LOST:
             return "openssl's exit code was lost: something in this process waits for the children of others"
@@ -2452,31 +2431,26 @@ def _run(
         process, job = _start(argv, secrets, keep)
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
-    output, cut, whole, ended, deadline = b"", False, False, False, time.monotonic() + limit
+    output, chunk, ended, deadline = b"", b"-", False, time.monotonic() + limit
     assert process.stdout is not None  # noqa: S101 - it is a pipe
     with process.stdout as pipe:
         try:
             # Reading to the end of the pipe, then waiting, costs less than subprocess's own timeout does.
-            while not ended and time.monotonic() < deadline:
+            while chunk and not ended and time.monotonic() < deadline:
                 if _readable(pipe, TICK):
                     chunk = os.read(pipe.fileno(), 65536)
-                    if not chunk:
-                        whole = True
-                        break
-                    cut = cut or len(output) + len(chunk) > MAX_OUTPUT
-                    output = (output + chunk)[:MAX_OUTPUT]
+                    output = (output + chunk)[: MAX_OUTPUT + 1]
                 else:
                     ended = asleep()
-            tries = 0
             while not ended and _exit_code(process) is None and time.monotonic() < deadline:
-                tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
-                time.sleep(0 if tries < 100 else 0.01)
+                time.sleep(0.0005)  # it has closed its output, so it ends at once; or else it is a strange program
         finally:
             code = _exit_code(process)
             _kill(process, job)
-    text = output.decode("utf-8", "replace").replace("\r\n", "\n")  # as a program made for Windows ends them
+    text = output[:MAX_OUTPUT].decode("utf-8", "replace").replace("\r\n", "\n")  # as programs for Windows end them
     # If it has ended by itself meanwhile, its last words were not read: that is no complete run either.
-    return Run(None if ended else code, text, _lines(text), cut or not whole, asleep=ended)
+    code = HUNG if code is None else code
+    return Run(ASLEEP if ended else code, text, _lines(text), cut=bool(chunk) or len(output) > MAX_OUTPUT)
 
 
 def _lines(output: str) -> list[Line]:
@@ -2484,9 +2458,9 @@ def _lines(output: str) -> list[Line]:
     lines: list[Line] = []
     for line in output.split("\n"):
         match = MESSAGE.match(line)
-        level, text = (match.group(1).lower(), match.group(2)) if match else ("debug", QUEUE.sub(r"\1 \2", line))
+        name, text = match.groups() if match else ("debug", QUEUE.sub(r"\1 \2", line))
         if text.strip():
-            lines.append(Line(level, text.strip()))
+            lines.append(Line(LEVELS.get(name.lower(), logging.ERROR), text.strip()))
     return lines
 
 
@@ -2495,16 +2469,13 @@ def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: s
 
     Whole lines are masked: the CA knows the shared secret, and may write it into any text.
     """
-    levels = {"debug": logging.DEBUG, "trace": logging.DEBUG, "info": logging.INFO, "note": logging.INFO}
-    levels["warning"], lines, hidden = logging.WARNING, run.lines, settings.hidden
+    lines = run.lines
     if len(lines) > MAX_LOGGED:  # a stranger's certificate may hold any number of lines
         logger.warning("openssl cmp: %s of its %s lines left out", len(lines) - MAX_LOGGED, len(lines))
         lines = [*lines[: MAX_LOGGED // 2], *lines[-MAX_LOGGED // 2 :]]
-    for line, text in zip(lines, _hide("\n".join(line.text for line in lines), hidden).split("\n")):
+    for line, text in zip(lines, _hide("\n".join(line.text for line in lines), settings.hidden).split("\n")):
         expected = ONE_WAY_TLS.match(line.text) or (usual and re.match(usual, line.text, re.I))
-        level = logging.DEBUG if expected else levels.get(line.level, logging.ERROR)
-        if logger.isEnabledFor(level):
-            logger.log(level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
+        logger.log(logging.DEBUG if expected else line.level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
 
 
 def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
@@ -2552,9 +2523,6 @@ def _hint(searched: str) -> str:
 
 # What differs between operating systems, and the disk
 
-if sys.platform == "win32":
-    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-
 
 def _default_directory() -> str:
     """Where transactions live if cmp_tmp_dir does not say: a directory of this user's."""
@@ -2572,29 +2540,23 @@ def _directory_fault(path: str, own: bool) -> str:
     real = os.path.realpath(path)
     if own and os.path.islink(path):
         return f"cmp_tmp_dir {path} is a symbolic link: set cmp_tmp_dir to a directory of your own"
-    there = real
-    while True:
-        try:
-            os.lstat(there)
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            there = os.path.dirname(there)  # it will be made, if its parent lets us
-        except OSError as err:  # a shared disk that is away
+    try:
+        os.lstat(real)
+    except OSError as err:
+        if err.errno not in (errno.ENOENT, errno.ENOTDIR):  # a shared disk that is away
             return f"cmp_tmp_dir: {_explained(err)[1]}"
+    there = next(filter(os.path.lexists, _way(real)), real)  # what is missing will be made, if its parent lets us
     if not os.path.isdir(there):
         return f"cmp_tmp_dir {_one_line(there, 100)} is not a directory"
-    if not os.access(there, os.W_OK | os.X_OK):
-        user, owner = _user(), os.stat(there).st_uid
-        if os.name == "posix" and owner not in (os.geteuid(), 0):
-            what = f"belongs to {_user(owner)} (uid {owner}), and this is {user} (uid {os.geteuid()})"
-            return f"cmp_tmp_dir {_one_line(there, 100)} {what}: machines that share it need the same uid number"
-        return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}"
+    # Whoever can rename our directories, or those above, can put another public key into a request.
+    for place in dict.fromkeys([*_way(path), *_way(real)]):
+        who = _writable_by_others(place)
+        if who:
+            return f"cmp_tmp_dir: {_one_line(place, 100)} {who}"
     if there == real and os.name == "posix" and os.stat(real).st_mode & 0o1002 == 0o1002:
         return f"cmp_tmp_dir {name}: every local user can put something there: name a directory of your own in it"
-    # Whoever can rename our directories, or those above, can put another public key into a request.
-    places = dict.fromkeys([*_way(path), *(_way(real) if real != path else ())])
-    faults = ((place, _writable_by_others(place)) for place in places)
-    return next((f"cmp_tmp_dir: {_one_line(place, 100)} {who}" for place, who in faults if who), "")
+    user = _user() if not os.access(there, os.W_OK | os.X_OK) else ""
+    return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}" if user else ""
 
 
 def _way(path: str, depth: int = 0) -> Iterator[str]:
@@ -2628,14 +2590,12 @@ def _openssl_path(path: str) -> str:
 
 def _writable_by_others(path: str) -> str:
     """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
-    if sys.platform == "win32":
+    if sys.platform == "win32" or not os.path.lexists(path):  # it will be made
         return ""
-    try:
-        info = os.lstat(path)
-    except OSError:  # it will be made
-        return ""
+    info = os.lstat(path)
     if info.st_uid not in (os.geteuid(), 0):
-        what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else "give it to the user of acme2certifier"
+        ours = "give it to the user of acme2certifier; machines that share it need the same uid number"
+        what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else ours
         return f"belongs to another user: {what}"
     if stat.S_ISDIR(info.st_mode) and info.st_mode & 0o002 and not info.st_mode & 0o1000:
         return "can be written by every local user: chmod o-w"
@@ -2649,19 +2609,17 @@ def _user(number: int | None = None) -> str:
     import pwd  # only for an error
 
     number = os.geteuid() if number is None else number
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
+    return f"user {number}"
 
 
 def _check_room(path: str) -> None:
     """Raise OSError where there is no room for the CA's answers: blocks and inodes."""
-    if sys.platform == "win32":
-        full = shutil.disk_usage(path).free < MAX_DER
-    else:
+    full = shutil.disk_usage(path).free < MAX_DER
+    if sys.platform != "win32":
         disk = os.statvfs(path)
-        full = disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files > 0 and disk.f_favail < 8)
+        full = full or (disk.f_files > 0 and disk.f_favail < 8)
     if full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
@@ -2767,14 +2725,13 @@ def _readable(pipe: IO[bytes], seconds: float) -> bool:
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
     """The exit code, None while it runs. Popen.poll() says 0 where the status is lost, and 0 would be a yes."""
-    if sys.platform == "win32":
+    if sys.platform == "win32" or process.returncode is not None:
         return process.poll()
-    if process.returncode is None:
-        try:
-            pid, status = os.waitpid(process.pid, os.WNOHANG)
-            process.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        except ChildProcessError:
-            process.returncode = LOST
+    try:
+        pid, status = os.waitpid(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(status) if pid else None
+    except ChildProcessError:
+        process.returncode = LOST
     return process.returncode
 
 
@@ -2791,8 +2748,9 @@ def _kill(process: subprocess.Popen[bytes], job: int) -> None:
 # openssl's words: all texts of openssl that this file looks for. Where a new version has other words for one of them,
 # tests fail with it, and this is the place to change.
 
-ERROR_LEVELS = ("fatal", "alert", "critical", "error")
-# cmpossl of 2019 has its levels in capitals.
+# Its levels; all others are errors. cmpossl of 2019 has them in capitals.
+LEVELS = {"warning": logging.WARNING, "note": logging.INFO, "info": logging.INFO}
+LEVELS.update({"debug": logging.DEBUG, "trace": logging.DEBUG})
 MESSAGE = re.compile(r"^(?:[\w./:-]*:)?CMP (fatal|alert|critical|error|warning|note|info|debug|trace): ?(.*)$", re.I)
 QUEUE = re.compile(r"^[0-9A-F]+:error:[^:]*:[^:]*:[^:]*:([^:]*):[^:]*:\d+:(.*)$")  # openssl's error queue, as printed
 
@@ -2806,12 +2764,11 @@ ACCEPTED_LINE = re.compile(
 )
 # The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
 LEAF_NOT_ACCEPTED = re.compile("certificate not accepted")
-LEAF_REFUSED = re.compile(
-    f"{LEAF_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled|different key types"
-    "|key type mismatch|key values mismatch|certificate verification failed",
+AFTER_ACCEPTANCE = re.compile(
+    f"{ACCEPTED_LINE.pattern}|{LEAF_NOT_ACCEPTED.pattern}|failed to validate newly enrolled|rejecting newly enrolled"
+    "|different key types|key type mismatch|key values mismatch|certificate verification failed",
     re.I,
 )
-AFTER_ACCEPTANCE = re.compile(f"{ACCEPTED_LINE.pattern}|{LEAF_REFUSED.pattern}", re.I)
 # Lines that say no more than that the CA lets us wait, and the time is up, or the file of one request more cannot be
 # written. They are anchored: a sender may be called "total timeout", too.
 TIME_IS_UP = re.compile(
@@ -2878,8 +2835,8 @@ MOCK_SERVER = re.compile("^Mock server options:\n(.*?)(?:\n\n|\\Z)", re.M | re.S
 OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
 ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
 
-# What openssl says, or the CA (a regular expression) -> what to do. The first one that fits counts, so special ones
-# come first. Nothing is decided by them.
+# What openssl, the CA or, by a name such as ENOSPC, the system says (a regular expression) -> what to do. The first one
+# that fits counts, so special ones come first. Nothing is decided by them.
 # A test holds docs/troubleshooting.md to the same list.
 HINTS = r"""
 approval -> the CA queues what needs an approval, and no poll sees it: approve it there, or switch approvals off
@@ -2952,20 +2909,15 @@ object not found|could not (find|read|open).*private key -> check cmp_key, and f
 digest algorithm name not recognized -> openssl calls them sha256, sha384, sha512
 MAC algorithm name not recognized -> openssl calls them hmac-sha1, hmacWithSHA256
 must give -key or -secret -> no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key
-No space left on device -> make room on the disk of cmp_tmp_dir
+No space left on device|\bENOSPC$ -> make room on the disk of cmp_tmp_dir
+\bEDQUOT$ -> the quota of this user on the disk of cmp_tmp_dir is used up
+\bE[MN]FILE$ -> raise the limit of open files, of this process or of the system
+\bEROFS$ -> cmp_tmp_dir must be on a file system that can be written
+\bENOLCK$ -> the file system of cmp_tmp_dir must support flock
+\bE(NOTCONN|BADFD)$ -> the file system of cmp_tmp_dir cannot be reached now
+\bEIO$ -> the disk of cmp_tmp_dir fails, or the machine that it is mounted from cannot be reached now
+\bEACCES$ -> check owner and mode of cmp_tmp_dir; machines that share it need the same uid number
 """
-OS_HINTS = {
-    errno.ENOSPC: "make room on the disk of cmp_tmp_dir",
-    errno.EDQUOT: "the quota of this user on the disk of cmp_tmp_dir is used up",
-    errno.EMFILE: "raise the limit of open files of this process",
-    errno.ENFILE: "raise the system's limit of open files",
-    errno.EROFS: "cmp_tmp_dir must be on a file system that can be written",
-    errno.ENOLCK: "the file system of cmp_tmp_dir must support flock",
-    errno.ENOTCONN: "the file system of cmp_tmp_dir cannot be reached now",
-    getattr(errno, "EBADFD", 77): "the file system of cmp_tmp_dir cannot be reached now",
-    errno.EIO: "the disk of cmp_tmp_dir fails, or the machine that it is mounted from cannot be reached now",
-    errno.EACCES: "check owner and mode of cmp_tmp_dir; machines that share it need the same uid number",
-}
 
 # --- Reading: DER, names, certificates, CMP messages -------------------------------------------------------------
 
@@ -2996,7 +2948,6 @@ DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **D
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
-ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
 MALFORMED = (CMPError, LookupError, ValueError, StopIteration)  # what reading raises
 
 
@@ -3038,6 +2989,11 @@ def _sequence(data: bytes) -> list[Element]:
     return list(_elements(outer[0].value))
 
 
+def _by_tag(elements: Iterable[Element]) -> dict[int, bytes]:
+    """The contents of elements, each of which may be there or not: its tag tells which one it is."""
+    return {element.tag: element.value for element in elements}
+
+
 def _check_der(data: bytes, depth: int = 0) -> None:
     """Raise CMPError unless `data` is DER all the way down (X.690, 10): of BER, two programs read two things."""
     for tag, value, _ in _elements(data, strict=True):
@@ -3077,7 +3033,6 @@ class Attribute(NamedTuple):
 
 
 Name = list[list[Attribute]]
-SPECIAL = re.compile(r"(^|(?<=\s))#|[,+\"\\;<>=]")  # in RFC 4514's notation; behind a blank a # begins a comment
 
 
 def _name(raw: bytes) -> Name:
@@ -3108,17 +3063,16 @@ def _name_text(name: Name) -> str:
     """A name for people, in RFC 4514's notation but in the order of the certificate."""
     rdns = []
     for rdn in name:
-        pairs = []
-        for a in rdn:
-            value = "#" + a.raw.hex() if a.text is None else _escaped(a.text)
-            pairs.append(f"{ATTRIBUTES[a.type][0] if a.type in ATTRIBUTES else a.type}={value}")
-        rdns.append("+".join(pairs))
+        values = ["#" + a.raw.hex() if a.text is None else _escaped(a.text) for a in rdn]
+        kinds = [ATTRIBUTES[a.type][0] if a.type in ATTRIBUTES else a.type for a in rdn]
+        rdns.append("+".join(map("=".join, zip(kinds, values))))
     return _one_line(", ".join(rdns)) or "(empty)"
 
 
 def _escaped(text: str) -> str:
     """An attribute's value in RFC 4514's notation; a blank at its end would be stripped, with a backslash, too."""
-    return re.sub("^ | $", r"\\20", SPECIAL.sub(r"\\\g<0>", text))
+    special = r"(^|(?<=\s))#|[,+\"\\;<>=]"  # behind a blank a # begins a comment
+    return re.sub("^ | $", r"\\20", re.sub(special, r"\\\g<0>", text))
 
 
 def _slash_form(name: Name, exact: bool) -> str | None:
@@ -3148,8 +3102,6 @@ class Certificate(NamedTuple):
     not_after: str
     subject: Name
     key: bytes  # the subjectPublicKeyInfo
-    issuer_id: tuple[object, ...]  # to compare names by
-    subject_id: tuple[object, ...]
     extensions: dict[str, bytes]
     subject_key: bytes  # identifier of its key
     authority_key: bytes  # of the key that has signed it
@@ -3161,7 +3113,7 @@ class Certificate(NamedTuple):
 
 def _iso(seconds: float) -> str:
     """A time as ISO 8601 has it."""
-    return time.strftime(ISO_TIME, time.gmtime(seconds))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _time(element: Element) -> str:
@@ -3175,15 +3127,11 @@ def _time(element: Element) -> str:
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
     try:
-        fields = _sequence(_sequence(der)[0].raw)
-        if fields[0].tag == 0xA0:  # version
-            fields.pop(0)
+        fields = [field for field in _sequence(_sequence(der)[0].raw) if field.tag != 0xA0]  # without the version
         number, algorithm, issuer, validity, subject, key = fields[:6]
         serial = _one_line(f"{int.from_bytes(number.value, 'big', signed=True):x}", 64)
         start, end = map(_time, _sequence(validity.raw))
-        names = _name(issuer.raw), _name(subject.raw)
-        ids = _name_key(names[0]), _name_key(names[1])
-        about = (serial, algorithm.raw, names[0], start, end, names[1], key.raw, ids[0], ids[1])
+        about = (serial, algorithm.raw, _name(issuer.raw), start, end, _name(subject.raw), key.raw)
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
     extensions, subject_key, authority_key = {UNREADABLE: b""}, b"", b""
@@ -3192,8 +3140,7 @@ def _certificate(der: bytes) -> Certificate:
         found = {_oid(extension[0].value): extension[-1].value for extension in parsed}
         extensions = found if len(found) == len(parsed) else extensions  # of two, everybody reads another one
         subject_key = next(_elements(found.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
-        authority = {field.tag: field.value for field in _sequence(found.get(AUTHORITY_KEY_ID, b"\x30\x00"))}
-        authority_key = authority.get(0x80, b"")
+        authority_key = _by_tag(_sequence(found.get(AUTHORITY_KEY_ID, b"\x30\x00"))).get(0x80, b"")
     return Certificate(der, *about, extensions, subject_key, authority_key)
 
 
@@ -3289,19 +3236,18 @@ def _saved_message(path: str) -> Message | None:
     try:
         with open(path, "rb") as file:
             header, body, *rest = _sequence(file.read(MAX_DER))
-        first = [*_elements(header.value)]
-        sender = _name(next(_elements(first[1].value)).raw) if first[1].tag == 0xA4 else None
-        # sender and recipient may have the tag 0xA4, too: they come before the transactionID, and the last one counts.
-        fields = {field.tag: field.value for field in first}
+        _, sender, _, *optional = _elements(header.value)
+        fields, more, kind = _by_tag(optional), _by_tag(rest), body.tag & 0x1F
         # Not a generator: there StopIteration would become a RuntimeError.
-        identifier, *nonces = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
-        mac = _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
-        kind, protected, name = body.tag & 0x1F, any(f.tag == 0xA0 for f in rest), _one_line(identifier.hex(), 64)
-        capubs = _sequence(body.value)[:1] if kind in (IP, CP) else []
-        sent = b"".join(next(_elements(field.value)).value for field in [*rest, *capubs] if field.tag == 0xA1)
+        identifier, nonce, asked = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
+        name = _name(next(_elements(sender.value)).raw) if sender.tag == 0xA4 else None
+        mac = 0xA0 in more and _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
+        capubs = _by_tag(_sequence(body.value)).get(0xA1) if kind in (IP, CP) else None
+        sent = b"".join(next(_elements(found)).value for found in (more.get(0xA1), capubs) if found)
     except (FileNotFoundError, *MALFORMED):
         return None
-    message = Message(path, kind, name, (nonces[0], nonces[1]), protected, protected and mac, sender=sender, sent=sent)
+    transaction, nonces = _one_line(identifier.hex(), 64), (nonce, asked)
+    message = Message(path, kind, transaction, nonces, 0xA0 in more, mac, sender=name, sent=sent)
     with contextlib.suppress(*MALFORMED):  # a body that nobody can read says nothing
         message = message._replace(content=body.value, **_body(kind, body.value))
     return message
@@ -3310,48 +3256,46 @@ def _saved_message(path: str) -> Message | None:
 def _body(kind: int, value: bytes) -> dict[str, Any]:
     """What a PKIBody says, as fields of a Message. Raises an error of DER where it is malformed."""
     if kind == POLLREP:  # PollRepContent, 5.3.22
-        _, check_after, *reason = _elements(_sequence(value)[0].value)
-        return {"check_after": _integer(check_after), "texts": _free_text(reason)}
+        _, check_after, *more = _elements(_sequence(value)[0].value)
+        return {"check_after": _integer(check_after.value), "texts": _free_text(_by_tag(more))}
     if kind == RP:  # RevRepContent, 5.3.10
-        return _status_info(next(_elements(_sequence(value)[0].value)))
+        return _status_info(next(_elements(_sequence(value)[0].value)).value)
     if kind == ERROR:  # ErrorMsgContent, 5.3.21
         status, *more = _sequence(value)
-        codes = [_integer(field) for field in more if field.tag == 0x02]
-        details = _free_text([field for field in more if field.tag == 0x30])
-        return {**_status_info(status), "error_code": codes[0] if codes else None, "details": details}
+        fields = _by_tag(more)
+        code = _integer(fields[0x02]) if 0x02 in fields else None
+        return {**_status_info(status.value), "error_code": code, "details": _free_text(fields)}
     if kind == CERTCONF:  # CertConfirmContent, 5.3.18: no statusInfo means accepted
         _, _, *more = _elements(_sequence(value)[0].value)
-        info = [field for field in more if field.tag == 0x30]  # hashAlg may follow, with or without it (RFC 9480, 2.10)
-        return _status_info(info[0]) if info else {"status": 0}
+        info = _by_tag(more).get(0x30)  # hashAlg may follow, with or without it (RFC 9480, 2.10)
+        return {"status": 0} if info is None else _status_info(info)
     if kind in (IP, CP):  # CertRepMessage, 5.3.4: caPubs may come first
-        responses = [field for field in _sequence(value) if field.tag == 0x30]
-        _, status, *more = _elements(next(_elements(responses[0].value)).value)
-        pair = [field for field in more if field.tag == 0x30]  # rspInfo may follow, with or without it
-        certificates = [field for field in _elements(pair[0].value) if field.tag == 0xA0] if pair else []
-        return {**_status_info(status), "certificate": certificates[0].value if certificates else b""}
+        _, status, *more = _elements(next(_elements(_by_tag(_sequence(value))[0x30])).value)
+        pair = _by_tag(_elements(_by_tag(more).get(0x30, b"")))  # rspInfo may follow, with or without it
+        return {**_status_info(status.value), "certificate": pair.get(0xA0, b"")}
     return {}
 
 
-def _status_info(info: Element) -> dict[str, Any]:
+def _status_info(info: bytes) -> dict[str, Any]:
     """PKIStatusInfo, 5.2.3."""
-    status, *more = _elements(info.value)
-    bits = next((field.value for field in more if field.tag == 0x03), b"")
+    status, *more = _elements(info)
+    fields = _by_tag(more)
+    bits = fields.get(0x03, b"")
     numbers = [8 * i + bit for i, octet in enumerate(bits[1:5]) for bit in range(8) if octet & 0x80 >> bit]
     failures = tuple(FAILURES[number] for number in numbers if number < len(FAILURES))
-    texts = _free_text([field for field in more if field.tag == 0x30])
-    return {"status": _integer(status), "failures": failures, "texts": texts}
+    return {"status": _integer(status.value), "failures": failures, "texts": _free_text(fields)}
 
 
-def _integer(element: Element) -> int:
+def _integer(value: bytes) -> int:
     """An INTEGER. One that is larger than any real one is none."""
-    if len(element.value) > 16:
+    if len(value) > 16:
         raise CMPError("a number that is too large")
-    return int.from_bytes(element.value, "big", signed=True)
+    return int.from_bytes(value, "big", signed=True)
 
 
-def _free_text(fields: Sequence[Element]) -> tuple[str, ...]:
-    """PKIFreeText, 5.1.1."""
-    return tuple(text.value.decode("utf-8", "replace") for field in fields for text in _elements(field.value))
+def _free_text(fields: Mapping[int, bytes]) -> tuple[str, ...]:
+    """PKIFreeText, 5.1.1, which is the only SEQUENCE wherever it may be."""
+    return tuple(text.value.decode("utf-8", "replace") for text in _elements(fields.get(0x30, b"")))
 
 
 # --- The command line ---------------------------------------------------------------------------------------
@@ -3621,7 +3565,7 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
         settings = _dry_run(_settings(handler.section))
         known, hidden = settings.binary.options, [*settings.hidden]
         about["openssl"] = f"{settings.binary.path}  {settings.binary.version}" if known else "not usable"
-        able = {"all extensions of a CSR": settings.binary.converts_csr(), "waiting enrolments": "rspin" in known}
+        able = {"all extensions of a CSR": settings.binary.since(3, 0), "waiting enrolments": "rspin" in known}
         able["profiles"] = "profile" in known
         about["able"] = ", ".join(f"{what}: {'yes' if can else 'no'}" for what, can in able.items()) if known else ""
         about["tmp_dir"] = settings.directory

@@ -867,7 +867,7 @@ def test_pre_releases() -> None:
         ("OpenSSL 1.1.1w ", False),
         ("LibreSSL 3.8.2", False),
     ):
-        assert cmp_ca_handler.Binary("", version, {}, {}, frozenset()).converts_csr() is converts, version
+        assert cmp_ca_handler.Binary("", version).since(3, 0) is converts, version
 
 
 def test_a_busy_machine_is_not_remembered(handlers: Handlers, ca: DemoCA, tmp_path: Path) -> None:
@@ -875,7 +875,7 @@ def test_a_busy_machine_is_not_remembered(handlers: Handlers, ca: DemoCA, tmp_pa
     program = tmp_path / "openssl"
     program.symlink_to(OPENSSL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cmp_ca_handler, "_run", lambda *_: cmp_ca_handler.Run(None, ""))
+        patch.setattr(cmp_ca_handler, "_run", lambda *_: cmp_ca_handler.Run(cmp_ca_handler.HUNG, ""))
         fault = handlers(ca.options(), openssl_bin=str(program)).handler_check()
         assert fault and f"cmp_openssl_bin: {program}: openssl did not end in time" in fault
     assert handlers(ca.options(), openssl_bin=str(program)).handler_check() is None

@@ -210,7 +210,8 @@ def test_run_that_proves_nothing() -> None:
     text = f"CMP error: {FORGED}\n"
     run = cmp_ca_handler.Run(1, text, cmp_ca_handler._lines(text))
     assert run.only(cmp_ca_handler.AFTER_ACCEPTANCE)
-    for change in ({"code": None}, {"code": -9}, {"code": cmp_ca_handler.LOST}, {"cut": True}, {"asleep": True}):
+    ends = (cmp_ca_handler.HUNG, cmp_ca_handler.ASLEEP, cmp_ca_handler.LOST, -9)
+    for change in (*({"code": code} for code in ends), {"cut": True}):
         assert not run._replace(**change).only(cmp_ca_handler.AFTER_ACCEPTANCE), change
 
 
@@ -222,7 +223,7 @@ def test_openssl_that_ends_when_it_should_be_ended() -> None:
         return True
 
     run = cmp_ca_handler._run(["/bin/sh", "-c", "echo one; sleep 1; exit 1"], asleep=asleep)
-    assert run.asleep and run.code is None and not run.complete()
+    assert run.code == cmp_ca_handler.ASLEEP and not run.complete()
 
 
 def test_last_words_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
