@@ -3987,62 +3987,51 @@ def _convert(words: list[str]) -> int:
         raise CMPError("write an `openssl cmp` command line behind convert, or give it on standard input")
     position = words.index("cmp")
     program, rest = words[position - 1] if position else "openssl", words[position + 1 :]
-    try:  # the program in the command line, or, if that is on another machine, the openssl here
-        binary = _binary(program)
-    except (CMPError, OSError):
-        binary = _binary("openssl")
-    found, ours, options = {}, [], binary.options
+    binary = _binary(program if shutil.which(program) else "openssl")  # it may be on another machine
+    found, ours = {}, []
     assigned = [word.partition("=")[0] for word in words[:position] if "=" in word]
     errors = [f"{name}=: set this variable for acme2certifier's process, too" for name in assigned]
     while rest:
         option, equals, value = rest.pop(0).lstrip("-").partition("=")
-        option = _option_name(option, options)
-        kind, takes_value = _option(option).kind, bool(equals) or options.get(option, bool(rest) and rest[0][:1] != "-")
-        if takes_value and not equals:
-            value = rest.pop(0) if rest else ""
-        if option not in options and kind != "run":
-            errors.append(f"openssl has no option -{option}{_did_you_mean(option, options, '-')}")
-        elif kind == "other" or option in binary.mock_server:
-            errors.append(f"-{option} is not for enrolling at a CA")
-        elif kind == "run" or option == "subject" or (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", "")):
-            ours.append(f"-{option}")
-        elif value or not takes_value:  # an empty value is none
-            found[option] = _comma_dn(value) if kind == "name" else value or "True"
-            lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
-            try:
+        option = _option_name(option, binary.options)
+        kind, takes_value = _option(option).kind, bool(equals)
+        if not equals and binary.options.get(option, bool(rest) and rest[0][:1] != "-"):
+            takes_value, value = True, rest.pop(0) if rest else ""
+        try:
+            _check_entry(f"cmp_{option}", option, binary)
+            if (
+                kind == "run"
+                or option == "subject"
+                or (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", ""))
+            ):
+                ours.append(f"-{option}")
+            elif value or not takes_value:  # an empty value is none
+                found[option] = _comma_dn(value) if kind == "name" else value or "True"
+                lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
                 _raise_first((lost, "a section cannot hold this value: use a variable or a file, or another value"))
                 _check_text(option, found[option])
-            except CMPError as err:
-                errors.append(f"cmp_{option}: {err}")
-    _print_section(program, found, ours)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return FAILED if errors else DONE
-
-
-def _print_section(program: str, found: Mapping[str, str], ours: Sequence[str]) -> None:
-    """Print the section with these options, the usual ones first."""
+        except CMPError as err:
+            errors.append(f"cmp_{option}: {err}")
     print("[CAhandler]\nhandler_module: cmp_ca_handler")
     if ours:
         print(f"# set by the handler itself: {' '.join(ours)}")
     print(f"cmp_openssl_bin: {program}")
     print("# cmp_tmp_dir: a directory that lasts, for enrolments that wait for the CA")
     for option in filter(found.get, dict.fromkeys([*"server path cert key ref secret trusted".split(), *found])):
-        value = found[option]
-        if _option(option).kind == "secret" and value.partition(":")[0] not in ("env", "file"):
+        if _option(option).kind == "secret" and found[option].partition(":")[0] not in ("env", "file"):
             better = "cmp_secret_variable: NAME" if option == "secret" else f"cmp_{option}: env:NAME"
             print(f"# this file contains the secret; use {better} instead, with the secret in that variable")
-        print(f"cmp_{option}: {value}")
+        print(f"cmp_{option}: {found[option]}")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return FAILED if errors else DONE
 
 
 def _comma_dn(value: str) -> str:
     """`/C=DE/CN=x` as `C=DE, CN=x`: the reverse of `_slash_dn`."""
-    if not value.startswith("/"):
-        return value
-    text = ""
-    for separator, kind, part in _split_slash(value):
-        text += {"+": "+", "/": ", "}[separator] + f"{kind}={_escaped(part)}"
-    return text[2:] or "/"
+    parts = _split_slash(value) if value.startswith("/") else ()
+    text = "".join((", " if sign == "/" else "+") + f"{kind}={_escaped(part)}" for sign, kind, part in parts)
+    return text[2:] or value
 
 
 if __name__ == "__main__":
