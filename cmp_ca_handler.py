@@ -3635,7 +3635,9 @@ def _handler_command(args: Any) -> int:
             return _list_command(_settings(handler._configured()), args)
         argument = _argument_file(args.argument) if args.command in ("enroll", "revoke") else ""
         text, identifier, error = None, None, None
-        with _output_file(args.output or os.devnull) as output, _patience():
+        if sys.stderr.isatty():
+            print("asking the CA ...", file=sys.stderr)
+        with _output_file(args.output or os.devnull) as output:
             if args.command == "cacerts":
                 text = _ca_certificates(handler._checked(handler._configured()), logger)
             elif args.command == "revoke":
@@ -3680,27 +3682,6 @@ def _output_file(path: str) -> Iterator[IO[bytes]]:
     finally:
         if new and os.path.isfile(path) and not os.path.getsize(path):
             os.remove(path)
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Show on a terminal how long the CA has been asked."""
-    import threading
-
-    done, started = threading.Event(), time.monotonic()
-
-    def show() -> None:
-        while not done.wait(1):
-            print(f"\rasking ... {time.monotonic() - started:.0f} s", end="", file=sys.stderr, flush=True)
-
-    if sys.stderr.isatty():
-        threading.Thread(target=show, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
 
 
 def _argument_file(path: str) -> str:
