@@ -3555,21 +3555,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_CODES.get(kind, FAILED)
         if isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
             code, text = WRONG_USAGE, f"{err.strerror}: {err.filename}"  # a file that was named wrongly
-        _print_failure(args, text, kind)
+        about = {"id": args.argument} if args.command == "poll" else {}
+        _show(args, {"status": "failed", **about, "error": text, "class": kind}, f"error: {text}\n", sys.stderr)
         return code
 
 
-def _print_failure(args: Any, error: str, failure: str, identifier: str | None = None) -> None:
-    """Say what went wrong, in the form that was asked for."""
+def _show(args: Any, told: object, text: str, stream: IO[str]) -> None:
+    """Print `text`, or, if that was asked for, `told` as JSON: always to standard output."""
     if args.json:
-        _print_json(status="failed", id=identifier, error=error, **{"class": failure})
+        print(json.dumps(told))
     else:
-        print(f"error: {error}", file=sys.stderr)
-
-
-def _print_json(**values: str | None) -> None:
-    """Print an object with those of the values that are there."""
-    print(json.dumps({key: value for key, value in values.items() if value}))
+        stream.write(text)
 
 
 def _parser() -> Any:
@@ -3633,22 +3629,8 @@ def _handler_command(args: Any) -> int:
             return _check_command(handler, path, args)
         if args.command == "list":
             return _list_command(_settings(handler._configured()), args)
-        argument = _argument_file(args.argument) if args.command in ("enroll", "revoke") else ""
-        text, identifier, error = None, None, None
-        if sys.stderr.isatty():
-            print("asking the CA ...", file=sys.stderr)
-        with _output_file(args.output or os.devnull) as output:
-            if args.command == "cacerts":
-                text = _ca_certificates(handler._checked(handler._configured()), logger)
-            elif args.command == "revoke":
-                code, _, error = handler.revoke(argument, args.reason)
-                text = "revoked\n" if code == 200 else None
-            elif args.command == "enroll":
-                error, text, _, identifier = handler.enroll(argument)
-            else:
-                handler.ask_always = True
-                error, text, _, identifier, _ = handler.poll("", args.argument, "")
-            return _result(args, handler.failure, error, text, identifier, output)
+        with _output_file(args.output or os.devnull):
+            return _ask_command(handler, args)
 
 
 def _find_configuration(named: str | None) -> str:
@@ -3673,15 +3655,45 @@ def _find_configuration(named: str | None) -> str:
 
 
 @contextmanager
-def _output_file(path: str) -> Iterator[IO[bytes]]:
-    """The file for a bundle, opened before the CA is asked; one that stays empty is not left behind."""
+def _output_file(path: str) -> Iterator[None]:
+    """Open a file for the bundle before the CA is asked; one that stays empty is not left behind."""
     new = not os.path.lexists(path)
     try:
-        with open(path, "ab", buffering=0) as file:
-            yield file
+        with open(path, "ab"):
+            yield
     finally:
         if new and os.path.isfile(path) and not os.path.getsize(path):
             os.remove(path)
+
+
+def _ask_command(handler: CAhandler, args: Any) -> int:
+    """Ask the CA, print how it ended, and give the exit code. Raises CMPError where it failed."""
+    error, text, identifier = None, None, None
+    if sys.stderr.isatty():
+        print("asking the CA ...", file=sys.stderr)
+    if args.command == "cacerts":
+        text = _ca_certificates(handler._checked(handler._configured()), handler.logger)
+    elif args.command == "revoke":
+        _, _, error = handler.revoke(_argument_file(args.argument), args.reason)
+        text = "revoked\n"
+    elif args.command == "enroll":
+        error, text, _, identifier = handler.enroll(_argument_file(args.argument))
+    else:
+        handler.ask_always = True
+        error, text, _, identifier, _ = handler.poll("", args.argument, "")
+    if error:
+        raise CMPError(error, handler.failure)
+    if text is None:
+        busy = handler.failure == BUSY
+        why = "another poll of it is in progress" if busy else "the CA has not decided yet"
+        _show(args, {"status": "waiting", "id": identifier}, f"{identifier}\n", sys.stdout)
+        if not args.json:
+            print(f"{why}; go on with: poll {identifier}", file=sys.stderr)
+        return TRY_AGAIN if busy else NOT_DECIDED
+    left = _written(args.output, text) if args.output else text
+    told = {"status": "done", "result": left, "id": identifier}
+    _show(args, {key: value for key, value in told.items() if value}, left, sys.stdout)
+    return FAILED if args.output and left else DONE
 
 
 def _argument_file(path: str) -> str:
@@ -3690,40 +3702,22 @@ def _argument_file(path: str) -> str:
         data = file.read(2 * MAX_DER)
     if data[:1] == b"\x30":
         return base64.b64encode(data).decode()
-    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"  # of Microsoft's Exchange
-    text = data.decode(coding, "replace")
+    utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # of Microsoft's Exchange
+    text = data.decode("utf-16" if utf_16 else "latin-1", "replace")
     return text[max(text.find("-----BEGIN"), 0) :]  # without what `openssl req -text` puts before it
 
 
-def _result(
-    args: Any, failure: str, error: str | None, text: str | None, identifier: str | None, output: IO[bytes]
-) -> int:
-    """Print how it ended and give the exit code. What the CA has issued must not get lost: it is printed at least."""
-    code = EXIT_CODES.get(failure, FAILED) if error or failure == BUSY else DONE if text else NOT_DECIDED
-    if args.output and text:
-        regular = os.path.isfile(output.name)
-        try:
-            if regular:
-                output.truncate(0)
-            if output.write(text.encode()) != len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            text = ""
-        except OSError as err:
-            print(f"error: {output.name}: {err.strerror}; the bundle is on standard output", file=sys.stderr)
-            code = FAILED
-            if regular:
-                output.truncate(0)
-    if error:
-        _print_failure(args, error, failure, identifier)
-    elif args.json:
-        _print_json(status="waiting" if text is None else "done", result=text, id=identifier)
-    elif text is None:
-        print(identifier)
-        why = "another poll of it is in progress" if failure == BUSY else "the CA has not decided yet"
-        print(f"{why}; go on with: poll {identifier}", file=sys.stderr)
-    else:
-        sys.stdout.write(text)
-    return code
+def _written(path: str, text: str) -> str:
+    """Write a bundle to a file. What is left to print: where that fails all, for what is issued must not get lost."""
+    try:
+        with open(path, "wb") as file:
+            file.write(text.encode())
+        return ""
+    except OSError as err:
+        print(f"error: {path}: {err.strerror}; the bundle is on standard output", file=sys.stderr)
+        with contextlib.suppress(OSError):  # half a bundle is worse than none
+            os.truncate(path, 0)
+        return text
 
 
 def _list_command(settings: Settings, args: Any) -> int:
@@ -3732,22 +3726,18 @@ def _list_command(settings: Settings, args: Any) -> int:
         raise CMPError(settings.directory_fault)
     names, orders = os.listdir(settings.directory) if os.path.isdir(settings.directory) else [], []
     for name in sorted(names):
-        path = f"{settings.directory}/{name}"
-        if not os.path.exists(f"{path}/waiting") or os.path.exists(f"{path}/issued"):
-            continue
         transaction = Transaction(settings, name, "waiting", -1, logging.getLogger(__name__))
-        try:
+        if not os.path.exists(transaction.file("waiting")) or os.path.exists(transaction.file("issued")):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # a poll has finished it meanwhile
             answers, since = transaction.usable(), os.stat(transaction.file("csr.pem")).st_mtime
             due = _due(answers) if answers else 0
-        except FileNotFoundError:  # a poll has finished it meanwhile
-            continue
-        about = {"id": name, "names": "(unreadable)", "since": _iso(since)}
-        with contextlib.suppress(CMPError):
-            about["names"] = _wanted(_read_csr(transaction.read("csr.pem")))
-        about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
-        orders.append(about)
-    for line in [json.dumps(orders)] if args.json else map(_pairs, orders):
-        print(line)
+            about = {"id": name, "names": "(unreadable)", "since": _iso(since)}
+            with contextlib.suppress(CMPError):
+                about["names"] = _wanted(_read_csr(transaction.read("csr.pem")))
+            about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
+            orders.append(about)
+    _show(args, orders, "".join(f"{_pairs(order)}\n" for order in orders), sys.stdout)
     return DONE
 
 
@@ -3755,7 +3745,7 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     """Print what the configuration amounts to, and everything that is wrong with it."""
     import shlex
 
-    about: dict[str, Any] = {"file": path or "that of acme2certifier"}
+    about: dict[str, str] = {"file": path or "that of acme2certifier"}
     findings: list[Finding] = [(handler.config_error, FATAL)] if handler.config_error else []
     shown, hidden, command = [], [], ""
     if not findings:  # or else there is no section, and all that could be said of it would be untrue
@@ -3772,22 +3762,16 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
         if not settings.errors:
             findings += _directory_findings(settings, args.lock_test)
             findings += _answer_findings(settings, handler.logger, about) if args.connect else []
-            command = " ".join(shlex.quote(_one_line(word)) for word in _command(settings, []))
+            command = _hide(shlex.join(map(_one_line, _command(settings, []))), hidden)
     about = {key: _hide(value, hidden) for key, value in about.items() if value}
-    levels = [("error" if fatal else "warning", _hide(text, hidden)) for text, fatal in findings]
+    told = [{"level": "error" if fatal else "warning", "text": _hide(text, hidden)} for text, fatal in findings]
     wrong = any(fatal for _, fatal in findings)
-    if args.json:
-        told = [{"level": level, "text": text} for level, text in levels]
-        print(json.dumps({**about, "command": _hide(command, hidden), "findings": told, "ok": not wrong}))
-        return WRONG_CONFIGURATION if wrong else DONE
-    for key, value in about.items():
-        print(f"{key if key != 'able' else '':<9} {_one_line(value, 400)}")
-    print("\n".join(["", *shown, ""]))
-    for level, text in levels:
-        print(f"{level}: {text}")
+    lines = [f"{key if key != 'able' else '':<9} {_one_line(value, 400)}" for key, value in about.items()]
+    lines += ["", *shown, "", *(f"{finding['level']}: {finding['text']}" for finding in told)]
     if not wrong:
-        command = re.sub(r" (?=-)", " \\\\\n      ", _hide(command, hidden))
-        print(f"an enrolment would run:\n  {command}\nno errors found")
+        lines += ["an enrolment would run:", "  " + re.sub(r" (?=-)", " \\\\\n      ", command), "no errors found"]
+    report = {**about, "command": command, "findings": told, "ok": not wrong}
+    _show(args, report, "\n".join([*lines, ""]), sys.stdout)
     return WRONG_CONFIGURATION if wrong else DONE
 
 
@@ -3878,7 +3862,7 @@ def _mounted(path: str) -> tuple[str, str]:
     return best[1:]
 
 
-def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str, Any]) -> list[Finding]:
+def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str, str]) -> list[Finding]:
     """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment.
 
     What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
