@@ -3758,11 +3758,12 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
         about["tmp_dir"] = settings.directory
         shown = [f"  {_one_line(k) + ':':<24} {_shown(k, value, settings)}" for k, value in handler.section.items()]
         findings += [(text, WARNING) for text in settings.warnings] + [(text, FATAL) for text in settings.errors]
-        findings += _acme2certifier_findings(handler, settings, args.section)
+        questions = [*_acme2certifier_findings(handler, settings, args.section)]
         if not settings.errors:
-            findings += _directory_findings(settings, args.lock_test)
-            findings += _answer_findings(settings, handler.logger, about) if args.connect else []
+            questions += _directory_findings(settings, args.lock_test)
+            questions += _answer_findings(settings, handler.logger, about) if args.connect else ()
             command = _hide(shlex.join(map(_one_line, _command(settings, []))), hidden)
+        findings += [(text, fatal) for wrong, text, fatal in questions if wrong]
     about = {key: _hide(value, hidden) for key, value in about.items() if value}
     told = [{"level": "error" if fatal else "warning", "text": _hide(text, hidden)} for text, fatal in findings]
     wrong = any(fatal for _, fatal in findings)
@@ -3788,54 +3789,48 @@ def _shown(key: str, value: str, settings: Settings) -> str:
     return _foreign(value, settings.hidden, 200)
 
 
-def _acme2certifier_findings(handler: CAhandler, settings: Settings, section: str) -> Iterator[Finding]:
+def _acme2certifier_findings(handler: CAhandler, settings: Settings, section: str) -> Iterator[Question]:
     """What acme2certifier itself is configured to do, beside our section."""
     import filecmp
 
-    config = handler._config
-
-    def find(key: str, name: str) -> str:
-        return str(config[name][key]) if name in config and key in config[name] else ""
-
-    total, limit = settings.seconds("total_timeout") or NO_TIMEOUT, find("enrollment_timeout", "Certificate")
-    if not limit or (limit.strip().isdigit() and int(limit) <= total):
-        what = f"enrollment_timeout is {limit}" if limit else "enrollment_timeout is not set, which means 5"
-        yield f"[Certificate] {what}: acme2certifier stops waiting too early; set it to {total + 5}", WARNING
-    if find("challenge_validation_disable", "Challenge").lower() in ("true", "yes", "on", "1"):
-        yield "[Challenge] challenge_validation_disable is on: every ACME client gets every name", WARNING
-    if "://" in find("server_name", "DEFAULT") + find("server_name", "Directory"):
-        yield "server_name: delete http:// or https:// from it", WARNING
+    config, total = handler._config, settings.seconds("total_timeout") or NO_TIMEOUT
+    limit = config.get("Certificate", "enrollment_timeout", fallback="").strip()
+    early = not limit or (limit.isdecimal() and int(limit) <= total)
+    what = f"enrollment_timeout is {limit or 'not set, which means 5'}: acme2certifier stops waiting too early"
+    yield early, f"[Certificate] {what}; set it to {total + 5}", WARNING
+    unchecked = config.get("Challenge", "challenge_validation_disable", fallback="").lower() in (*ON, "1")
+    yield unchecked, "[Challenge] challenge_validation_disable is on: every ACME client gets every name", WARNING
+    names = [config.get(name, "server_name", fallback="") for name in ("DEFAULT", "Directory")]
+    yield "://" in "".join(names), "server_name: delete http:// or https:// from it", WARNING
     load = getattr(handler._helper, "ca_handler_load", None)
     if load is None:
         return  # without acme2certifier nobody can know what it loads
-    entries = dict(config["CAhandler"])
-    if section in config:
-        entries.update(config[section])
+    entries, here, loaded = {**config["CAhandler"], **config[section]}, os.path.realpath(__file__), None
     name = next((key for key in ("handler_module", "handler_file") if entries.get(key)), "handler_module")
-    try:  # acme2certifier knows best which file it takes
+    with contextlib.suppress(Exception):  # acme2certifier knows best which file it takes
         loaded = load(logging.getLogger("cmp_ca_handler.loader"), {"CAhandler": entries}).__file__
-    except Exception:
-        loaded = None
-    if not loaded:
-        what = f"acme2certifier loads no CA handler ({name}: {_one_line(str(entries.get(name) or 'not set'), 100)})"
-        yield f"{what}: set handler_module: {os.path.realpath(__file__)}, or install this file and name it", FATAL
-    elif not filecmp.cmp(loaded, __file__, shallow=False):
-        cure = "delete handler_file" if name == "handler_file" else "set handler_module: cmp_ca_handler"
-        what = f"acme2certifier loads {loaded} ({name}), not this file, which is {os.path.realpath(__file__)}"
-        yield f"{what}: {cure}, or copy this file there", FATAL
+    what = f"acme2certifier loads no CA handler ({name}: {_one_line(str(entries.get(name) or 'not set'), 100)})"
+    yield not loaded, f"{what}: set handler_module: {here}, or install this file and name it", FATAL
+    cure = "delete handler_file" if name == "handler_file" else "set handler_module: cmp_ca_handler"
+    what = f"acme2certifier loads {loaded} ({name}), not this file, which is {here}: {cure}, or copy this file there"
+    yield loaded and not filecmp.cmp(loaded, __file__, shallow=False), what, FATAL
 
 
-def _directory_findings(settings: Settings, lock_test: bool) -> Iterator[Finding]:
+def _directory_findings(settings: Settings, lock_test: bool) -> Iterator[Question]:
     """Whether cmp_tmp_dir has room, and locks that others see, as several machines need it."""
     _make_directory(settings)
     try:
         _check_room(settings.directory)
     except OSError as err:
-        yield f"cmp_tmp_dir {settings.directory}: {err.strerror}: make room there", FATAL
-    system, options = _mounted(settings.directory)
-    if "sshfs" in system or (system.startswith("nfs") and re.search(r"nolock|local_lock=(all|flock)", options)):
-        what = f"cmp_tmp_dir is on {system}, whose locks other machines do not see"
-        yield f"{what}: two pollers of one order would lose it", WARNING
+        yield True, f"cmp_tmp_dir {settings.directory}: {err.strerror}: make room there", FATAL
+    path, mounts = os.path.realpath(settings.directory) + "/", [["", "", ""]]
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        found = (line.split()[1:4] for line in file)  # where Linux tells: place, type, options
+        mounts += [mount for mount in found if path.startswith(mount[0].rstrip("/") + "/")]
+    _, system, options = sorted(mounts, key=lambda mount: len(mount[0]))[-1]
+    alone = "sshfs" in system or (system.startswith("nfs") and re.search(r"nolock|local_lock=(all|flock)", options))
+    what = f"cmp_tmp_dir is on {system}, whose locks other machines do not see"
+    yield alone, f"{what}: two pollers of one order would lose it", WARNING
     if lock_test:
         path = f"{settings.directory}/lock-test"
         try:
@@ -3851,25 +3846,12 @@ def _directory_findings(settings: Settings, lock_test: bool) -> Iterator[Finding
         _unlock(lock)
 
 
-def _mounted(path: str) -> tuple[str, str]:
-    """Type and options of the file system of a path, where Linux tells."""
-    best = ("", "", "")
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            fields, _, (system, _, options) = (part.split(" ") for part in line.rstrip().partition(" - "))
-            if f"{os.path.realpath(path)}/".startswith(fields[4].rstrip("/") + "/") and len(fields[4]) >= len(best[0]):
-                best = (fields[4], system, f"{fields[5]},{options}")
-    return best[1:]
-
-
-def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str, str]) -> list[Finding]:
-    """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment.
-
-    What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
-    """
+def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str, str]) -> Iterator[Question]:
+    """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment."""
     run, answer = _general_message(settings, "", logger)
     run = run._replace(lines=[line for line in run.lines if not NO_ANSWER_TO_GENM.search(line.text)])
     about["connect"] = next((c.group(1) for x in run.lines if (c := WILL_CONTACT.match(x.text))), settings.server)
+    # What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
     authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
     reached = bool(answer) or not any(map(CONNECT_TIMEOUT.match, run.errors()))
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
@@ -3881,15 +3863,13 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
     about["proven"] = ", ".join(f"{what}: {words[yes]}" for what, yes in proven.items())
     if authentic and answer and answer.sender and not answer.mac:
         about["sender"] = f"cmp_expect_sender: {_name_text(answer.sender)}"
-    if run.code == 0:
-        return []
-    text, _ = _failure_text(run, answer, settings)
-    if not authentic:
-        return [(text, FATAL)]
-    if answer and {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"} & {*answer.failures}:
-        return [(f"the CA does not accept the credentials: {text}", FATAL)]
-    what = "the CA answers authentically that it takes no general message, as EJBCA does; an enrolment may still work"
-    return [(f"{what}: {text}", WARNING)]
+    if run.code != 0:
+        text, _ = _failure_text(run, answer, settings)
+        refused = answer and {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"} & {*answer.failures}
+        what = "the CA answers authentically that it takes no general message, as EJBCA does"
+        yield not authentic, text, FATAL
+        yield authentic and refused, f"the CA does not accept the credentials: {text}", FATAL
+        yield authentic and not refused, f"{what}; an enrolment may still work: {text}", WARNING
 
 
 def _general_message(settings: Settings, information: str, logger: logging.Logger) -> tuple[Run, Message | None]:
