@@ -3525,10 +3525,8 @@ examples:
   %(prog)s convert < command.txt
   %(prog)s check --connect --config acme_srv.cfg
   %(prog)s enroll www.csr -o www.pem
-  %(prog)s list
   %(prog)s poll 3f0c77d1a9e25d0b61c8f2b7d4e09a16
   %(prog)s revoke www.pem --reason superseded
-  %(prog)s cacerts -o issuers.pem
 
 exit codes:
   0 done                                    3 the CA has not decided yet
@@ -3539,7 +3537,8 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. Results go to standard output, all else to standard error."""
-    args = _parser().parse_args(argv)
+    defaults = {"config": os.environ.get("ACME_SRV_CONFIGFILE"), "section": "CAhandler", "output": None}
+    args = _parser().parse_args(argv, types.SimpleNamespace(**defaults, verbose=False, json=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know less than a file may hold
@@ -3571,19 +3570,17 @@ def _show(args: Any, told: object, text: str, stream: IO[str]) -> None:
 def _parser() -> Any:
     """What can be typed; the options that all commands have may stand before the command, too."""
     import argparse  # here, so that acme2certifier loads this file fast
+    import hashlib
 
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=USAGE)
-    parser.description = "Try and check a [CAhandler] section of acme2certifier."
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    for target in (parser, common):
-        target.add_argument("--config", metavar="FILE", help="default: $ACME_SRV_CONFIGFILE, or acme2certifier's")
-        target.add_argument("--section", metavar="NAME", help="such as CAhandler:internal")
-        target.add_argument("-v", "--verbose", action="store_true", help="show the log, and openssl's messages")
-        target.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(config=None, section="CAhandler", verbose=False, json=False, output=None)
+    common.add_argument("--config", metavar="FILE", help="default: $ACME_SRV_CONFIGFILE, or acme2certifier's")
+    common.add_argument("--section", metavar="NAME", help="such as CAhandler:internal")
+    common.add_argument("-v", "--verbose", action="store_true", help="show the log, and openssl's messages")
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(parents=[common], formatter_class=raw, epilog=USAGE)
+    parser.description = "Try and check a [CAhandler] section of acme2certifier."
     with open(__file__, "rb") as file:
-        import hashlib
-
         build = hashlib.sha256(file.read()).hexdigest()[:16]  # tells a changed file from a released one
     parser.add_argument("--version", action="version", version=f"{__version__} (sha256 {build})")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -3638,19 +3635,17 @@ def _find_configuration(named: str | None) -> str:
     here = os.path.dirname(os.path.abspath(__file__))
     if os.path.basename(here) == "acme_srv":  # copied into an old release: its helper lies beside this file
         sys.path.append(os.path.dirname(here))
-    places = ("acme_srv.cfg", os.path.join("acme_srv", "acme_srv.cfg"), os.path.join(here, "acme_srv.cfg"))
-    found = named or os.environ.get("ACME_SRV_CONFIGFILE")
-    if not found:
-        found = next(filter(os.path.exists, places), "")
-        who = _writable_by_others(os.path.abspath(found)) if found else ""
-        if who and os.geteuid() == 0:  # it names programs to run, and this may be anybody's directory
-            raise CMPError(f"{os.path.abspath(found)} {who}, or name it with --config")
+    places = [os.path.abspath(name) for name in ("acme_srv.cfg", "acme_srv/acme_srv.cfg", f"{here}/acme_srv.cfg")]
+    found = named or next(filter(os.path.exists, places), "")
+    who = _writable_by_others(found) if found and not named else ""
+    if who and os.geteuid() == 0:  # it names programs to run, and this may be anybody's directory
+        raise CMPError(f"{found} {who}, or name it with --config")
     if found:
         with open(found, "rb"):  # or else its helper takes it for an empty one
             os.environ["ACME_SRV_CONFIGFILE"] = found
     elif _acme2certifier_helper() is None:
-        looked = ", ".join(map(os.path.abspath, places))
-        raise CMPError(f"no configuration: there is none of {looked}; name it with --config, or in ACME_SRV_CONFIGFILE")
+        what = f"there is none of {', '.join(places)}"
+        raise CMPError(f"no configuration: {what}; name it with --config, or in ACME_SRV_CONFIGFILE")
     return os.path.abspath(found) if found else ""
 
 
@@ -3780,12 +3775,12 @@ def _shown(key: str, value: str, settings: Settings) -> str:
     """The value of an entry, unless it is a secret: a misspelt one of a secret has a secret for its value, too."""
     option, known = _entry(key)[4:], settings.binary.options
     public = option in known.keys() - settings.binary.mock_server or option in OURS or (not known and option in OPTIONS)
-    if _option(option).kind in ("secret", "run", "other") or not public or not key.startswith("cmp_"):
-        return "(hidden)" if value else ""
-    if (option.endswith("_variable") and value not in os.environ) or "-----BEGIN" in value:  # the secret, by mistake
+    public = public and key.startswith("cmp_") and _option(option).kind not in ("secret", "run", "other")
+    # By mistake, the secret itself may stand where its variable belongs.
+    mistaken = (option.endswith("_variable") and value not in os.environ) or "-----BEGIN" in value
+    password = option in ("server", "proxy") and "@" in value
+    if value and (mistaken or password or not public):
         return "(hidden)"
-    if option in ("server", "proxy") and "@" in value:
-        value = f"***@{value.rpartition('@')[2]}"
     return _foreign(value, settings.hidden, 200)
 
 
@@ -3887,9 +3882,6 @@ def _general_message(settings: Settings, information: str, logger: logging.Logge
     return run, answer
 
 
-CA_CERTS = "1.3.6.1.5.5.7.4.17"  # id-it-caCerts
-
-
 def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     """Ask for the CA's certificates (RFC 9480, 2.14): PEM. Raises CMPError where it sends none."""
     if not settings.binary.options.keys() >= {"infotype", "rspout", "cacertsout"}:
@@ -3901,7 +3893,7 @@ def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     # Out of the saved answer: the file that 3.0 writes is empty.
     for information in _sequence(answer.content) if run.code == 0 and answer else ():
         identifier, *values = _sequence(information.raw)
-        if _oid(identifier.value) == CA_CERTS and values:
+        if _oid(identifier.value) == "1.3.6.1.5.5.7.4.17" and values:  # id-it-caCerts
             found += [_certificate(element.raw) for element in _sequence(values[0].raw)]
     if not found:
         raise CMPError(f"CMP server {settings.server} sends no certificates: ask the CA's operator", REFUSED)
@@ -3944,11 +3936,8 @@ def _convert(words: list[str]) -> int:
             takes_value, value = True, rest.pop(0) if rest else ""
         try:
             _check_entry(f"cmp_{option}", option, binary)
-            if (
-                kind == "run"
-                or option == "subject"
-                or (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", ""))
-            ):
+            usual = (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", ""))
+            if usual or kind == "run" or option == "subject":
                 ours.append(f"-{option}")
             elif value or not takes_value:  # an empty value is none
                 found[option] = _comma_dn(value) if kind == "name" else value or "True"
