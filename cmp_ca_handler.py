@@ -3697,8 +3697,7 @@ def _argument_file(path: str) -> str:
         data = file.read(2 * MAX_DER)
     if data[:1] == b"\x30":
         return base64.b64encode(data).decode()
-    utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # of Microsoft's Exchange
-    text = data.decode("utf-16" if utf_16 else "latin-1", "replace")
+    text = data.replace(b"\0", b"").decode("latin-1")  # Microsoft's Exchange writes UTF-16
     return text[max(text.find("-----BEGIN"), 0) :]  # without what `openssl req -text` puts before it
 
 
