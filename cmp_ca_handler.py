@@ -3311,10 +3311,8 @@ examples:
   %(prog)s convert < command.txt
   %(prog)s check --connect --config acme_srv.cfg
   %(prog)s enroll www.csr -o www.pem
-  %(prog)s list
   %(prog)s poll 3f0c77d1a9e25d0b61c8f2b7d4e09a16
   %(prog)s revoke www.pem --reason superseded
-  %(prog)s cacerts -o issuers.pem
 
 exit codes:
   0 done                                    3 the CA has not decided yet
@@ -3325,7 +3323,8 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. Results go to standard output, all else to standard error."""
-    args = _parser().parse_args(argv)
+    defaults = {"config": os.environ.get("ACME_SRV_CONFIGFILE"), "section": "CAhandler", "output": None}
+    args = _parser().parse_args(argv, types.SimpleNamespace(**defaults, verbose=False, json=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know less than a file may hold
@@ -3341,39 +3340,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_CODES.get(kind, FAILED)
         if isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
             code, text = WRONG_USAGE, f"{err.strerror}: {err.filename}"  # a file that was named wrongly
-        _print_failure(args, text, kind)
+        about = {"id": args.argument} if args.command == "poll" else {}
+        _show(args, {"status": "failed", **about, "error": text, "class": kind}, f"error: {text}\n", sys.stderr)
         return code
 
 
-def _print_failure(args: Any, error: str, failure: str, identifier: str | None = None) -> None:
-    """Say what went wrong, in the form that was asked for."""
+def _show(args: Any, told: object, text: str, stream: IO[str]) -> None:
+    """Print `text`, or, if that was asked for, `told` as JSON: always to standard output."""
     if args.json:
-        _print_json(status="failed", id=identifier, error=error, **{"class": failure})
+        print(json.dumps(told))
     else:
-        print(f"error: {error}", file=sys.stderr)
-
-
-def _print_json(**values: str | None) -> None:
-    """Print an object with those of the values that are there."""
-    print(json.dumps({key: value for key, value in values.items() if value}))
+        stream.write(text)
 
 
 def _parser() -> Any:
     """What can be typed; the options that all commands have may stand before the command, too."""
     import argparse  # here, so that acme2certifier loads this file fast
+    import hashlib
 
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=USAGE)
-    parser.description = "Try and check a [CAhandler] section of acme2certifier."
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    for target in (parser, common):
-        target.add_argument("--config", metavar="FILE", help="default: $ACME_SRV_CONFIGFILE, or acme2certifier's")
-        target.add_argument("--section", metavar="NAME", help="such as CAhandler:internal")
-        target.add_argument("-v", "--verbose", action="store_true", help="show the log, and openssl's messages")
-        target.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(config=None, section="CAhandler", verbose=False, json=False, output=None)
+    common.add_argument("--config", metavar="FILE", help="default: $ACME_SRV_CONFIGFILE, or acme2certifier's")
+    common.add_argument("--section", metavar="NAME", help="such as CAhandler:internal")
+    common.add_argument("-v", "--verbose", action="store_true", help="show the log, and openssl's messages")
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(parents=[common], formatter_class=raw, epilog=USAGE)
+    parser.description = "Try and check a [CAhandler] section of acme2certifier."
     with open(__file__, "rb") as file:
-        import hashlib
-
         build = hashlib.sha256(file.read()).hexdigest()[:16]  # tells a changed file from a released one
     parser.add_argument("--version", action="version", version=f"{__version__} (sha256 {build})")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -3419,20 +3412,8 @@ def _handler_command(args: Any) -> int:
             return _check_command(handler, path, args)
         if args.command == "list":
             return _list_command(handler._waiting_settings(), args)
-        argument = _argument_file(args.argument) if args.command in ("enroll", "revoke") else ""
-        text, identifier, error = None, None, None
-        with _output_file(args.output or os.devnull) as output, _patience():
-            if args.command == "cacerts":
-                text = _ca_certificates(handler._checked(handler.section), logger)
-            elif args.command == "revoke":
-                code, _, error = handler.revoke(argument, args.reason)
-                text = "revoked\n" if code == 200 else None
-            elif args.command == "enroll":
-                error, text, _, identifier = handler.enroll(argument)
-            else:
-                handler.ask_always = True
-                error, text, _, identifier, _ = handler.poll("", args.argument, "")
-            return _result(args, handler.failure, error, text, identifier, output)
+        with _output_file(args.output or os.devnull):
+            return _ask_command(handler, args)
 
 
 def _find_configuration(named: str | None) -> str:
@@ -3440,53 +3421,60 @@ def _find_configuration(named: str | None) -> str:
     here = os.path.dirname(os.path.abspath(__file__))
     if os.path.basename(here) == "acme_srv":  # copied into an old release: its helper lies beside this file
         sys.path.append(os.path.dirname(here))
-    places = ("acme_srv.cfg", os.path.join("acme_srv", "acme_srv.cfg"), os.path.join(here, "acme_srv.cfg"))
-    found = named or os.environ.get("ACME_SRV_CONFIGFILE")
-    if not found:
-        found = next(filter(os.path.exists, places), "")
-        who = _writable_by_others(os.path.abspath(found)) if found else ""
-        if who and os.geteuid() == 0:  # it names programs to run, and this may be anybody's directory
-            raise CMPError(f"{os.path.abspath(found)} {who}, or name it with --config")
+    places = [os.path.abspath(name) for name in ("acme_srv.cfg", "acme_srv/acme_srv.cfg", f"{here}/acme_srv.cfg")]
+    found = named or next(filter(os.path.exists, places), "")
+    who = _writable_by_others(found) if found and not named else ""
+    if who and os.geteuid() == 0:  # it names programs to run, and this may be anybody's directory
+        raise CMPError(f"{found} {who}, or name it with --config")
     if found:
         with open(found, "rb"):  # or else its helper takes it for an empty one
             os.environ["ACME_SRV_CONFIGFILE"] = found
     elif _acme2certifier_helper() is None:
-        looked = ", ".join(map(os.path.abspath, places))
-        raise CMPError(f"no configuration: there is none of {looked}; name it with --config, or in ACME_SRV_CONFIGFILE")
+        what = f"there is none of {', '.join(places)}"
+        raise CMPError(f"no configuration: {what}; name it with --config, or in ACME_SRV_CONFIGFILE")
     return os.path.abspath(found) if found else ""
 
 
 @contextmanager
-def _output_file(path: str) -> Iterator[IO[bytes]]:
-    """The file for a bundle, opened before the CA is asked; one that stays empty is not left behind."""
+def _output_file(path: str) -> Iterator[None]:
+    """Open a file for the bundle before the CA is asked; one that stays empty is not left behind."""
     new = not os.path.lexists(path)
     try:
-        with open(path, "ab", buffering=0) as file:
-            yield file
+        with open(path, "ab"):
+            yield
     finally:
         if new and os.path.isfile(path) and not os.path.getsize(path):
             os.remove(path)
 
 
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Show on a terminal how long the CA has been asked."""
-    import threading
-
-    done, started = threading.Event(), time.monotonic()
-
-    def show() -> None:
-        while not done.wait(1):
-            print(f"\rasking ... {time.monotonic() - started:.0f} s", end="", file=sys.stderr, flush=True)
-
+def _ask_command(handler: CAhandler, args: Any) -> int:
+    """Ask the CA, print how it ended, and give the exit code. Raises CMPError where it failed."""
+    error, text, identifier = None, None, None
     if sys.stderr.isatty():
-        threading.Thread(target=show, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+        print("asking the CA ...", file=sys.stderr)
+    if args.command == "cacerts":
+        text = _ca_certificates(handler._checked(handler.section), handler.logger)
+    elif args.command == "revoke":
+        _, _, error = handler.revoke(_argument_file(args.argument), args.reason)
+        text = "revoked\n"
+    elif args.command == "enroll":
+        error, text, _, identifier = handler.enroll(_argument_file(args.argument))
+    else:
+        handler.ask_always = True
+        error, text, _, identifier, _ = handler.poll("", args.argument, "")
+    if error:
+        raise CMPError(error, handler.failure)
+    if text is None:
+        busy = handler.failure == BUSY
+        why = "another poll of it is in progress" if busy else "the CA has not decided yet"
+        _show(args, {"status": "waiting", "id": identifier}, f"{identifier}\n", sys.stdout)
+        if not args.json:
+            print(f"{why}; go on with: poll {identifier}", file=sys.stderr)
+        return TRY_AGAIN if busy else NOT_DECIDED
+    left = _written(args.output, text) if args.output else text
+    told = {"status": "done", "result": left, "id": identifier}
+    _show(args, {key: value for key, value in told.items() if value}, left, sys.stdout)
+    return FAILED if args.output and left else DONE
 
 
 def _argument_file(path: str) -> str:
@@ -3495,62 +3483,39 @@ def _argument_file(path: str) -> str:
         data = file.read(2 * MAX_DER)
     if data[:1] == b"\x30":
         return base64.b64encode(data).decode()
-    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"  # of Microsoft's Exchange
-    text = data.decode(coding, "replace")
+    text = data.replace(b"\0", b"").decode("latin-1")  # Microsoft's Exchange writes UTF-16
     return text[max(text.find("-----BEGIN"), 0) :]  # without what `openssl req -text` puts before it
 
 
-def _result(
-    args: Any, failure: str, error: str | None, text: str | None, identifier: str | None, output: IO[bytes]
-) -> int:
-    """Print how it ended and give the exit code. What the CA has issued must not get lost: it is printed at least."""
-    code = EXIT_CODES.get(failure, FAILED) if error or failure == BUSY else DONE if text else NOT_DECIDED
-    if args.output and text:
-        regular = os.path.isfile(output.name)
-        try:
-            if regular:
-                output.truncate(0)
-            if output.write(text.encode()) != len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            text = ""
-        except OSError as err:
-            print(f"error: {output.name}: {err.strerror}; the bundle is on standard output", file=sys.stderr)
-            code = FAILED
-            if regular:
-                output.truncate(0)
-    if error:
-        _print_failure(args, error, failure, identifier)
-    elif args.json:
-        _print_json(status="waiting" if text is None else "done", result=text, id=identifier)
-    elif text is None:
-        print(identifier)
-        why = "another poll of it is in progress" if failure == BUSY else "the CA has not decided yet"
-        print(f"{why}; go on with: poll {identifier}", file=sys.stderr)
-    else:
-        sys.stdout.write(text)
-    return code
+def _written(path: str, text: str) -> str:
+    """Write a bundle to a file. What is left to print: where that fails all, for what is issued must not get lost."""
+    try:
+        with open(path, "wb") as file:
+            file.write(text.encode())
+        return ""
+    except OSError as err:
+        print(f"error: {path}: {err.strerror}; the bundle is on standard output", file=sys.stderr)
+        with contextlib.suppress(OSError):  # half a bundle is worse than none
+            os.truncate(path, 0)
+        return text
 
 
 def _list_command(settings: Settings, args: Any) -> int:
     """Print the orders that wait."""
     names, orders = os.listdir(settings.directory) if os.path.isdir(settings.directory) else [], []
     for name in sorted(names):
-        path = f"{settings.directory}/{name}"
-        if not os.path.exists(f"{path}/waiting") or os.path.exists(f"{path}/issued"):
-            continue
         transaction = Transaction(settings, name, "waiting", -1, logging.getLogger(__name__))
-        try:
+        if not os.path.exists(transaction.file("waiting")) or os.path.exists(transaction.file("issued")):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # a poll has finished it meanwhile
             answers, since = transaction.usable(), os.stat(transaction.file("csr.pem")).st_mtime
             due = _due(answers) if answers else 0
-        except FileNotFoundError:  # a poll has finished it meanwhile
-            continue
-        about = {"id": name, "names": "(unreadable)", "since": _iso(since)}
-        with contextlib.suppress(CMPError):
-            about["names"] = _wanted(_read_csr(transaction.read("csr.pem")))
-        about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
-        orders.append(about)
-    for line in [json.dumps(orders)] if args.json else map(_pairs, orders):
-        print(line)
+            about = {"id": name, "names": "(unreadable)", "since": _iso(since)}
+            with contextlib.suppress(CMPError):
+                about["names"] = _wanted(_read_csr(transaction.read("csr.pem")))
+            about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
+            orders.append(about)
+    _show(args, orders, "".join(f"{_pairs(order)}\n" for order in orders), sys.stdout)
     return DONE
 
 
@@ -3558,7 +3523,7 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     """Print what the configuration amounts to, and everything that is wrong with it."""
     import shlex
 
-    about: dict[str, Any] = {"file": path or "that of acme2certifier"}
+    about: dict[str, str] = {"file": path or "that of acme2certifier"}
     findings: list[Finding] = [(handler.config_error, FATAL)] if handler.config_error else []
     shown, hidden, command = [], [], ""
     if not findings:  # or else there is no section, and all that could be said of it would be untrue
@@ -3571,26 +3536,21 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
         about["tmp_dir"] = settings.directory
         shown = [f"  {_one_line(k) + ':':<24} {_shown(k, value, settings)}" for k, value in handler.section.items()]
         findings += [(text, WARNING) for text in settings.warnings] + [(text, FATAL) for text in settings.errors]
-        findings += _acme2certifier_findings(handler, settings, args.section)
+        questions = [*_acme2certifier_findings(handler, settings, args.section)]
         if not settings.errors:
-            findings += _directory_findings(settings, args.lock_test)
-            findings += _answer_findings(settings, handler.logger, about) if args.connect else []
-            command = " ".join(shlex.quote(_one_line(word)) for word in _command(settings, []))
+            questions += _directory_findings(settings, args.lock_test)
+            questions += _answer_findings(settings, handler.logger, about) if args.connect else ()
+            command = _hide(shlex.join(map(_one_line, _command(settings, []))), hidden)
+        findings += [(text, fatal) for wrong, text, fatal in questions if wrong]
     about = {key: _hide(value, hidden) for key, value in about.items() if value}
-    levels = [("error" if fatal else "warning", _hide(text, hidden)) for text, fatal in findings]
+    told = [{"level": "error" if fatal else "warning", "text": _hide(text, hidden)} for text, fatal in findings]
     wrong = any(fatal for _, fatal in findings)
-    if args.json:
-        told = [{"level": level, "text": text} for level, text in levels]
-        print(json.dumps({**about, "command": _hide(command, hidden), "findings": told, "ok": not wrong}))
-        return WRONG_CONFIGURATION if wrong else DONE
-    for key, value in about.items():
-        print(f"{key if key != 'able' else '':<9} {_one_line(value, 400)}")
-    print("\n".join(["", *shown, ""]))
-    for level, text in levels:
-        print(f"{level}: {text}")
+    lines = [f"{key if key != 'able' else '':<9} {_one_line(value, 400)}" for key, value in about.items()]
+    lines += ["", *shown, "", *(f"{finding['level']}: {finding['text']}" for finding in told)]
     if not wrong:
-        command = re.sub(r" (?=-)", " \\\\\n      ", _hide(command, hidden))
-        print(f"an enrolment would run:\n  {command}\nno errors found")
+        lines += ["an enrolment would run:", "  " + re.sub(r" (?=-)", " \\\\\n      ", command), "no errors found"]
+    report = {**about, "command": command, "findings": told, "ok": not wrong}
+    _show(args, report, "\n".join([*lines, ""]), sys.stdout)
     return WRONG_CONFIGURATION if wrong else DONE
 
 
@@ -3598,63 +3558,57 @@ def _shown(key: str, value: str, settings: Settings) -> str:
     """The value of an entry, unless it is a secret: a misspelt one of a secret has a secret for its value, too."""
     option, known = _option_name(key[4:]), settings.binary.options
     public = option in known.keys() - settings.binary.mock_server or option in OURS or (not known and option in OPTIONS)
-    if _option(option).kind in ("secret", "run", "other") or not public or not key.startswith("cmp_"):
-        return "(hidden)" if value else ""
-    if (option.endswith("_variable") and value not in os.environ) or "-----BEGIN" in value:  # the secret, by mistake
+    public = public and key.startswith("cmp_") and _option(option).kind not in ("secret", "run", "other")
+    # By mistake, the secret itself may stand where its variable belongs.
+    mistaken = (option.endswith("_variable") and value not in os.environ) or "-----BEGIN" in value
+    password = option in ("server", "proxy") and "@" in value
+    if value and (mistaken or password or not public):
         return "(hidden)"
-    if option in ("server", "proxy") and "@" in value:
-        value = f"***@{value.rpartition('@')[2]}"
     return _foreign(value, settings.hidden, 200)
 
 
-def _acme2certifier_findings(handler: CAhandler, settings: Settings, section: str) -> Iterator[Finding]:
+def _acme2certifier_findings(handler: CAhandler, settings: Settings, section: str) -> Iterator[Question]:
     """What acme2certifier itself is configured to do, beside our section."""
     import filecmp
 
-    config = handler._config
-
-    def find(key: str, name: str) -> str:
-        return str(config[name][key]) if name in config and key in config[name] else ""
-
-    total, limit = settings.seconds("total_timeout") or NO_TIMEOUT, find("enrollment_timeout", "Certificate")
-    if not limit or (limit.strip().isdigit() and int(limit) <= total):
-        what = f"enrollment_timeout is {limit}" if limit else "enrollment_timeout is not set, which means 5"
-        yield f"[Certificate] {what}: acme2certifier stops waiting too early; set it to {total + 5}", WARNING
-    if find("challenge_validation_disable", "Challenge").lower() in ("true", "yes", "on", "1"):
-        yield "[Challenge] challenge_validation_disable is on: every ACME client gets every name", WARNING
-    if "://" in find("server_name", "DEFAULT") + find("server_name", "Directory"):
-        yield "server_name: delete http:// or https:// from it", WARNING
+    config, total = handler._config, settings.seconds("total_timeout") or NO_TIMEOUT
+    limit = config.get("Certificate", "enrollment_timeout", fallback="").strip()
+    early = not limit or (limit.isdecimal() and int(limit) <= total)
+    what = f"enrollment_timeout is {limit or 'not set, which means 5'}: acme2certifier stops waiting too early"
+    yield early, f"[Certificate] {what}; set it to {total + 5}", WARNING
+    unchecked = config.get("Challenge", "challenge_validation_disable", fallback="").lower() in (*ON, "1")
+    yield unchecked, "[Challenge] challenge_validation_disable is on: every ACME client gets every name", WARNING
+    names = [config.get(name, "server_name", fallback="") for name in ("DEFAULT", "Directory")]
+    yield "://" in "".join(names), "server_name: delete http:// or https:// from it", WARNING
     load = getattr(handler._helper, "ca_handler_load", None)
     if load is None:
         return  # without acme2certifier nobody can know what it loads
-    entries = dict(config["CAhandler"])
-    if section in config:
-        entries.update(config[section])
+    entries, here, loaded = {**config["CAhandler"], **config[section]}, os.path.realpath(__file__), None
     name = next((key for key in ("handler_module", "handler_file") if entries.get(key)), "handler_module")
-    try:  # acme2certifier knows best which file it takes
+    with contextlib.suppress(Exception):  # acme2certifier knows best which file it takes
         loaded = load(logging.getLogger("cmp_ca_handler.loader"), {"CAhandler": entries}).__file__
-    except Exception:
-        loaded = None
-    if not loaded:
-        what = f"acme2certifier loads no CA handler ({name}: {_one_line(str(entries.get(name) or 'not set'), 100)})"
-        yield f"{what}: set handler_module: {os.path.realpath(__file__)}, or install this file and name it", FATAL
-    elif not filecmp.cmp(loaded, __file__, shallow=False):
-        cure = "delete handler_file" if name == "handler_file" else "set handler_module: cmp_ca_handler"
-        what = f"acme2certifier loads {loaded} ({name}), not this file, which is {os.path.realpath(__file__)}"
-        yield f"{what}: {cure}, or copy this file there", FATAL
+    what = f"acme2certifier loads no CA handler ({name}: {_one_line(str(entries.get(name) or 'not set'), 100)})"
+    yield not loaded, f"{what}: set handler_module: {here}, or install this file and name it", FATAL
+    cure = "delete handler_file" if name == "handler_file" else "set handler_module: cmp_ca_handler"
+    what = f"acme2certifier loads {loaded} ({name}), not this file, which is {here}: {cure}, or copy this file there"
+    yield loaded and not filecmp.cmp(loaded, __file__, shallow=False), what, FATAL
 
 
-def _directory_findings(settings: Settings, lock_test: bool) -> Iterator[Finding]:
+def _directory_findings(settings: Settings, lock_test: bool) -> Iterator[Question]:
     """Whether cmp_tmp_dir has room, and locks that others see, as several machines need it."""
     _make_directory(settings)
     try:
         _check_room(settings.directory)
     except OSError as err:
-        yield f"cmp_tmp_dir {settings.directory}: {err.strerror}: make room there", FATAL
-    system, options = _mounted(settings.directory)
-    if "sshfs" in system or (system.startswith("nfs") and re.search(r"nolock|local_lock=(all|flock)", options)):
-        what = f"cmp_tmp_dir is on {system}, whose locks other machines do not see"
-        yield f"{what}: two pollers of one order would lose it", WARNING
+        yield True, f"cmp_tmp_dir {settings.directory}: {err.strerror}: make room there", FATAL
+    path, mounts = os.path.realpath(settings.directory) + "/", [["", "", ""]]
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        found = (line.split()[1:4] for line in file)  # where Linux tells: place, type, options
+        mounts += [mount for mount in found if path.startswith(mount[0].rstrip("/") + "/")]
+    _, system, options = sorted(mounts, key=lambda mount: len(mount[0]))[-1]
+    alone = "sshfs" in system or (system.startswith("nfs") and re.search(r"nolock|local_lock=(all|flock)", options))
+    what = f"cmp_tmp_dir is on {system}, whose locks other machines do not see"
+    yield alone, f"{what}: two pollers of one order would lose it", WARNING
     if lock_test:
         path = f"{settings.directory}/lock-test"
         try:
@@ -3670,25 +3624,12 @@ def _directory_findings(settings: Settings, lock_test: bool) -> Iterator[Finding
         _unlock(lock)
 
 
-def _mounted(path: str) -> tuple[str, str]:
-    """Type and options of the file system of a path, where Linux tells."""
-    best = ("", "", "")
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            fields, _, (system, _, options) = (part.split(" ") for part in line.rstrip().partition(" - "))
-            if f"{os.path.realpath(path)}/".startswith(fields[4].rstrip("/") + "/") and len(fields[4]) >= len(best[0]):
-                best = (fields[4], system, f"{fields[5]},{options}")
-    return best[1:]
-
-
-def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str, Any]) -> list[Finding]:
-    """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment.
-
-    What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
-    """
+def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str, str]) -> Iterator[Question]:
+    """Ask the CMP server with a general message (RFC 4210, 5.3.19), through the very options of an enrolment."""
     run, answer = _general_message(settings, "", logger)
     run = run._replace(lines=[line for line in run.lines if not NO_ANSWER_TO_GENM.search(line.text)])
     about["connect"] = next((c.group(1) for x in run.lines if (c := WILL_CONTACT.match(x.text))), settings.server)
+    # What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
     authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
     reached = bool(answer) or not any(map(CONNECT_TIMEOUT.match, run.errors()))
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
@@ -3700,15 +3641,13 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
     about["proven"] = ", ".join(f"{what}: {words[yes]}" for what, yes in proven.items())
     if authentic and answer and answer.sender and not answer.mac:
         about["sender"] = f"cmp_expect_sender: {_name_text(answer.sender)}"
-    if run.code == 0:
-        return []
-    text, _ = _failure_text(run, answer, settings)
-    if not authentic:
-        return [(text, FATAL)]
-    if answer and {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"} & {*answer.failures}:
-        return [(f"the CA does not accept the credentials: {text}", FATAL)]
-    what = "the CA answers authentically that it takes no general message, as EJBCA does; an enrolment may still work"
-    return [(f"{what}: {text}", WARNING)]
+    if run.code != 0:
+        text, _ = _failure_text(run, answer, settings)
+        refused = answer and {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"} & {*answer.failures}
+        what = "the CA answers authentically that it takes no general message, as EJBCA does"
+        yield not authentic, text, FATAL
+        yield authentic and refused, f"the CA does not accept the credentials: {text}", FATAL
+        yield authentic and not refused, f"{what}; an enrolment may still work: {text}", WARNING
 
 
 def _general_message(settings: Settings, information: str, logger: logging.Logger) -> tuple[Run, Message | None]:
@@ -3726,9 +3665,6 @@ def _general_message(settings: Settings, information: str, logger: logging.Logge
     return run, answer
 
 
-CA_CERTS = "1.3.6.1.5.5.7.4.17"  # id-it-caCerts
-
-
 def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     """Ask for the CA's certificates (RFC 9480, 2.14): PEM. Raises CMPError where it sends none."""
     if not settings.binary.options.keys() >= {"infotype", "rspout", "cacertsout"}:
@@ -3740,7 +3676,7 @@ def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     # Out of the saved answer: the file that 3.0 writes is empty.
     for information in _sequence(answer.content) if run.code == 0 and answer else ():
         identifier, *values = _sequence(information.raw)
-        if _oid(identifier.value) == CA_CERTS and values:
+        if _oid(identifier.value) == "1.3.6.1.5.5.7.4.17" and values:  # id-it-caCerts
             found += [_certificate(element.raw) for element in _sequence(values[0].raw)]
     if not found:
         raise CMPError(f"CMP server {settings.server} sends no certificates: ask the CA's operator", REFUSED)
@@ -3771,62 +3707,48 @@ def _convert(words: list[str]) -> int:
         raise CMPError("write an `openssl cmp` command line behind convert, or give it on standard input")
     position = words.index("cmp")
     program, rest = words[position - 1] if position else "openssl", words[position + 1 :]
-    try:  # the program in the command line, or, if that is on another machine, the openssl here
-        binary = _binary(program)
-    except (CMPError, OSError):
-        binary = _binary("openssl")
-    found, ours, options = {}, [], binary.options
+    binary = _binary(program if shutil.which(program) else "openssl")  # it may be on another machine
+    found, ours = {}, []
     assigned = [word.partition("=")[0] for word in words[:position] if "=" in word]
     errors = [f"{name}=: set this variable for acme2certifier's process, too" for name in assigned]
     while rest:
         option, equals, value = rest.pop(0).lstrip("-").partition("=")
-        option = _option_name(option, options)
-        kind, takes_value = _option(option).kind, bool(equals) or options.get(option, bool(rest) and rest[0][:1] != "-")
-        if takes_value and not equals:
-            value = rest.pop(0) if rest else ""
-        if option not in options and kind != "run":
-            errors.append(f"openssl has no option -{option}{_did_you_mean(option, options, '-')}")
-        elif kind == "other" or option in binary.mock_server:
-            errors.append(f"-{option} is not for enrolling at a CA")
-        elif kind == "run" or option == "subject" or (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", "")):
-            ours.append(f"-{option}")
-        elif value or not takes_value:  # an empty value is none
-            found[option] = _comma_dn(value) if kind == "name" else value or "True"
-            lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
-            try:
+        option = _option_name(option, binary.options)
+        kind, takes_value = _option(option).kind, bool(equals)
+        if not equals and binary.options.get(option, bool(rest) and rest[0][:1] != "-"):
+            takes_value, value = True, rest.pop(0) if rest else ""
+        try:
+            _check_entry(f"cmp_{option}", option, binary)
+            usual = (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", ""))
+            if usual or kind == "run" or option == "subject":
+                ours.append(f"-{option}")
+            elif value or not takes_value:  # an empty value is none
+                found[option] = _comma_dn(value) if kind == "name" else value or "True"
+                lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
                 _raise_first((lost, "a section cannot hold this value: use a variable or a file, or another value"))
                 _check_text(option, found[option])
-            except CMPError as err:
-                errors.append(f"cmp_{option}: {err}")
-    _print_section(program, found, ours)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return FAILED if errors else DONE
-
-
-def _print_section(program: str, found: Mapping[str, str], ours: Sequence[str]) -> None:
-    """Print the section with these options, the usual ones first."""
+        except CMPError as err:
+            errors.append(f"cmp_{option}: {err}")
     print("[CAhandler]\nhandler_module: cmp_ca_handler")
     if ours:
         print(f"# set by the handler itself: {' '.join(ours)}")
     print(f"cmp_openssl_bin: {program}")
     print("# cmp_tmp_dir: a directory that lasts, for enrolments that wait for the CA")
     for option in filter(found.get, dict.fromkeys([*"server path cert key ref secret trusted".split(), *found])):
-        value = found[option]
-        if _option(option).kind == "secret" and value.partition(":")[0] not in ("env", "file"):
+        if _option(option).kind == "secret" and found[option].partition(":")[0] not in ("env", "file"):
             better = "cmp_secret_variable: NAME" if option == "secret" else f"cmp_{option}: env:NAME"
             print(f"# this file contains the secret; use {better} instead, with the secret in that variable")
-        print(f"cmp_{option}: {value}")
+        print(f"cmp_{option}: {found[option]}")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return FAILED if errors else DONE
 
 
 def _comma_dn(value: str) -> str:
     """`/C=DE/CN=x` as `C=DE, CN=x`: the reverse of `_slash_dn`."""
-    if not value.startswith("/"):
-        return value
-    text = ""
-    for separator, kind, part in _attributes(value):
-        text += {"+": "+", "/": ", "}[separator] + f"{kind}={_escaped(part)}"
-    return text[2:] or "/"
+    parts = _attributes(value) if value.startswith("/") else ()
+    text = "".join((", " if sign == "/" else "+") + f"{kind}={_escaped(part)}" for sign, kind, part in parts)
+    return text[2:] or value
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_convert_reports_unknown_options() -> None:
     """A misspelt option and one of a server: both are named, the first with its right spelling; exit code 1."""
     result = run("convert", "--", OPENSSL, "cmp", "-server", "h:1", "-trsted", "-port", "80")
     assert result.returncode == 1
-    assert "no option -trsted; did you mean -trusted?" in result.stderr
+    assert "no option -trsted; did you mean cmp_trusted?" in result.stderr
     assert "-port is not for enrolling" in result.stderr
     assert "Traceback" not in result.stderr
 
