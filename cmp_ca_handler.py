@@ -562,7 +562,7 @@ def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values(
         der = _decode(argument, CSR_LABEL)
         _check_der(der)
         information, _, _ = _sequence(der)
-        version, subject, key, *attributes = _sequence(information.raw)
+        version, subject, key, *attributes = _members(information)
         if version.raw != b"\x02\x01\0" or [a.tag for a in attributes] not in ([], [0xA0]):
             raise CMPError("it is not a PKCS #10 request of version 1: update the ACME client (certbot before 2.0)")
         _check_key(key)
@@ -578,8 +578,8 @@ def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values(
 
 def _check_key(key: Element) -> None:
     """Refuse a key with which anybody can sign: then the CSR's signature proves no possession of the private key."""
-    algorithm, bits = _sequence(key.raw)
-    kind, *parameters = _sequence(algorithm.raw)
+    algorithm, bits = _members(key)
+    kind, *parameters = _members(algorithm)
     oid, tags = _oid(kind.value), [parameter.tag for parameter in parameters]
     if tags not in ([], [0x05], [0x06]) and oid != RSASSA_PSS:
         # With a generator of one's own choice the private key of any public point is known (CVE-2020-0601).
@@ -597,7 +597,7 @@ def _check_key(key: Element) -> None:
 
 def _requested(attributes: bytes) -> dict[str, bytes]:
     """The extensions of the one extension request (RFC 2985, 5.4.2): of two, one reader would take the first."""
-    parsed = [_sequence(attribute.raw) for attribute in _elements(attributes)]
+    parsed = [_members(attribute) for attribute in _elements(attributes)]
     requests = [values for kind, values in parsed if _oid(kind.value) in EXTENSION_REQUESTS]
     if len(requests) > 1:
         raise CMPError(f"it has {len(requests)} extension requests: only one is allowed")
@@ -607,7 +607,7 @@ def _requested(attributes: bytes) -> dict[str, bytes]:
         if values.tag != 0x31 or [element.tag for element in content] not in ([], [0x30]):
             raise CMPError("its extension request is not exactly one list of extensions")
         for extension in _elements(content[0].value if content else b""):
-            identifier, *critical, value = _sequence(extension.raw)
+            identifier, *critical, value = _members(extension)
             oid = _oid(identifier.value)
             # FALSE is the default of `critical`, which DER does not write down.
             if (identifier.tag, value.tag) != (0x06, 0x04) or [c.raw for c in critical] not in ([], [b"\x01\x01\xff"]):
@@ -1473,8 +1473,9 @@ class ChainFinder:
         anchors = found["trusted"] + found["out_trusted"]
         # What the configuration names, and caPubs, which are protected.
         self.named = [*found["untrusted"], *anchors, *_certificates(transaction.file("capubs.pem"))]
-        self.sent = _certificates(transaction.file("extracerts.pem"))  # those of the last message alone
-        for element in (e for answer in transaction.answers() for e in _elements(answer.sent)):
+        self.sent = _certificates(transaction.file("extracerts.pem"))
+        earlier = transaction.answers() if not self.sent or transaction.state == "waiting" else []
+        for element in (e for answer in earlier for e in _elements(answer.sent)):  # those of the last message are there
             with contextlib.suppress(CMPError):  # anybody can put one there that openssl reads, and we do not
                 self.sent.append(_certificate(element.raw))
         # A renewed certificate of an anchor has its name and key.
@@ -1546,8 +1547,7 @@ class ChainFinder:
 
     def passed_over(self, below: Certificate) -> str:
         """The end of a warning: what is there of its issuer's name, and why it is not the issuer."""
-        issuer = _name_key(below.issuer)
-        named = [c for c in [*self.named, *self.sent] if _name_key(c.subject) == issuer and c != below]
+        named = [c for c in [*self.named, *self.sent] if c.subject_id == below.issuer_id and c != below]
         if self.false:
             return f" (openssl does not take what is there for it: {self.false[-1]})"
         if named and not any(_names_as_issuer(below, c) for c in named):
@@ -1558,7 +1558,7 @@ class ChainFinder:
 
 def _who(certificate: Certificate) -> tuple[object, bytes]:
     """Its name and key, which it keeps when it is renewed."""
-    return _name_key(certificate.subject), certificate.key
+    return certificate.subject_id, certificate.key
 
 
 def _certificates(path: str) -> list[Certificate]:
@@ -1578,19 +1578,18 @@ def _certificates(path: str) -> list[Certificate]:
 
 def _configured_certificates(path: str) -> list[Certificate]:
     """The same for a file that the configuration names: read again only when it has changed."""
-    info = os.stat(path) if os.path.isfile(path) else None
-    return _unchanged_certificates(path, info.st_mtime_ns, info.st_size) if info else []
+    return _unchanged_certificates(path, _file_state(path))
 
 
 @functools.lru_cache(maxsize=16)
-def _unchanged_certificates(path: str, changed: int, size: int) -> list[Certificate]:
+def _unchanged_certificates(path: str, state: tuple[int, ...]) -> list[Certificate]:
     return _certificates(path)
 
 
 def _names_as_issuer(below: Certificate, issuer: Certificate) -> bool:
     """Whether `below` names `issuer`, as far as it tells (RFC 5280, 4.2.1.1). Who has signed it is another question."""
     same_key = not below.authority_key or issuer.subject_key in (b"", below.authority_key)
-    return same_key and _name_key(issuer.subject) == _name_key(below.issuer)
+    return same_key and issuer.subject_id == below.issuer_id
 
 
 def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
@@ -1719,21 +1718,16 @@ class Settings(NamedTuple):
 
     binary: Binary
     directory: str
-    directory_fault: str
     own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
     options: Mapping[str, str | None]  # openssl's option -> value; None for a switch
     secrets: Mapping[str, str]  # environment variables for openssl
+    hidden: Collection[str]  # what must appear nowhere (see `_hide`)
     refuse_changes: bool  # revoke a certificate that is not what was asked for
     san_types: Sequence[str]  # the kinds of subjectAltNames that a CSR may have
     errors: Sequence[str] = ()
     warnings: Sequence[str] = ()
-
-    @property
-    def hidden(self) -> Collection[str]:
-        """What must appear nowhere (see `_hide`). openssl prints the passwords of proxies, whatever is in them."""
-        users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
-        passwords = [text for user in users for text in (f"{user}@", user.partition(":")[2])]
-        return {*self.secrets.values(), *passwords} - {"", "@"}
+    directory_fault: str = ""
+    state: object = None  # what all this depends on
 
     @property
     def server(self) -> str:
@@ -1756,8 +1750,51 @@ class Settings(NamedTuple):
         return self._replace(options={**options, "cmd": command})
 
 
+_known: dict[object, Settings] = {}  # without a fault, by all that they depend on
+
+
 def _settings(section: Mapping[str, str]) -> Settings:
-    """Read the section. Starts no process but to ask a new openssl what it can do."""
+    """The section, read again only where it, the environment or a file that it names has changed.
+
+    Starts no process but to ask a new openssl what it can do.
+    """
+    state = _state(section)
+    now = (state, time.time() // 3600)  # certificates expire: what is said of them is an hour old at the most
+    settings = _known.get(now) or _read_section(section)
+    if len(_known) > 100:  # profiles can make any number
+        _known.clear()
+    if not settings.errors:
+        _known[now] = settings
+    fault = _directory_fault(settings.directory, settings.own_directory)  # in any directory above it
+    return settings._replace(state=state, directory_fault=fault, errors=[*settings.errors, *filter(None, [fault])])
+
+
+def _state(section: Mapping[str, str]) -> object:
+    """All that the settings depend on, save for the time and the directories above cmp_tmp_dir."""
+    files, program = [], "openssl"
+    for key, value in section.items():
+        option, value = _option_name(key[4:]), _utf8(str(value).strip())
+        if _option(option).kind in ("file", "files", "key"):
+            files += _file_list(option, value)
+        elif _option(option).kind == "secret":
+            files.append(value.partition(":")[2].strip())
+        elif option == "openssl_bin":
+            program = value or program
+    states = tuple((name, *_file_state(name)) for name in [*files, shutil.which(program) or ""])
+    return (tuple(section.items()), tuple(os.environ.items()), os.getcwd(), states)
+
+
+def _file_state(path: str) -> tuple[int, ...]:
+    """What changes with a file; nothing where there is none."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return (info.st_mtime_ns, info.st_ctime_ns, info.st_size, info.st_ino)
+
+
+def _read_section(section: Mapping[str, str]) -> Settings:
+    """The settings, without a look at cmp_tmp_dir."""
     # Each key under the name that this file has for it: `cmp_tmpdir` is `cmp_tmp_dir`.
     names = {key: "cmp_" + _option_name(key[4:]) if key.startswith("cmp_") else key for key in section}
     twice = [(key, name) for key, name in names.items() if name != key and name in section]
@@ -1797,9 +1834,8 @@ def _settings(section: Mapping[str, str]) -> Settings:
     own, refuse = not section.get("cmp_tmp_dir"), section.get("cmp_refuse_changes", "").lower() in ON
     # The process may change its own directory.
     directory = _openssl_path(_utf8(os.path.abspath(_default_directory() if own else section["cmp_tmp_dir"])))
-    fault = _directory_fault(directory, own)
     _add_defaults(options, binary)
-    settings = Settings(binary, directory, fault, own, options, secrets, refuse, san_types)
+    settings = Settings(binary, directory, own, options, secrets, _hidden(secrets), refuse, san_types)
     findings = [(text, fatal) for wrong, text, fatal in _findings(section, settings) if wrong]
     errors += [text for text, fatal in findings if fatal]
     return settings._replace(errors=errors, warnings=[text for text, fatal in findings if not fatal])
@@ -2128,7 +2164,6 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     yield from _proxy_findings(settings)
     wrong = settings.seconds("total_timeout") < settings.seconds("msg_timeout")
     yield wrong, "cmp_total_timeout must be at least cmp_msg_timeout; 0 is possible for both only", FATAL
-    yield settings.directory_fault, settings.directory_fault, FATAL
 
 
 def _credential_findings(option: str, configured: str, settings: Settings) -> Iterator[Question]:
@@ -2178,6 +2213,12 @@ def _combination_findings(section: Mapping[str, str], settings: Settings) -> Ite
         yield so, text.replace("{}", ", ".join(names)), level == "error"
 
 
+def _hidden(secrets: Mapping[str, str]) -> Collection[str]:
+    """Secrets, and the passwords of proxies: openssl prints them, whatever is in them."""
+    users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
+    return {*secrets.values(), *(text for user in users for text in (f"{user}@", user.partition(":")[2]))} - {"", "@"}
+
+
 def _proxies() -> list[str]:
     """The environment variables from which openssl takes a proxy."""
     return [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if os.environ.get(name)]
@@ -2208,14 +2249,11 @@ def _dry_run(settings: Settings) -> Settings:
     """The settings, with what openssl says of them: asked once per process and state of options, secrets and files."""
     if settings.errors or "rspin" not in settings.binary.options:
         return settings
-    names = {name for o, value in settings.options.items() for name in _file_list(o, value or "")}
-    files = [(n, os.stat(n).st_mtime_ns, os.stat(n).st_size) for n in sorted(names) if os.path.isfile(n)]
-    mark = (settings.binary.path, settings.directory, *settings.options.items(), *settings.secrets.items(), *files)
-    asked, faults, expired = _dry_runs.get(mark, (0.0, None, []))
+    asked, faults, expired = _dry_runs.get(settings.state, (0.0, None, []))
     if faults is None or (faults and abs(time.time() - asked) > FAULT_BELIEVED):
         faults, expired = _openssl_faults(settings)
         if faults is not None:
-            _dry_runs[mark] = (time.time(), faults, expired)
+            _dry_runs[settings.state] = (time.time(), faults, expired)
     return settings._replace(errors=faults or (), warnings=[*settings.warnings, *expired])
 
 
@@ -2310,15 +2348,14 @@ def _binary(name: str) -> Binary:
     if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
         # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
         raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
-    info = os.stat(path)
-    binary = _described(path, info.st_mtime_ns, info.st_size)
+    binary = _described(path, _file_state(path))
     if binary.fault:  # remembered, too: each GET of the directory asks here
         raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
     return binary
 
 
 @functools.lru_cache(maxsize=8)
-def _described(path: str, changed: int, size: int) -> Binary:
+def _described(path: str, state: tuple[int, ...]) -> Binary:
     """What a program says of itself: asked once per process, and again when the file has changed."""
     run = _run([path, "cmp", "-help"])
     about = _run([path, "version"]) if run.code != HUNG else run
@@ -2427,11 +2464,11 @@ def _run(
     """
     if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use another web server")
+    output, chunk, ended, deadline = b"", b"-", False, time.monotonic() + limit
     try:
         process, job = _start(argv, secrets, keep)
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
-    output, chunk, ended, deadline = b"", b"-", False, time.monotonic() + limit
     assert process.stdout is not None  # noqa: S101 - it is a pipe
     with process.stdout as pipe:
         try:
@@ -2442,8 +2479,10 @@ def _run(
                     output = (output + chunk)[: MAX_OUTPUT + 1]
                 else:
                     ended = asleep()
+            tries = 0
             while not ended and _exit_code(process) is None and time.monotonic() < deadline:
-                time.sleep(0.0005)  # it has closed its output, so it ends at once; or else it is a strange program
+                tries += 1  # it has closed its output, so it ends at once; or else it is a strange program
+                time.sleep(0 if tries < 100 else 0.01)
         finally:
             code = _exit_code(process)
             _kill(process, job)
@@ -2549,7 +2588,7 @@ def _directory_fault(path: str, own: bool) -> str:
     if not os.path.isdir(there):
         return f"cmp_tmp_dir {_one_line(there, 100)} is not a directory"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    for place in dict.fromkeys([*_way(path), *_way(real)]):
+    for place in dict.fromkeys([*_way(path), *(_way(real) if real != path else ())]):
         who = _writable_by_others(place)
         if who:
             return f"cmp_tmp_dir: {_one_line(place, 100)} {who}"
@@ -2590,9 +2629,12 @@ def _openssl_path(path: str) -> str:
 
 def _writable_by_others(path: str) -> str:
     """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
-    if sys.platform == "win32" or not os.path.lexists(path):  # it will be made
+    if sys.platform == "win32":
         return ""
-    info = os.lstat(path)
+    try:
+        info = os.lstat(path)
+    except OSError:  # it will be made
+        return ""
     if info.st_uid not in (os.geteuid(), 0):
         ours = "give it to the user of acme2certifier; machines that share it need the same uid number"
         what = f"run this as {_user(info.st_uid)}" if os.geteuid() == 0 else ours
@@ -2964,18 +3006,18 @@ def _elements(data: bytes, strict: bool = False) -> Iterator[Element]:
 
     A length with more octets than it needs is BER, and let pass unless `strict`.
     """
-    start = 0
-    while start < len(data):
-        tag, length = data[start], data[start + 1] if start + 1 < len(data) else 0x80
-        octets = length - 0x80 if length > 0x80 else 0
-        if tag & 0x1F == 0x1F or length == 0x80 or octets > 4:  # 0x80 is the indefinite form of BER
+    start, size = 0, len(data)
+    while start < size:
+        tag, length, begin = data[start], data[start + 1] if start + 1 < size else 0x80, start + 2
+        if tag & 0x1F == 0x1F or length == 0x80 or length > 0x84:  # 0x80 is the indefinite form of BER
             raise CMPError("malformed DER")
-        begin = start + 2 + octets
-        length = int.from_bytes(data[start + 2 : begin], "big") if octets else length
-        if strict and octets and (length < 0x80 or not data[start + 2]):
-            raise CMPError("a length in it is BER, not DER")
+        if length > 0x80:
+            begin += length - 0x80
+            length = int.from_bytes(data[start + 2 : begin], "big")
+            if strict and (length < 0x80 or not data[start + 2]):
+                raise CMPError("a length in it is BER, not DER")
         end = begin + length
-        if end > len(data):
+        if end > size:
             raise CMPError("DER cut short")
         yield Element(tag, data[begin:end], data[start:end])
         start = end
@@ -2984,9 +3026,16 @@ def _elements(data: bytes, strict: bool = False) -> Iterator[Element]:
 def _sequence(data: bytes) -> list[Element]:
     """The elements in the one SEQUENCE that `data` is."""
     outer = list(_elements(data))
-    if len(outer) != 1 or outer[0].tag != 0x30:
+    if len(outer) != 1:
         raise CMPError("not one DER sequence")
-    return list(_elements(outer[0].value))
+    return _members(outer[0])
+
+
+def _members(sequence: Element) -> list[Element]:
+    """The elements in a SEQUENCE."""
+    if sequence.tag != 0x30:
+        raise CMPError("not one DER sequence")
+    return list(_elements(sequence.value))
 
 
 def _by_tag(elements: Iterable[Element]) -> dict[int, bytes]:
@@ -3041,7 +3090,7 @@ def _name(raw: bytes) -> Name:
     for rdn in _sequence(raw):
         attributes = []
         for pair in _elements(rdn.value):
-            kind, value = _sequence(pair.raw)[:2]
+            kind, value = _members(pair)[:2]
             try:
                 text: str | None = value.value.decode(STRINGS[value.tag])
             except (KeyError, UnicodeDecodeError):
@@ -3102,6 +3151,8 @@ class Certificate(NamedTuple):
     not_after: str
     subject: Name
     key: bytes  # the subjectPublicKeyInfo
+    issuer_id: object  # to compare names by
+    subject_id: object
     extensions: dict[str, bytes]
     subject_key: bytes  # identifier of its key
     authority_key: bytes  # of the key that has signed it
@@ -3127,21 +3178,23 @@ def _time(element: Element) -> str:
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
     try:
-        fields = [field for field in _sequence(_sequence(der)[0].raw) if field.tag != 0xA0]  # without the version
+        fields = [field for field in _members(_sequence(der)[0]) if field.tag != 0xA0]  # without the version
         number, algorithm, issuer, validity, subject, key = fields[:6]
         serial = _one_line(f"{int.from_bytes(number.value, 'big', signed=True):x}", 64)
-        start, end = map(_time, _sequence(validity.raw))
-        about = (serial, algorithm.raw, _name(issuer.raw), start, end, _name(subject.raw), key.raw)
+        start, end = map(_time, _members(validity))
+        names = _name(issuer.raw), _name(subject.raw)
+        about = (serial, algorithm.raw, names[0], start, end, names[1], key.raw)
+        ids = _name_key(names[0]), _name_key(names[1])
     except (IndexError, ValueError) as err:
         raise CMPError("not an X.509 certificate") from err
     extensions, subject_key, authority_key = {UNREADABLE: b""}, b"", b""
     with contextlib.suppress(*MALFORMED):  # openssl has accepted it, so it is served
-        parsed = [_sequence(e.raw) for e in _sequence(fields[-1].value)] if fields[-1].tag == 0xA3 else []
+        parsed = [_members(e) for e in _sequence(fields[-1].value)] if fields[-1].tag == 0xA3 else []
         found = {_oid(extension[0].value): extension[-1].value for extension in parsed}
         extensions = found if len(found) == len(parsed) else extensions  # of two, everybody reads another one
         subject_key = next(_elements(found.get(SUBJECT_KEY_ID, b"\x04\x00"))).value
         authority_key = _by_tag(_sequence(found.get(AUTHORITY_KEY_ID, b"\x30\x00"))).get(0x80, b"")
-    return Certificate(der, *about, extensions, subject_key, authority_key)
+    return Certificate(der, *about, *ids, extensions, subject_key, authority_key)
 
 
 def _pem(der: bytes, label: str = "CERTIFICATE") -> str:
@@ -3675,9 +3728,9 @@ def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     found: list[Certificate] = []
     # Out of the saved answer: the file that 3.0 writes is empty.
     for information in _sequence(answer.content) if run.code == 0 and answer else ():
-        identifier, *values = _sequence(information.raw)
+        identifier, *values = _members(information)
         if _oid(identifier.value) == "1.3.6.1.5.5.7.4.17" and values:  # id-it-caCerts
-            found += [_certificate(element.raw) for element in _sequence(values[0].raw)]
+            found += [_certificate(element.raw) for element in _members(values[0])]
     if not found:
         raise CMPError(f"CMP server {settings.server} sends no certificates: ask the CA's operator", REFUSED)
     for certificate in found:

@@ -9,6 +9,8 @@ import re
 import stat
 import subprocess
 import tempfile
+import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable
@@ -556,6 +558,35 @@ def test_check_notices_changes(ca: DemoCA, handlers: Handlers, tmp_path: Path) -
     script(Path(openssl), "exit 1\n")
     assert "has no cmp command" in str(handler.handler_check())
     assert "cmp_server is missing" in str(handlers(section, server=None).handler_check())
+
+
+@pytest.mark.parametrize("source", ["file", "variable", "env"])
+def test_a_secret_that_changes_is_read_again(
+    source: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of a section is kept, but not beyond a change of a file or variable that it names."""
+    file, right = tmp_path / "secret", ca.options()["cmp_secret"]
+    entry = {"file": ("secret", f"file:{file}"), "variable": ("secret_variable", "THE_SECRET")}
+    key, value = entry.get(source, ("secret", "env:THE_SECRET"))
+    handler = handlers({**ca.options(), "cmp_secret": "", f"cmp_{key}": value})
+
+    def enrol(secret: str) -> str | None:
+        file.write_text(secret)
+        monkeypatch.setenv("THE_SECRET", secret)
+        return handler.enroll(CSR)[0]
+
+    assert enrol(right) is None
+    assert "wrong pbm value" in str(enrol("x" * len(right)))
+    assert enrol(right) is None
+
+
+def test_a_certificate_that_expires_meanwhile(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has changed but the time: what is said of the certificate of the RA is not what was said last month."""
+    handler = handlers(ca.options("certificate"))
+    assert handler.handler_check() is None
+    later = {**vars(time), "time": lambda: time.time() + 40 * 366 * 86400}
+    monkeypatch.setattr(cmp_ca_handler, "time", types.SimpleNamespace(**later))
+    assert "has expired" in str(handler.handler_check())
 
 
 @pytest.mark.parametrize("openssl", [*BINARIES, "no library"])
