@@ -449,7 +449,7 @@ def test_a_mesh_of_known_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
     ders = [pem_der(certificate(a, b)) for a in mesh for b in mesh if a != b]
     finder = cmp_ca_handler.ChainFinder.__new__(cmp_ca_handler.ChainFinder)
     finder.sent = [cmp_ca_handler._certificate(der) for der in ders]
-    finder.named, finder.anchors, finder.known, finder.protected = [], set(), set(), set()
+    finder.named, finder.anchors, finder.protected = [], set(), set()
     looked = Mocked(return_value=True)
     monkeypatch.setattr(cmp_ca_handler.ChainFinder, "signed_by", looked)
     finder.leaf = cmp_ca_handler._certificate(pem_der(certificate(LEAF, mesh[0])))

@@ -211,8 +211,8 @@ def test_run_that_proves_nothing() -> None:
     run = cmp_ca_handler.Run(1, text, cmp_ca_handler._lines(text))
     assert run.only(cmp_ca_handler.AFTER_ACCEPTANCE)
     ends = (cmp_ca_handler.HUNG, cmp_ca_handler.ASLEEP, cmp_ca_handler.LOST, -9)
-    for change in (*({"code": code} for code in ends), {"cut": True}):
-        assert not run._replace(**change).only(cmp_ca_handler.AFTER_ACCEPTANCE), change
+    for unproven in (*(run._replace(code=code) for code in ends), run._replace(cut=True)):
+        assert not unproven.only(cmp_ca_handler.AFTER_ACCEPTANCE), unproven
 
 
 def test_openssl_that_ends_when_it_should_be_ended() -> None:
