@@ -1655,9 +1655,9 @@ def _table(text: str) -> list[tuple[str, str, str]]:
 #         enrolment: no part of a revocation; ir: nor of a p10cr; tls: nothing without TLS
 # weak    behind a comma: why the option weakens security; no profile sets it
 # An option without a row has nothing special. To add one of our own: its name in the row `ours`, which no profile sets;
-# what is wrong with a value, a row in VALUE_FAULTS under its name; its field in Settings, read in `_settings`, inside
-# the try; what it does, in `CAhandler.enroll` (what `_read_csr` refuses is refused to orders that wait, too); its line
-# in docs/configuration.md.
+# what is wrong with a value, a row in VALUE_FAULTS under its name; its field in Settings, read in `_read_section`,
+# inside the try; what it does, in `CAhandler.enroll` (what `_read_csr` refuses is refused to orders that wait, too);
+# its line in docs/configuration.md.
 OPTIONS_TABLE = """
 openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes: ours
 server path proxy no_proxy ignore_keyusage: -
@@ -1763,6 +1763,7 @@ def _settings(section: Mapping[str, str]) -> Settings:
     settings = _known.get(now) or _read_section(section)
     if len(_known) > 100:  # profiles can make any number
         _known.clear()
+        _dry_runs.clear()
     if not settings.errors:
         _known[now] = settings
     fault = _directory_fault(settings.directory, settings.own_directory)  # in any directory above it
@@ -1773,15 +1774,14 @@ def _state(section: Mapping[str, str]) -> object:
     """All that the settings depend on, save for the time and the directories above cmp_tmp_dir."""
     files, program = [], "openssl"
     for key, value in section.items():
-        option, value = _option_name(key[4:]), _utf8(str(value).strip())
-        if _option(option).kind in ("file", "files", "key"):
-            files += _file_list(option, value)
-        elif _option(option).kind == "secret":
-            files.append(value.partition(":")[2].strip())
+        option, text = _option_name(key[4:]), _utf8(str(value).strip())
+        if _option(option).kind in ("file", "files", "key", "secret"):
+            files += [name.removeprefix("file:").strip() for name in _file_list(option, text)]
         elif option == "openssl_bin":
-            program = value or program
+            program = text or program
     states = tuple((name, *_file_state(name)) for name in [*files, shutil.which(program) or ""])
-    return (tuple(section.items()), tuple(os.environ.items()), os.getcwd(), states)
+    here = os.stat(os.curdir)  # its path may be gone
+    return (tuple(section.items()), tuple(os.environ.items()), here.st_dev, here.st_ino, states)
 
 
 def _file_state(path: str) -> tuple[int, ...]:

@@ -580,6 +580,17 @@ def test_a_secret_that_changes_is_read_again(
     assert enrol(right) is None
 
 
+def test_working_directory_that_is_gone(
+    ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the process: where all paths of the section are whole ones, nobody needs it."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert handlers(ca.options()).enroll(CSR)[0] is None
+
+
 def test_a_certificate_that_expires_meanwhile(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has changed but the time: what is said of the certificate of the RA is not what was said last month."""
     handler = handlers(ca.options("certificate"))
