@@ -2425,11 +2425,8 @@ class Run(NamedTuple):
     cut: bool = False  # it said more than is kept, or more than was read in time
 
     def errors(self) -> list[str]:
-        """The texts of its errors, each once, but the one beside those of a poll, which says nothing by itself.
-
-        One that only 3.0 does not call an error is among them.
-        """
-        found = (line.text for line in self.lines if line.level == logging.ERROR or OTHER_SENDER.match(line.text))
+        """The texts of its errors, each once, but the one beside those of a poll, which says nothing by itself."""
+        found = (line.text for line in self.lines if line.level == logging.ERROR)
         return [error for error in dict.fromkeys(found) if not POLLING_FAILED.match(error)]
 
     def complete(self) -> bool:
@@ -2498,8 +2495,10 @@ def _lines(output: str) -> list[Line]:
     for line in output.split("\n"):
         match = MESSAGE.match(line)
         name, text = match.groups() if match else ("debug", QUEUE.sub(r"\1 \2", line))
-        if text.strip():
-            lines.append(Line(LEVELS.get(name.lower(), logging.ERROR), text.strip()))
+        text = text.strip()
+        if text:
+            level = logging.ERROR if text.startswith(OTHER_SENDER) else LEVELS.get(name.lower(), logging.ERROR)
+            lines.append(Line(level, text))
     return lines
 
 
@@ -2826,8 +2825,8 @@ TAKEN = re.compile(
     "|error creating certconf|unknown sigid algs|decode error$",
     re.I,
 )
-# A sender that is not cmp_expect_sender: for OpenSSL 3.0 no error.
-OTHER_SENDER = re.compile("does not match expected sender")
+# A sender that is not cmp_expect_sender: OpenSSL 3.0 calls that no error.
+OTHER_SENDER = "does not match expected sender"
 POLLING_FAILED = re.compile("polling failed")
 # The end of a run that only has to see what was saved, or of one that the CA lets wait: no errors for the log.
 END_OF_REPLAY, END_OF_WAIT = "-server option|too few -rspin", f"{TIME_IS_UP.pattern}|{POLLING_FAILED.pattern}"
