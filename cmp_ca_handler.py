@@ -25,7 +25,7 @@ and its entry first; a function stands below the first one that calls it. Nothin
     What is compared with the CSR?                           _changes
     What does a revocation answer, a second one too?         CAhandler._revoke
     Which options are there, and how is one added?           OPTIONS
-    Who says that the configuration is right?                _findings, _dry_run
+    Who says that the configuration is right?                VALUE_FAULTS, COMBINATIONS, _findings, _dry_run
     Where could a secret come out?                           the comment above _secret
     How does openssl run, and when is it ended?              _run, Exchange.silent
     What are openssl's words, and the hints?                 the comment "openssl's words", HINTS
@@ -2045,11 +2045,11 @@ def _attribute_type(kind: str, binary: Binary) -> str:
 #                         (`_foreign`, `Transaction.warn`): it masks `Settings.hidden`, and what looks like a secret;
 #                         none of our texts shows the value of a secret
 #   unexpected exceptions `_explained` shows type and line, never the text
-#   what cannot be read   `_load_config` and `_read_ini` say the number of the line, not what is in it
+#   what cannot be read   `_unreadable` tells the number of the line, `_our_entries` the key: neither what is in it
 #   files                 none is written with one: what `cmp_secret: file:` names we read, not openssl; a profile
 #                         cannot set one (`Option.fixed`)
-#   the command line      `check` shows no value of a secret, nor of an entry that it does not know; `convert` prints
-#                         what the user has typed, with a warning
+#   the command line      `check` shows no value of a secret, nor of an entry that it does not know, nor an address
+#                         with a user in it (`_shown`); `convert` prints what was typed, with a warning
 
 
 def _secret(option: str, value: str) -> tuple[str, str]:
