@@ -1997,8 +1997,8 @@ def _attributes(value: str) -> Iterator[tuple[str, str, str]]:
     for separator, kind, quoted, plain, rest in found:
         if rest:
             hint = "in a value, write \\, \\+ \\; \\/ for these signs, \\\\ for a backslash"
-            what = "is not a distinguished name such as C=DE, CN=Issuing CA"
-            raise CMPError(f"'{_one_line(rest[1:], 60)}' {what}: {hint}")
+            what = "is not a distinguished name such as C=DE, CN=Issuing CA: separate attributes with commas;"
+            raise CMPError(f"'{_one_line(rest[1:], 60)}' {what} {hint}")
         kind, text = kind.strip(), plain or quoted
         merged = re.search(r"(?:\s|(?<!\\)/)([A-Za-z]+) ?=", plain)
         if merged and merged.group(1).upper() in DN_TYPES:
