@@ -288,7 +288,7 @@ def test_one_poll_at_a_time_on_windows(handler: Windows, ca: DemoCA, silent: tup
     good, (address, seen) = handler.config.read_text(), silent
     patient = re.sub("_timeout: .*", f"_timeout: {TIMEOUT}", good)
     handler.config.write_text(re.sub("cmp_server: .*", f"cmp_server: {address}", patient))
-    code = "print(os.getpid(), flush=True)\nhandler.poll('', *given)"
+    code = "print(os.getpid(), flush=True)\nhandler.ask_always = True\nhandler.poll('', *given)"
     command = handler.command(code, identifier, csr)
     first = handler.wine.start(*command, cwd=handler.directory, ACME_SRV_CONFIGFILE=dos(handler.config))
     with first:
