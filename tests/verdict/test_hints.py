@@ -127,7 +127,7 @@ def test_the_ca_says_more(more: str, ca: DemoCA, handlers: Handlers, proxy: Prox
 # --- Messages that do not fit
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
@@ -232,7 +232,7 @@ def make_key(path: Path, *kind: str, openssl: str = OPENSSL) -> str:
     return str(path)
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize("kind", [["RSA"], ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]], ids=["RSA", "EC"])
 @pytest.mark.parametrize("whose", ["", "tls_"])
 def test_key_that_does_not_belong_to_the_certificate(
@@ -326,7 +326,7 @@ def test_status_code(openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: T
         assert error.endswith(f"({hint(f'code={code}')})"), code
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize("kind", ["application/pkixcmp;charset=UTF-8", "text/html", ""])
 def test_content_type(
     kind: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, tcp_server: TcpServer
@@ -424,7 +424,7 @@ def test_a_signer_that_is_out_of_date(openssl: str, ca: DemoCA, handlers: Handle
     assert error.endswith(f"({hint('cert has expired')})"), error
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
 def test_names_in_a_certificate(
     authentication: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
