@@ -967,16 +967,16 @@ def _usable(answers: Iterable[Message]) -> list[Message]:
     return usable
 
 
-def _fits(history: Sequence[Message]) -> bool:
+def _fits(history: Sequence[Message], live: bool = False) -> bool:
     """Whether the newest answer is to its request: by transaction, and nonce of that or (RFC 9483, 4.4) of the first.
 
     Somebody may send an answer that he has recorded: its protection fits, its nonce does not. A replay cannot show
-    that, for openssl then takes transaction and nonces from the answers themselves; nor does the request of a replay
-    that was killed, which is younger than the answer.
+    that, for openssl then takes transaction and nonces from the answers themselves; nor can the request of a replay
+    that was killed: it is younger than an answer that is not `live`, of this run.
     """
     newest, nonces = history[-1], [answer.nonces[1] for answer in history[:-1][:1]]
     asked = _saved_message(newest.path[:-4] + ".req")
-    if asked is None or os.stat(asked.path).st_mtime_ns > os.stat(newest.path).st_mtime_ns:
+    if asked is None or (not live and os.stat(asked.path).st_mtime_ns > os.stat(newest.path).st_mtime_ns):
         return True  # nobody can tell
     return newest.transaction == asked.transaction and newest.nonces[1] in [*nonces, asked.nonces[0]]
 
@@ -1235,8 +1235,10 @@ class Exchange:
             return ACCEPTED  # before this run; or it has made the request that follows
         if newest in self.after and self.run.only(TIME_IS_UP):
             return ACCEPTED
+        if newest in self.after and not _fits(history, live=True):
+            return NOT_ACCEPTED
         # Also where openssl has hung, for the machine may have been paused; and of what a killed poll has left.
-        return self._replayed(history) if _fits(history) else NOT_ACCEPTED
+        return self._replayed(history)
 
     def _replayed(self, history: Sequence[Message]) -> str:
         """What openssl makes of the newest of these answers: it gets them all again, and no server."""
@@ -1393,7 +1395,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
         elif newest is None and CERTIFICATE_REFUSED.match(searched) and not any(map(OF_THE_SIGNER.match, errors)):
             searched, kind = f"{TLS_REFUSED} {''.join(OUT_OF_DATE.findall(errors[0]))}", UNAUTHENTIC
-        if kind == UNAUTHENTIC and "srvcert" in settings.options and not _hint(searched):  # it says what failed inside
+        # Beside cmp_srvcert it says what failed inside.
+        if kind == UNAUTHENTIC and "srvcert" in settings.options and run.errors() and not _hint(searched):
             searched = SRVCERT_REFUSED
     said = _foreign("; ".join(errors[:4]), settings.hidden) or "openssl gave no reason"
     return f"CMP with {settings.server} failed: {said}{unverified}" + _hint(searched), kind
@@ -1781,7 +1784,8 @@ def _state(section: Mapping[str, str]) -> object:
             program = text or program
     states = tuple((name, *_file_state(name)) for name in [*files, shutil.which(program) or ""])
     here = os.stat(os.curdir)  # its path may be gone
-    return (tuple(section.items()), tuple(os.environ.items()), here.st_dev, here.st_ino, states)
+    user = os.geteuid() if sys.platform != "win32" else 0  # a server may give up root
+    return (tuple(section.items()), tuple(os.environ.items()), here.st_dev, here.st_ino, user, states)
 
 
 def _file_state(path: str) -> tuple[int, ...]:
@@ -3038,8 +3042,8 @@ def _members(sequence: Element) -> list[Element]:
 
 
 def _by_tag(elements: Iterable[Element]) -> dict[int, bytes]:
-    """The contents of elements, each of which may be there or not: its tag tells which one it is."""
-    return {element.tag: element.value for element in elements}
+    """The contents of elements, each of which may be there or not: of two with one tag, the first counts."""
+    return {element.tag: element.value for element in reversed([*elements])}
 
 
 def _check_der(data: bytes, depth: int = 0) -> None:

@@ -580,6 +580,16 @@ def test_a_secret_that_changes_is_read_again(
     assert enrol(right) is None
 
 
+def test_a_server_that_gives_up_root(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has asked handler_check() before: the directory of the other user is not what was kept for root."""
+    section = handlers(ca.options(), tmp_dir=None).section
+    before = cmp_ca_handler._settings(section).directory
+    for function in ("getuid", "geteuid"):
+        monkeypatch.setattr(os, function, lambda: 65534)
+    after = cmp_ca_handler._settings(section).directory
+    assert before != after and after.endswith("cmp_ca_handler-65534")
+
+
 def test_working_directory_that_is_gone(
     ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

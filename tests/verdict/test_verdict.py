@@ -394,6 +394,14 @@ def test_confirmation_with_a_hash_algorithm() -> None:
             assert cmp_ca_handler._body(cmp_ca_handler.CERTCONF, content)["status"] == status
 
 
+def test_certificate_beside_a_private_key() -> None:
+    """In a CertifiedKeyPair both may have the tag [0] (RFC 4210, 5.3.4): the first is the certificate."""
+    pair = write_der(0x30, write_der(0xA0, b"certificate") + write_der(0xA0, b"key"))
+    response = write_der(0x30, integer(0) + write_der(0x30, integer(0)) + pair)
+    content = write_der(0x30, write_der(0x30, response))
+    assert cmp_ca_handler._body(cmp_ca_handler.IP, content)["certificate"] == b"certificate"
+
+
 @every_binary
 def test_a_recorded_first_answer(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """OpenSSL 3.5 takes it: the next poll goes on from what was there before."""

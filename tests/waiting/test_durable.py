@@ -697,7 +697,7 @@ def test_flock_fails(failing: int, ca: DemoCA, handlers: Handlers, monkeypatch: 
         result = handler.poll("name", identifier, "")
         calls = 0
         error = handler.enroll(as_host(csr_pem(["other.example"])))[0]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     if failing == 1:
         for text in (result[0], error):
             assert "the file system of cmp_tmp_dir must support flock" in str(text)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import cmp_ca_handler
 from conftest import Handlers, as_host, binaries, bundle_certificates, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA
-from proxy import Proxy, note
+from proxy import Forward, Proxy, note
 from shared import (
     ENROLLER,
     POLLER,
@@ -159,6 +160,31 @@ def test_machine_that_pauses_while_openssl_sleeps(
     ca.approve("all")
     check_issued(handler.poll("name", identifier, ""), csr)
     assert requests(ca) == {"ir": 1, "pollReq": 2, "certConf": 1}
+
+
+@binaries
+@pytest.mark.parametrize("step", [0, 10])
+def test_recording_while_the_clock_is_set_back(
+    step: int, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
+    """An earlier pollRep comes in place of the CA's answer, which then looks older than its request: it is not kept."""
+    recorded: list[bytes] = []
+    handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+    handler.ask_always = True
+    proxy.spoil_next("pollReq", note(recorded))
+    csr = csr_pem(["stepped.example"])
+    identifier = begin(handler, csr)
+    handler.poll("name", identifier, "")
+
+    def replay(_: Forward) -> bytes:
+        request = max((handlers.work / identifier).glob("*.req"))
+        os.utime(request, (time.time() + step, time.time() + step))  # written before the clock was set back
+        return recorded[0]
+
+    proxy.spoil_next("pollReq", replay)
+    assert not handler.poll("name", identifier, "")[4]
+    ca.approve("all")
+    check_issued(handler.poll("name", identifier, ""), csr)
 
 
 @binaries
