@@ -345,10 +345,11 @@ class CAhandler:
 
     def _waiting_settings(self) -> Settings:
         """The settings for orders that wait; of their faults only one counts: others may have put orders there."""
+        if self.config_error:
+            raise CMPError(self.config_error)
         settings = _settings(self.section)
-        fault = self.config_error or settings.directory_fault
-        if fault:
-            raise CMPError(fault)
+        if settings.directory_fault:
+            raise CMPError(settings.directory_fault)
         return settings
 
     def _profiled_section(self, argument: str, revocation: bool = False) -> dict[str, str]:
@@ -1763,12 +1764,14 @@ def _settings(section: Mapping[str, str]) -> Settings:
     """
     state = _state(section)
     now = (state, time.time() // 3600)  # certificates expire: what is said of them is an hour old at the most
-    settings = _known.get(now) or _read_section(section)
-    if len(_known) > 100:  # profiles can make any number
-        _known.clear()
-        _dry_runs.clear()
-    if not settings.errors:
-        _known[now] = settings
+    settings = _known.get(now)
+    if settings is None:
+        settings = _read_section(section)
+        if len(_known) > 100:  # profiles can make any number
+            _known.clear()
+            _dry_runs.clear()
+        if not settings.errors:
+            _known[now] = settings
     fault = _directory_fault(settings.directory, settings.own_directory)  # in any directory above it
     return settings._replace(state=state, directory_fault=fault, errors=[*settings.errors, *filter(None, [fault])])
 
@@ -2517,7 +2520,9 @@ def _log_messages(logger: logging.Logger, run: Run, settings: Settings, usual: s
         lines = [*lines[: MAX_LOGGED // 2], *lines[-MAX_LOGGED // 2 :]]
     for line, text in zip(lines, _hide("\n".join(line.text for line in lines), settings.hidden).split("\n")):
         expected = ONE_WAY_TLS.match(line.text) or (usual and re.match(usual, line.text, re.I))
-        logger.log(logging.DEBUG if expected else line.level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
+        level = logging.DEBUG if expected else line.level
+        if logger.isEnabledFor(level):
+            logger.log(level, "openssl cmp: %s", _one_line(text, 2 * MAX_TEXT))
 
 
 def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
