@@ -301,7 +301,7 @@ class CAhandler:
             return outcome
         leaf, settings, hidden = outcome.leaf, transaction.settings, transaction.settings.hidden
         about: dict[str, object] = {"subject": _name_text(leaf.subject), "serial": leaf.serial}
-        changes = _changes(csr, leaf, transaction.read("subject"))
+        changes = _changes(csr, leaf, "" if csr.subject else transaction.read("subject"))
         if changes:
             transaction.warn("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
             if settings.refuse_changes:
@@ -1111,7 +1111,7 @@ class Exchange:
 
     def __init__(self, request: Sequence[str], transaction: Transaction) -> None:
         self.request, self.transaction, self.settings = request, transaction, transaction.settings
-        self.before = transaction.usable()
+        self.before = transaction.usable() if transaction.state == "waiting" else []
         self.first = max(map(_number, self.before), default=0) + 1  # of the answers of this run
         self.after: list[Message] = []
         self.run, self.deadline = Run(HUNG, ""), 0.0
@@ -1119,7 +1119,8 @@ class Exchange:
     def outcome(self) -> Outcome:
         """Ask the CA, keep what it has said, and tell what has become of the enrolment."""
         _check_room(self.transaction.path)  # or else the answers could not be saved
-        self._clear(self.before)
+        if self.before:
+            self._clear(self.before)
         self._ask()
         if self.before and self.run.only(TIME_IS_UP) and not self._made(self.first):
             # openssl counts whole seconds, so its time may have run out before it could ask: once more, with more time.
@@ -1338,8 +1339,8 @@ def _openssl_cmp(
 ) -> Run:
     """One run of `openssl cmp`, logged without the many `files`; errors that it passed over early are notes."""
     settings, command = transaction.settings, _command(transaction.settings, request, overrides)
-    # No secret is in it: they are in the environment.
-    transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
+    if transaction.logger.isEnabledFor(logging.DEBUG):  # no secret is in it: they are in the environment
+        transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
     total = int(overrides.get("total_timeout") or settings.seconds("total_timeout"))
     limit = total + GRACE if total else NO_TIMEOUT  # 0 is none
     run = _run([*command, *files], limit, settings.secrets, [transaction.lock], asleep)
@@ -1434,14 +1435,14 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
     except (CMPError, OSError) as err:
         warn("cannot look for the chain now: %s", _one_line(str(err)))
         return [leaf]
-    top, missing, why = _name_text(chain[-1].subject), _name_text(chain[-1].issuer), finder.passed_over(chain[-1])
-    roots = any(_names_as_issuer(c, c) for c in finder.named)
+    why, roots = finder.passed_over(chain[-1]), any(_names_as_issuer(c, c) for c in finder.named)
     if finder.invalid:
         what = "a broken or repeated extension, an empty keyUsage: nobody can verify it, so ask the CA's operator"
         warn("OpenSSL calls the issued certificate itself invalid (%s), and it is served without its issuer", what)
     elif len(chain) == 1 and not ends:
         warn("the issuer's certificate is not there: name it in cmp_untrusted%s", why)
     elif not ends and not anchored and (roots or why):  # else the root is left out on purpose
+        top, missing = _name_text(chain[-1].subject), _name_text(chain[-1].issuer)
         warn("the bundle ends with %s, below its root: name its issuer, %s, in cmp_untrusted%s", top, missing, why)
     for authority in chain[1:]:
         if not authority.valid():
@@ -2666,10 +2667,11 @@ def _user(number: int | None = None) -> str:
 
 def _check_room(path: str) -> None:
     """Raise OSError where there is no room for the CA's answers: blocks and inodes."""
-    full = shutil.disk_usage(path).free < MAX_DER
-    if sys.platform != "win32":
+    if sys.platform == "win32":
+        full = shutil.disk_usage(path).free < MAX_DER
+    else:
         disk = os.statvfs(path)
-        full = full or (disk.f_files > 0 and disk.f_favail < 8)
+        full = disk.f_bavail * disk.f_frsize < MAX_DER or (disk.f_files > 0 and disk.f_favail < 8)
     if full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
@@ -2998,6 +3000,7 @@ DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **D
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
 MAX_DER = 1 << 17  # no CSR or certificate is larger, even with post-quantum signatures; openssl's limit is 100 kB
+MAX_KEPT = 1 << 12  # of a certificate that is read once for all
 MALFORMED = (CMPError, LookupError, ValueError, StopIteration)  # what reading raises
 
 
@@ -3185,6 +3188,12 @@ def _time(element: Element) -> str:
 
 def _certificate(der: bytes) -> Certificate:
     """Read a certificate (RFC 5280, 4.1). Raises CMPError where it is none."""
+    # An issuer comes again with each leaf. What is large is not kept: strangers can send it.
+    return (_read_certificate if len(der) <= MAX_KEPT else _read_certificate.__wrapped__)(der)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_certificate(der: bytes) -> Certificate:
     try:
         fields = [field for field in _members(_sequence(der)[0]) if field.tag != 0xA0]  # without the version
         number, algorithm, issuer, validity, subject, key = fields[:6]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -832,16 +833,16 @@ def test_p10cr_says_nothing_at_each_order(
     assert [r.getMessage() for r in caplog.records if "option is ignored" in r.getMessage()] == []
 
 
-@every_binary
-def test_no_file_beside_decides(openssl: str, pki: Pki, handlers: Handlers, tcp_server: TcpServer) -> None:
+def test_no_file_beside_decides(pki: Pki, handlers: Handlers, tcp_server: TcpServer) -> None:
     """Where the signer's certificate cannot be saved, the order goes on."""
-    if "srvcertout" not in help_of(openssl):
-        pytest.skip("this openssl has no such option")
-    for changes in ({}, {"implicit_confirm": "True"}):
+    able = [path for path in BINARIES if "srvcertout" in help_of(path)]  # 3.0 has it not
+    if not able:
+        pytest.skip("no openssl here has the option")
+    for openssl, changes in itertools.product(able, ({}, {"implicit_confirm": "True"})):
         attempt = right("srvcertout", "", {"srvcertout": "/none/x.pem", **changes}, mock="-grant_implicitconf")
         with party(pki, attempt, tcp_server) as (server, _):
             handler = handlers({}, openssl_bin=openssl, **configured(pki, attempt, server))
-            assert handler.enroll(as_host(csr_pem(["leaf.example"], key=pki.key("leaf"))))[0] is None
+            assert handler.enroll(as_host(csr_pem(["leaf.example"], key=pki.key("leaf"))))[0] is None, openssl
         assert handlers.left() == []
 
 
