@@ -4,13 +4,14 @@
     ACME client --ACME--> acme2certifier --enroll(csr)--> this file --runs--> openssl cmp --CMP--> CA
                                          <-(error, bundle, cert, poll id)-            <- certificate, chain
 
-acme2certifier loads `CAhandler` from this file. Every entry `cmp_X: value` of its `[CAhandler]` section becomes
-`-X value` of an `openssl cmp` command line. OpenSSL does all of the CMP (RFC 4210, 9480, 9483, 9810) and all of the
-cryptography; this file decides what to send, keeps secrets out of sight, and makes errors readable. It needs nothing
-but the standard library. For the command line: `python3 cmp_ca_handler.py --help`.
+acme2certifier loads `CAhandler` from this file. An entry `cmp_X: value` of its `[CAhandler]` section becomes `-X value`
+of an `openssl cmp` command line, unless `X` is an option of our own. OpenSSL does all of the CMP (RFC 4210, 9480, 9483,
+9810) and all of the cryptography; this file decides what to send, keeps secrets out of sight, and makes errors
+readable. It needs nothing but the standard library. For the command line: `python3 cmp_ca_handler.py --help`.
 
 Read it before you trust it with the credentials of a CA, from top to bottom. Nine parts follow, each with its types
-and its entry first; a function stands below the first one that calls it. Nothing calls the last part.
+and its entry first; a function stands below the first one that calls it, save for some that read DER. Nothing calls
+the last part.
 
     question                                                 where to look
     What becomes of an order?                                CAhandler.enroll
@@ -37,7 +38,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 9):  # noqa: UP036 - an older one would fail with a SyntaxError
+if sys.version_info < (3, 9):  # noqa: UP036 - 3.8 would fail with a TypeError
     raise ImportError(f"cmp_ca_handler needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
 import base64
@@ -213,7 +214,7 @@ class CAhandler:
 
     def _poll(self, csr: str, transaction: Transaction, about: dict[str, object]) -> Outcome:
         """Ask the CA about a transaction that waits, if it is time. Raises CMPError where that is impossible."""
-        wanted = _read_csr(transaction.read("csr.pem"))  # of the kinds that were allowed then
+        wanted = _read_csr(transaction.read("csr.pem"))  # with names of any kind: enroll() has judged them
         about.update(subject=_wanted(wanted), server=transaction.settings.server)
         if csr and _decode(csr, CSR_LABEL) != wanted.der:
             raise CMPError("the poll identifier belongs to another CSR", REQUEST)
@@ -300,7 +301,7 @@ class CAhandler:
         if outcome.leaf is None:
             return outcome
         leaf, settings, hidden = outcome.leaf, transaction.settings, transaction.settings.hidden
-        about: dict[str, object] = {"subject": _name_text(leaf.subject), "serial": leaf.serial}
+        about: dict[str, object] = {"subject": _hide(_name_text(leaf.subject), hidden), "serial": leaf.serial}
         changes = _changes(csr, leaf, "" if csr.subject else transaction.read("subject"))
         if changes:
             transaction.warn("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
@@ -311,9 +312,9 @@ class CAhandler:
         if transaction.state == "waiting":
             transaction.finish(bundle)
         seconds = f"{time.monotonic() - transaction.started:.2f}"
-        about.update(issuer=_name_text(leaf.issuer), notAfter=leaf.not_after, chain=len(chain))
+        about.update(issuer=_hide(_name_text(leaf.issuer), hidden), notAfter=leaf.not_after, chain=len(chain))
         about.update(transaction=transaction.cmp_id or "unknown", server=settings.server, seconds=seconds)
-        self.logger.info("certificate issued: %s", _hide(_pairs(about), hidden))
+        self.logger.info("certificate issued: %s", _pairs(about))
         return outcome._replace(bundle=bundle)
 
     def _refuse(self, leaf: Certificate, changes: str, settings: Settings) -> str:
@@ -344,7 +345,7 @@ class CAhandler:
         return [entry for entry in entries if not _option(_option_name(entry[4:])).fixed]
 
     def _waiting_settings(self) -> Settings:
-        """The settings for orders that wait; of their faults only one counts: others may have put orders there."""
+        """The settings for orders that wait; only one fault counts: in a foreign directory anybody may put orders."""
         if self.config_error:
             raise CMPError(self.config_error)
         settings = _settings(self.section)
@@ -472,7 +473,7 @@ def _read_ini(path: str) -> Any:
 
 
 def _unreadable(err: BaseException) -> str:
-    """What is wrong with a configuration file; never a line of it, or a word of one, which may be a secret."""
+    """What is wrong with a configuration file; of its lines no more than a key, for the rest may be a secret."""
     import configparser
 
     if isinstance(err.__context__, configparser.Error):  # acme2certifier tries YAML where it is no INI
@@ -513,7 +514,8 @@ COMMON_NAME, SUBJECT_ALT_NAME, KEY_USAGE, BASIC_CONSTRAINTS = "2.5.4.3", "2.5.29
 EXTENDED_KEY_USAGE, OCSP_SIGNING = "2.5.29.37", "1.3.6.1.5.5.7.3.9"
 TN_AUTH_LIST = "1.3.6.1.5.5.7.1.26"  # RFC 8226
 EXTENSION_REQUESTS = ("1.2.840.113549.1.9.14", "1.3.6.1.4.1.311.2.1.14")  # PKCS #9 and Microsoft's
-RSASSA_PSS, ED25519, EC_KEY = "1.2.840.113549.1.1.10", "1.3.101.112", "1.2.840.10045.2.1"
+RSASSA_PSS, EC_KEY = "1.2.840.113549.1.1.10", "1.2.840.10045.2.1"
+ED25519, ED448, ML_DSA = "1.3.101.112", "1.3.101.113", re.compile(r"2\.16\.840\.1\.101\.3\.4\.3\.1[789]")
 # Those of NIST, SEC and Brainpool over prime fields, and SM2: all without points of small order.
 CURVES = re.compile(
     r"1\.2\.840\.10045\.3\.1\.[1-7]|1\.3\.132\.0\.([89]|10|3[0-5])"
@@ -588,7 +590,9 @@ def _check_key(key: Element) -> None:
     if tags == [0x06] and oid == EC_KEY and not CURVES.fullmatch(_oid(parameters[0].value)):
         raise CMPError("its elliptic curve has points with which anybody can sign, or is unknown: use P-256")
     small = oid == ED25519 and int.from_bytes(bits.value[1:], "little") % (1 << 255) in SMALL_ORDER
-    if small or not any(bits.value[2:]):  # a point at infinity, or the like
+    # A point at infinity, or the like. In Ed448 the last bit is a sign; in ML-DSA the first 32 octets are a seed.
+    start, end = 33 if ML_DSA.fullmatch(oid) else 2, -1 if oid == ED448 else None
+    if small or not any(bits.value[start:end]):
         raise CMPError("its key is one with which anybody can sign, so its signature proves nothing: make a new one")
     if oid in RSA_KEYS:
         exponent = int.from_bytes(_sequence(bits.value[1:])[1].value, "big", signed=True)
@@ -656,7 +660,7 @@ def _signs_certificates(extensions: Mapping[str, bytes]) -> bool:
 
 
 def _check_common_name(csr: CSR) -> None:
-    """acme2certifier compares the first CN with the order, old ones only where there is no subjectAltName.
+    """acme2certifier compares the first CN with the order, old releases only where there is no subjectAltName.
 
     So it must be the only one, be read alike by everybody, and be among the subjectAltNames if it looks like a host.
     """
@@ -808,7 +812,7 @@ class Transaction:
     NNN.der                       the CA's answers; the newest holds the nonce that it expects next
     NNN.new, NNN.req              an answer as openssl saved it, the last of them may be anybody's; its request
     repeated                      a repeated certConf got no answer
-    issued                        the result of a poll, kept for a day, when all else is gone
+    issued (first issued.part)    the result of a poll, kept for a day, when all else is gone
     of one run alone              scratch, cert.pem, extracerts.pem, capubs.pem, request.cnf; of the chain
                                   issuer.pem, below.pem; of a revocation old.pem
 
@@ -823,8 +827,8 @@ class Transaction:
       replays it: openssl goes on from it, or refuses it (`_judgement`). Without any usable answer it asks nothing.
     - The CA says yes. finish() writes the bundle as `issued`, whole and synced, before the poller says so. Killed then,
       the next poll hands out the same bundle. Killed after it, too; and a day later the sweep deletes it.
-    - Two pollers: the second finds the lock taken, and waits. Or it opens the lock file, then the first one finishes
-      and lets go, so it gets the lock of a file that is gone: `_resume` looks whether it is still there.
+    - Two pollers: the second finds the lock taken, and says at once that the order waits. Or it opens the lock file,
+      then the first one finishes and lets go, so it gets the lock of a file that is gone: `_resume` looks for it.
     - The sweep sees `enrolling`. The enrolment gets "waiting", renames it and lets go. The sweep gets the lock of a
       file that is now called `waiting`: its old name is gone, so it leaves the directory alone.
     """
@@ -1000,7 +1004,7 @@ _swept: dict[str, float] = {}
 
 
 def _sweep(settings: Settings, logger: logging.Logger) -> None:
-    """Delete what killed processes left (an hour old, not waiting, and nobody holds the lock), and old results."""
+    """Delete what killed processes left an hour ago, if nobody holds its lock, and old results; no order that waits."""
     base, now = settings.directory, time.time()
     if abs(now - _swept.get(base, 0)) < SWEPT_AFTER / 6:
         return
@@ -1102,7 +1106,7 @@ class Exchange:
     of checkAfter (`_due`) that is all. Then the same request is made again (`_request`), and
 
     - `_ask`: openssl replays the saved answers (-rspin), asks the CA, and is ended when it only sleeps (`silent`);
-    - the certificate is there: the end;
+    - the certificate is there: `CAhandler._obtain` goes on with it;
     - `_refused`: the CA's no, which openssl has accepted, or a certificate that openssl does not take: the end;
     - `_keep`: which of the new answers are authentic (`_judgement`)? They are saved, the others deleted;
     - `_issued_before`: the certificate of an earlier answer, whose confirmation the CA does not answer;
@@ -1457,7 +1461,7 @@ _links: set[bytes] = set()
 
 
 class ChainFinder:
-    """Finds the ways from a certificate upwards, and has openssl verify each link (`ways` says when again).
+    """Finds the ways from a certificate upwards, and has openssl verify each link, most of them once (see `ways`).
 
     Nothing is trusted because of where it stands: a certificate from extraCerts, which nothing protects (RFC 4210,
     5.1), is served if openssl says that it has signed the one below, and a way that ends in the configuration, or
@@ -1489,7 +1493,7 @@ class ChainFinder:
     def best(self) -> tuple[list[Certificate], bool, bool]:
         """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
         found: list[tuple[tuple[bool, bool, bool], list[Certificate], bool]] = []
-        for number, (way, ends) in enumerate(self.ways([self.leaf])):
+        for number, (way, ends) in enumerate(self.ways([self.leaf]), 1):
             anchored, protected = _who(way[-1]) in self.anchors, _who(way[-1]) in self.protected
             # In this order: else a stranger's cross-certificate would win against an expired configured issuer.
             rank = (protected and (ends or anchored), all(c.valid() for c in way[1:]), anchored)
@@ -1660,9 +1664,10 @@ def _table(text: str) -> list[tuple[str, str, str]]:
 #         enrolment: no part of a revocation; ir: nor of a p10cr; tls: nothing without TLS
 # weak    behind a comma: why the option weakens security; no profile sets it
 # An option without a row has nothing special. To add one of our own: its name in the row `ours`, which no profile sets;
-# what is wrong with a value, a row in VALUE_FAULTS under its name; its field in Settings, read in `_read_section`,
-# inside the try; what it does, in `CAhandler.enroll` (what `_read_csr` refuses is refused to orders that wait, too);
-# its line in docs/configuration.md.
+# what is wrong with a value, a row in VALUE_FAULTS under its name (for a number, all but digits: kind `number` is not
+# for ours); its field in Settings; in `_read_section` its default, its value beside `san_types`, behind `_check_text`,
+# and its place in `Settings(...)`; what it does, in `CAhandler.enroll`, whose CMPError is a REQUEST (in `_read_csr`,
+# orders that wait would be refused, too); its line in docs/configuration.md.
 OPTIONS_TABLE = """
 openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes: ours
 server path proxy no_proxy ignore_keyusage: -
@@ -2048,10 +2053,11 @@ def _attribute_type(kind: str, binary: Binary) -> str:
 
 # Where a secret could come out, and what keeps it in:
 #   openssl's arguments   `_read_value` puts `env:NAME` there; VALUE_FAULTS refuses PINs and passwords in other options
-#   openssl's environment `_start` adds `Settings.secrets` for that one process; its user and root can read it
+#   openssl's environment `_start` adds `Settings.secrets` for that one process; its user and root can read it, and what
+#                         acme2certifier's own environment holds
 #   the log, errors       openssl's lines, the CA's texts, and names in its certificates pass `_hide`, each as a whole
-#                         (`_foreign`, `Transaction.warn`): it masks `Settings.hidden`, and what looks like a secret;
-#                         none of our texts shows the value of a secret
+#                         (`_foreign`, `Transaction.warn`): it masks `Settings.hidden`, from four characters on, and
+#                         what looks like a secret; none of our texts shows a secret, only the path behind `file:`
 #   unexpected exceptions `_explained` shows type and line, never the text
 #   what cannot be read   `_unreadable` tells the number of the line, `_our_entries` the key: neither what is in it
 #   files                 none is written with one: what `cmp_secret: file:` names we read, not openssl; a profile
@@ -2089,7 +2095,7 @@ def _first_line(path: str) -> str:
 def _variable_value(name: str) -> str:
     """What an environment variable holds. Raises CMPError where it is not set."""
     # Perhaps the secret itself was put there by mistake.
-    shown = re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
+    shown = re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
     what = f"the environment variable {name}" if shown else "the variable named there (perhaps a secret)"
     _raise_first((not name, "names no variable"), (not os.environ.get(name), f"{what} is not set"))
     return os.environ[name]
@@ -2286,7 +2292,7 @@ def _openssl_faults(settings: Settings) -> tuple[list[str] | None, list[str]]:
     named = [o for v, o in values if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", told)]
     named = named or [o for o in options if re.search(rf"(^| )-{o}( |$)", told, re.M)]
     if not named:  # the one without which openssl makes a request
-        named = [o for o in options if _rehearse(settings, without=o)[1]][:1]
+        named = next(([o] for o in options if _rehearse(settings, without=o)[1]), [])
     key = f"cmp_{named[0]}: " if named else "the configuration: "
     return [f"{key}openssl says: {said}{_hint(' '.join(texts))}"], expired
 
@@ -2301,7 +2307,8 @@ def _rehearse(settings: Settings, without: str = "") -> tuple[Run, bool]:
             left_out = (f"{kind}key", f"{kind}keypass", f"{kind}cert")
             options = {option: value for option, value in options.items() if option not in left_out}
             options.update({} if kind or "secret" in options else {"unprotected_requests": None})
-    options["cmd"] = (options.get("cmd") or "ir").replace("p10cr", "ir")
+    command = options.get("cmd") or "ir"
+    options["cmd"] = {"p10cr": "ir", "rr": "genm"}.get(command, command)  # these two need more than the configuration
     _make_directory(settings)
     directory = f"{settings.directory}/{os.urandom(16).hex()}"
     os.mkdir(directory, 0o700)
@@ -2350,7 +2357,7 @@ def _binary(name: str) -> Binary:
     """What an openssl program can do. Raises CMPError where it cannot serve an RA."""
     path = shutil.which(name)
     if path is None and name == "openssl":
-        raise CMPError("cmp_openssl_bin is not set, and there is no openssl on the PATH of this process: set it")
+        raise CMPError("there is no openssl on the PATH of this process: set cmp_openssl_bin")
     if path is None:
         raise CMPError(f"cmp_openssl_bin: {_one_line(name, 100)} is not an executable program")
     if sys.platform == "win32" and path.lower().endswith((".bat", ".cmd")):
@@ -2462,7 +2469,7 @@ def _run(
     keep: Sequence[int] = (),
     asleep: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Run a program and collect what it says; kill it, with all that it started, after `limit` seconds.
+    """Run a program and collect what it says; kill it, with its process group, after `limit` seconds.
 
     `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked from
     time to time while the program says nothing: where it says yes, the program is ended as well.
@@ -2535,7 +2542,7 @@ def _hide(text: str, secrets: Iterable[str]) -> str:
     """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
     for secret in sorted(secrets, key=len, reverse=True):
         printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
-        for spelled in {secret, printed, _one_line(printed, len(printed) + 1)}:
+        for spelled in {secret, printed, _one_line(printed, len(printed) + 1), _escaped(printed)}:
             if len(spelled) > 3:
                 text = text.replace(spelled, "***")
     # What looks like one: the PIN of a token, the password of a proxy.
@@ -2821,10 +2828,11 @@ AFTER_ACCEPTANCE = re.compile(
     "|different key types|key type mismatch|key values mismatch|certificate verification failed",
     re.I,
 )
+TIME_WORDS = "total timeout"
 # Lines that say no more than that the CA lets us wait, and the time is up, or the file of one request more cannot be
 # written. They are anchored: a sender may be called "total timeout", too.
 TIME_IS_UP = re.compile(
-    rf"total timeout|cannot write PKIMessage to file '[^']*/({NO_MORE_REQUESTS}|\d+\.req)'$|no such file$"
+    rf"{TIME_WORDS}|cannot write PKIMessage to file '[^']*/({NO_MORE_REQUESTS}|\d+\.req)'$|no such file$"
     rf"|[^:]{{0,60}}:calling fopen\([^ ]*/({NO_MORE_REQUESTS}|\d+\.req), wb\)$"
     "|transfer error:request sent: (POLLREQ|CERTCONF), expected response: (POLLREP|PKICONF)$",
     re.I,
@@ -2832,7 +2840,7 @@ TIME_IS_UP = re.compile(
 # Lines about a pollRep that openssl has accepted, but cannot wait as long as, or as short as, it says; and about a
 # certificate that it has accepted, but cannot confirm, for its signature has no hash (Ed448).
 TAKEN = re.compile(
-    "total timeout|checkafter out of range|bad checkafter in pollrep|too (large|small)$"
+    f"{TIME_WORDS}|checkafter out of range|bad checkafter in pollrep|too (large|small)$"
     "|error creating certconf|unknown sigid algs|decode error$",
     re.I,
 )
@@ -2870,7 +2878,7 @@ EXPIRED_FILE = re.compile("Warning: certificate from ")
 # OpenSSL 3.5 and later warn of it at each run, though TLS without a client certificate is nothing unusual.
 ONE_WAY_TLS = re.compile("-tls_used given without -tls_key;")
 # For `check --connect` and `cacerts`.
-TLS_FAILED = re.compile("error sending|connect|timeout|certificate verif|handshake|alert", re.I)
+TLS_FAILED = re.compile(f"error sending|connect|timeout|{TIME_WORDS}|certificate verif|handshake|alert", re.I)
 WILL_CONTACT = re.compile("will contact (.*)", re.I)
 NO_ANSWER_TO_GENM = re.compile("Did not receive response")
 NO_CA_CERTS = re.compile("does not include suitable value")
@@ -2887,8 +2895,8 @@ MOCK_SERVER = re.compile("^Mock server options:\n(.*?)(?:\n\n|\\Z)", re.M | re.S
 OPENSSL = re.compile(r"OpenSSL (\d+)\.(\d+)\.\d+(-(?:alpha|beta|dev|pre))?")
 ONLY_PRIVATE_KEYS = re.compile(r"^ -newkey \S+ +Private key", re.M)
 
-# What openssl, the CA or, by a name such as ENOSPC, the system says (a regular expression) -> what to do. The first one
-# that fits counts, so special ones come first. Nothing is decided by them.
+# What openssl, the CA, this file or, by a name such as ENOSPC, the system says (a regular expression) -> what to do.
+# The first one that fits counts, so special ones come first. Nothing is decided by them.
 # A test holds docs/troubleshooting.md to the same list.
 HINTS = r"""
 approval -> the CA queues what needs an approval, and no poll sees it: approve it there, or switch approvals off
@@ -3751,7 +3759,8 @@ def _ca_certificates(settings: Settings, logger: logging.Logger) -> str:
     if not found:
         raise CMPError(f"CMP server {settings.server} sends no certificates: ask the CA's operator", REFUSED)
     for certificate in found:
-        print(f"{_name_text(certificate.subject)}, valid until {certificate.not_after}", file=sys.stderr)
+        name = _hide(_name_text(certificate.subject), settings.hidden)
+        print(f"{name}, valid until {certificate.not_after}", file=sys.stderr)
     return "".join(_pem(certificate.der) for certificate in found)
 
 

@@ -57,6 +57,13 @@ def test_standard_output(mock: MockServer, pair: Pair, handlers: Handlers, ca_di
     assert bundle_certificates(out) == bundle_certificates((ca_directory / "root.pem").read_text())
 
 
+def test_a_name_with_a_secret(mock: MockServer, pair: Pair, handlers: Handlers, ca_directory: Path) -> None:
+    """A CA that puts a secret of ours into the name of its certificate: it is masked."""
+    server = mock(pair.certificate, "-rsp_capubs", str(ca_directory / "sub.pem"), openssl=BINARIES[-1])
+    code, _, err = cacerts(handlers, server.options(), keypass="pass:Issuing")
+    assert code == 0 and "CN=Demo *** CA, valid until 20" in err and "Issuing" not in err
+
+
 @binaries
 def test_a_ca_that_sends_none(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """A CA that has no certificates to give: one error line that names it, and exit code 1."""

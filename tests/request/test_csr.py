@@ -310,6 +310,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
             ("8, the other one", "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"),
         )
     },
+    "Ed448, a point of order 4": (of_point(bytes(57), "1.3.101.113"), "anybody can sign"),
+    "Ed448, a point of order 4, its other sign": (of_point(bytes(56) + b"\x80", "1.3.101.113"), "anybody can sign"),
+    "ML-DSA, a key of zeros": (of_point(bytes(range(32)) + bytes(1280), "2.16.840.1.101.3.4.3.17"), "anybody can sign"),
     "OCSPSigning": (
         csr(request(MINE, extension("2.5.29.37", sequence(oid("1.3.6.1.5.5.7.3.1"), oid("1.3.6.1.5.5.7.3.9"))))),
         "OCSPSigning",

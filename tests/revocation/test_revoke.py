@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import demo_ca
-from conftest import OPENSSL, Handlers, Mock, Pair, as_host, binaries, csr_pem, every_binary, nobody_at
+from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, as_host, binaries, csr_pem, every_binary, nobody_at
 from demo_ca import DemoCA
 from other_cas import ModifyingCA
 from shared import version
@@ -274,7 +274,7 @@ INVALID = {
 }
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize("fault", INVALID)
 def test_certificate_that_openssl_calls_invalid(
     fault: str,
@@ -299,6 +299,17 @@ def test_certificate_that_openssl_calls_invalid(
         assert (code, message) == (500, ACME + "serverInternal")
         assert f"cannot revoke it by issuer and serial: revoke serial {serial} at the CA" in str(detail)
     assert handlers.left() == []
+
+
+def test_certificate_that_openssl_cannot_read(ca: DemoCA, pair: Pair, handlers: Handlers) -> None:
+    """Its times are no times: it is said that openssl cannot read it, and not that the configuration is wrong."""
+    der = x509.load_pem_x509_certificate(pair.certificate.read_bytes()).public_bytes(Encoding.DER)
+    broken = base64.b64encode(der.replace(b"\x17\x0d", b"\x0c\x0d")).decode()
+    for openssl in BINARIES:
+        code, message, detail = handlers(ca.options(), openssl_bin=openssl).revoke(broken, "superseded")
+        assert (code, message) == (500, ACME + "serverInternal")
+        assert "certificate to be revoked" in str(detail) and "configuration" not in str(detail), openssl
+        assert (ca.messages, handlers.left()) == ([], [])
 
 
 @binaries

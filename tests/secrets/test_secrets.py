@@ -149,6 +149,14 @@ def test_the_secret_is_nowhere(
     assert word not in str(error)
 
 
+def test_a_secret_in_place_of_its_variable(handlers: Handlers) -> None:
+    """What is set as the variable's name, and does not look like one, may be the secret: it is not shown."""
+    fault = str(handlers(SECTION, secret=None, secret_variable="HUSHASECRET").handler_check())
+    assert (
+        "cmp_secret_variable: the variable named there (perhaps a secret) is not set" in fault and "HUSH" not in fault
+    )
+
+
 def test_what_is_masked(handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever openssl gets, wherever it comes from, and what only looks like a secret."""
     (tmp_path / "secret").write_text("from a file\nmore\n")
@@ -329,13 +337,14 @@ def test_a_secret_in_a_broken_section(case: str, desk: Desk) -> None:
             assert result.returncode == 4 and "hush" not in result.stdout + result.stderr, before
 
 
+@pytest.mark.parametrize("secret", ["hush-a-secret", 'hush,a+"secret'])
 def test_a_secret_in_the_names_of_a_certificate(
-    make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
+    secret: str, make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A CA that puts the shared secret into the subject: the log line about the certificate does not show it."""
-    ca = make_ca(secret="hush-a-secret")
+    """A CA that puts the shared secret into the subject: the log does not show it, nor with the escapes of a name."""
+    ca = make_ca(secret=secret)
     caplog.set_level(logging.INFO)
-    csr = csr_pem([], "hush-a-secret and more")
+    csr = csr_pem([], f"{secret} and more")
     assert handlers(ca.options()).enroll(as_host(csr))[0] is None
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("certificate issued")]
     assert "CN=*** and more" in line
