@@ -42,7 +42,6 @@ if sys.version_info < (3, 9):  # noqa: UP036 - 3.8 would fail with a TypeError
     raise ImportError(f"cmp_ca_handler needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
 import base64
-import binascii
 import contextlib
 import errno
 import functools
@@ -191,7 +190,8 @@ class CAhandler:
         """
         about: dict[str, object] = {}
         try:
-            _check_identifier(poll_identifier)
+            if not isinstance(poll_identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", poll_identifier):
+                raise CMPError("not a transaction identifier", REQUEST)  # it becomes a part of paths
             about["id"] = poll_identifier
             settings = self._waiting_settings()
             kept = _kept_result(settings, poll_identifier)
@@ -306,7 +306,7 @@ class CAhandler:
         if changes:
             transaction.warn("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
             if settings.refuse_changes:
-                return Outcome(text=self._refuse(leaf, _hide(changes, hidden), settings), final=True)
+                return Outcome(text=self._take_back(leaf, _hide(changes, hidden), settings), final=True)
         chain = _chain(leaf, transaction)
         bundle = "".join(_pem(certificate.der) for certificate in chain)
         if transaction.state == "waiting":
@@ -317,7 +317,7 @@ class CAhandler:
         self.logger.info("certificate issued: %s", _pairs(about))
         return outcome._replace(bundle=bundle)
 
-    def _refuse(self, leaf: Certificate, changes: str, settings: Settings) -> str:
+    def _take_back(self, leaf: Certificate, changes: str, settings: Settings) -> str:
         """Revoke a certificate that nobody has asked for; the text for the error."""
         try:
             _, error, detail = self._revoke(leaf, "cessationOfOperation", settings)
@@ -1037,12 +1037,6 @@ def _sweep_killed(settings: Settings, name: str, state: str, logger: logging.Log
         logger.warning("deleted what a killed process left: %s; %s", _pairs(about), what)
 
 
-def _check_identifier(identifier: object) -> None:
-    """Raise CMPError where it is none: it becomes a part of paths."""
-    if not isinstance(identifier, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identifier):
-        raise CMPError("not a transaction identifier", REQUEST)
-
-
 def _kept_result(settings: Settings, identifier: str) -> list[Certificate]:
     """The bundle that an earlier poll has got, empty if there is none."""
     path = f"{settings.directory}/{identifier}/issued"
@@ -1162,9 +1156,9 @@ class Exchange:
         if "rspin" in known:  # it saves the replayed answers again: into `scratch`
             files += ["-rspout", ",".join([*[file("scratch")] * len(old), *(f"{path}.new" for path in new)])]
             files += ["-reqout", ",".join([*(f"{path}.req" for path in old + new), file(NO_MORE_REQUESTS)])]
-        answer = max(self.settings.seconds("msg_timeout"), self.settings.binary.margin())
+        patience = max(self.settings.seconds("msg_timeout"), self.settings.binary.margin())
         # A poll is not to sleep. Otherwise there must be time for an answer, and openssl counts whole seconds.
-        self.deadline = time.monotonic() + (0 if self.before else total - answer - 1)
+        self.deadline = time.monotonic() + (0 if self.before else total - patience - 1)
         self.run = _openssl_cmp(self.transaction, self.request, files, overrides, self.silent)
 
     def silent(self) -> bool:
@@ -1325,10 +1319,10 @@ def _resumed_timeouts(settings: Settings, newest: Message, more_seconds: int) ->
     On a pollRep openssl sleeps min(checkAfter, -total_timeout less its margin) first. So where checkAfter is long, the
     answers can have the margin and no more, for a poll is not to take longer than some seconds.
     """
-    margin, answer = settings.binary.margin(), settings.seconds("msg_timeout") or MSG_TIMEOUT
+    margin, patience = settings.binary.margin(), settings.seconds("msg_timeout") or MSG_TIMEOUT
     pause = max(newest.check_after, 0) if newest.body == POLLREP else 0
-    total = margin + more_seconds + (pause + 2 * answer if pause <= SHORT_CHECK_AFTER else 1)
-    return {"msg_timeout": str(min(answer, total)), "total_timeout": str(total)}
+    total = margin + more_seconds + (pause + 2 * patience if pause <= SHORT_CHECK_AFTER else 1)
+    return {"msg_timeout": str(min(patience, total)), "total_timeout": str(total)}
 
 
 Overrides = Mapping[str, Optional[str]]  # options for one run, in place of the configured ones
@@ -1579,8 +1573,8 @@ def _certificates(path: str) -> list[Certificate]:
     pem = rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
     found = []
     for block in re.findall(pem, data) or [data]:
-        with contextlib.suppress(CMPError, binascii.Error, StopIteration):
-            der = block if block is data else binascii.a2b_base64(block)
+        with contextlib.suppress(*MALFORMED):
+            der = block if block is data else base64.b64decode(block)
             found.append(_certificate(next(_elements(der)).raw))  # openssl's trust settings follow in TRUSTED ones
     return found
 
@@ -1948,22 +1942,22 @@ PKCS7 = "PKCS #7 (convert it: openssl pkcs7 -print_certs)"
 PEM_KINDS = {"PKCS7": PKCS7, "CMS": PKCS7, "X509 CRL": "a CRL", "": "something that is neither PEM nor DER"}
 
 
-def _check_file(name: str, wanted: str) -> None:
-    """Raise CMPError where a file cannot be read, or holds no `wanted` but something else; DER is openssl's to read."""
+def _check_file(name: str, content: str) -> None:
+    """Raise CMPError where a file cannot be read, or holds something else than `content`; openssl reads DER."""
     shown = _one_line(name, 100)
-    if wanted and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not os.path.exists(name):
+    if content and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not os.path.exists(name):
         return  # a URI such as pkcs11:, which is openssl's to open
     if not os.path.isfile(name) or not os.access(name, os.R_OK):
-        raise CMPError(f"{shown} {'cannot be read by this process' if os.path.isfile(name) else 'is not a file'}")
-    if not wanted:
+        raise CMPError(f"{shown} {f'cannot be read by {_user()}' if os.path.isfile(name) else 'is not a file'}")
+    if not content:
         return
     with open(name, "rb") as file:
         data = file.read(1 << 20)
     labels = [label.decode() for label in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)]
     labels = labels or [""] * (data[:1] != b"\x30")
     kinds = " and ".join(dict.fromkeys(PEM_KINDS.get(label, f"a {label.lower()}") for label in labels))
-    wrong = labels and not any(label.endswith(wanted.upper()) for label in labels)
-    _raise_first((not data.strip(), f"{shown} is empty"), (wrong, f"{shown} holds no {wanted}, but {kinds}"))
+    wrong = labels and not any(label.endswith(content.upper()) for label in labels)
+    _raise_first((not data.strip(), f"{shown} is empty"), (wrong, f"{shown} holds no {content}, but {kinds}"))
 
 
 def _file_list(option: str, value: str) -> list[str]:
@@ -3787,7 +3781,7 @@ def _convert(words: list[str]) -> int:
     position = words.index("cmp")
     program, rest = words[position - 1] if position else "openssl", words[position + 1 :]
     binary = _binary(program if shutil.which(program) else "openssl")  # it may be on another machine
-    found, ours = {}, []
+    found, set_by_us = {}, []
     assigned = [word.partition("=")[0] for word in words[:position] if "=" in word]
     errors = [f"{name}=: set this variable for acme2certifier's process, too" for name in assigned]
     while rest:
@@ -3800,7 +3794,7 @@ def _convert(words: list[str]) -> int:
             _check_entry(f"cmp_{option}", option, binary)
             usual = (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", ""))
             if usual or kind == "run" or option == "subject":
-                ours.append(f"-{option}")
+                set_by_us.append(f"-{option}")
             elif value or not takes_value:  # an empty value is none
                 found[option] = _comma_dn(value) if kind == "name" else value or "True"
                 lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
@@ -3809,8 +3803,8 @@ def _convert(words: list[str]) -> int:
         except CMPError as err:
             errors.append(f"cmp_{option}: {err}")
     print("[CAhandler]\nhandler_module: cmp_ca_handler")
-    if ours:
-        print(f"# set by the handler itself: {' '.join(ours)}")
+    if set_by_us:
+        print(f"# set by the handler itself: {' '.join(set_by_us)}")
     print(f"cmp_openssl_bin: {program}")
     print("# cmp_tmp_dir: a directory that lasts, for enrolments that wait for the CA")
     for option in filter(found.get, dict.fromkeys([*"server path cert key ref secret trusted".split(), *found])):
