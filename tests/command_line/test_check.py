@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import http.server
+import io
 import os
 import shutil
 import subprocess
@@ -20,14 +21,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import pkcs12
 
+import cmp_ca_handler
 import demo_ca
-from conftest import BINARIES, OPENSSL, Mock, Pair, binaries, csr_pem, every_binary, needs_root, nobody_at
+from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, binaries, csr_pem, every_binary, needs_root, nobody_at
 from demo_ca import DemoCA, read_der
 from host import HANDLER
 from other_cas import new_signer
 from proxy import Forward, Proxy, TcpServer, body, protected, spoilt, status_info
 from proxy import name as common_name
-from shared import SHORT, Desk, run, save_request, version
+from shared import SHORT, Desk, findings, run, save_request, version
 
 EVERYTHING = "address: yes, path: yes, trust: yes, credentials: yes"
 MakeCA = Callable[..., DemoCA]
@@ -509,6 +511,33 @@ def test_the_name_of_a_file_as_a_secret(ca: DemoCA, desk: Desk) -> None:
     desk.configure(ca.options(), secret=str(desk.directory / "acme_srv.cfg"))
     (warning,) = [w for w in Checked(desk("check")).warnings if "name of a file" in w]
     assert warning.startswith("warning: cmp_secret: ") and str(desk.directory) not in warning
+
+
+MOUNTS = {
+    "nfs4 rw,vers=4.2,local_lock=none": False,
+    "nfs rw,vers=3,nolock": True,
+    "nfs rw,vers=3,local_lock=all": True,
+    "fuse.sshfs rw,nosuid": True,
+    "ext4 rw,nolock": False,
+}
+
+
+def test_a_file_system_whose_locks_nobody_else_sees(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several machines would lose an order there: a warning. Simulated: the list of mounts is made up."""
+    for mount, alone in MOUNTS.items():
+        handler = handlers(ca.options())
+        place = handler.section["cmp_tmp_dir"]
+        table = f"/dev/sda1 / ext4 rw 0 0\nhost:/export {place} {mount} 0 0\nhost:/other {place}-other nfs nolock 0 0\n"
+
+        def opened(path: Any, *mode: Any, table: str = table, **how: Any) -> Any:
+            return io.StringIO(table) if path == "/proc/self/mounts" else open(path, *mode, **how)
+
+        monkeypatch.setattr(cmp_ca_handler, "open", opened, raising=False)
+        _, warnings = findings(handlers, capsys)
+        said = [warning for warning in warnings if "whose locks other machines do not see" in warning]
+        assert [mount.split()[0] in warning for warning in said] == [True] * alone, mount
 
 
 def test_one_entry_in_two_spellings(ca: DemoCA, desk: Desk) -> None:

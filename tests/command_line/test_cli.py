@@ -356,7 +356,9 @@ def test_exit_codes_of_an_enrolment(case: str, ca: DemoCA, desk: Desk) -> None:
     result = desk(*words.split(), "--json")
     assert result.returncode == code, result.stderr
     if result.stdout:
-        assert json.loads(result.stdout)["status"] == {0: "done", 3: "waiting"}.get(code, "failed")
+        told = json.loads(result.stdout)
+        assert told["status"] == {0: "done", 3: "waiting"}.get(code, "failed")
+        assert told.get("result", "").startswith("-----BEGIN CERTIFICATE-----") == (code == 0)
 
 
 @pytest.mark.parametrize("words", ["cacerts", "list", "--section foo check", "--section foo list"])
