@@ -2300,7 +2300,7 @@ def _rehearse(settings: Settings, without: str = "") -> tuple[Run, bool]:
         if key and not os.path.isfile(key) and not key.startswith("file:"):
             left_out = (f"{kind}key", f"{kind}keypass", f"{kind}cert")
             options = {option: value for option, value in options.items() if option not in left_out}
-            options.update({} if kind or "secret" in options else {"unprotected_requests": None})
+            options.update({} if kind else {"unprotected_requests": None})
     command = options.get("cmd") or "ir"
     options["cmd"] = {"p10cr": "ir", "rr": "genm"}.get(command, command)  # these two need more than the configuration
     _make_directory(settings)

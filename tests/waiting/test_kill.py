@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import cmp_ca_handler
-from conftest import Handlers, as_host, binaries, bundle_certificates, csr_pem, needs_root, wait_until
+from conftest import Handlers, Pair, as_host, binaries, bundle_certificates, csr_pem, needs_root, wait_until
 from demo_ca import DemoCA
 from proxy import Forward, Proxy, note
 from shared import (
@@ -320,16 +320,20 @@ def test_sweep_of_a_question(ca: DemoCA, handlers: Handlers, caplog: pytest.LogC
     assert handlers.left() == [] and "revoke" not in caplog.text
 
 
-def test_sweep_of_a_revocation(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_sweep_of_a_revocation(
+    ca: DemoCA, pair: Pair, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nothing was issued in it, so nobody has to look for a certificate at the CA."""
     handler = handlers(ca.options())
-    settings = cmp_ca_handler._settings(handler.section)
-    transaction = cmp_ca_handler._begin(settings, "revoking", handler.logger)
-    transaction.write("old.pem", "")
-    cmp_ca_handler._unlock(transaction.lock)
-    cmp_ca_handler._sweep_killed(settings, transaction.identifier, "revoking", handler.logger)
+    with monkeypatch.context() as killed:  # what a killed process leaves
+        killed.setattr(cmp_ca_handler.Transaction, "close", lambda self: cmp_ca_handler._unlock(self.lock))
+        handler.revoke(as_host(pair.certificate.read_text()), "superseded")
+    (name,) = handlers.left()
+    age(handlers.work / name, WEEK)
+    cmp_ca_handler._swept.clear()
+    cmp_ca_handler._sweep(cmp_ca_handler._settings(handler.section), handler.logger)
     (line,) = [record.getMessage() for record in caplog.records if "killed process" in record.getMessage()]
-    assert f"directory={transaction.path} " in line
+    assert f"directory={handlers.work / name} " in line
     assert line.endswith("the CA may have revoked or not: revoke again")
     assert handlers.left() == []
 
