@@ -307,6 +307,9 @@ class CAhandler:
             transaction.warn("the CA issued something else than the CSR asked for: %s: %s", _pairs(about), changes)
             if settings.refuse_changes:
                 return Outcome(text=self._take_back(leaf, _hide(changes, hidden), settings), final=True)
+        if _common_names(csr.subject) and not csr.names and not leaf.extensions.keys() & {SUBJECT_ALT_NAME, UNREADABLE}:
+            text = "the CA issued no subjectAltName, and most clients look at nothing else: %s: ask its operator"
+            transaction.warn(text, _pairs(about))
         chain = _chain(leaf, transaction)
         bundle = "".join(_pem(certificate.der) for certificate in chain)
         if transaction.state == "waiting":
@@ -571,7 +574,9 @@ def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values(
         _check_key(key)
         extensions = _requested(attributes[0].value if attributes else b"")
         _check_extensions(extensions, kinds)
-        csr = CSR(der, _name(subject.raw), key.raw, extensions, _alternative_names(extensions))
+        name = _name(subject.raw)
+        name = name if any(a.raw for rdn in name for a in rdn) else []  # an empty CN names nobody
+        csr = CSR(der, name, key.raw, extensions, _alternative_names(extensions))
         _check_common_name(csr)
         return csr
     except (CMPError, IndexError, ValueError) as err:
@@ -1442,10 +1447,11 @@ def _chain(leaf: Certificate, transaction: Transaction) -> list[Certificate]:
     elif not ends and not anchored and (roots or why):  # else the root is left out on purpose
         top, missing = _name_text(chain[-1].subject), _name_text(chain[-1].issuer)
         warn("the bundle ends with %s, below its root: name its issuer, %s, in cmp_untrusted%s", top, missing, why)
-    for authority in chain[1:]:
-        if not authority.valid():
-            name, limits = _name_text(authority.subject), f"{authority.not_before} to {authority.not_after}"
-            warn("the bundle holds %s, valid only from %s: name its renewed certificate in cmp_untrusted", name, limits)
+    for certificate in (c for c in chain if not c.valid()):
+        name, limits = _name_text(certificate.subject), f"{certificate.not_before} to {certificate.not_after}"
+        renewed = "ask the CA's operator" if certificate is leaf else "name its renewed certificate in cmp_untrusted"
+        what = "set the clock, here or at the CA" if certificate.not_before > _iso(time.time()) else renewed
+        warn("the bundle holds %s, valid only from %s: %s", name, limits, what)
     return chain
 
 
@@ -1486,16 +1492,22 @@ class ChainFinder:
 
     def best(self) -> tuple[list[Certificate], bool, bool]:
         """The chain to serve, whether it ends at a trust anchor, and whether at a self-signed certificate."""
-        found: list[tuple[tuple[bool, bool, bool], list[Certificate], bool]] = []
+        found: list[tuple[tuple[bool, ...], list[Certificate], bool]] = []
         for number, (way, ends) in enumerate(self.ways([self.leaf]), 1):
             anchored, protected = _who(way[-1]) in self.anchors, _who(way[-1]) in self.protected
             # In this order: else a stranger's cross-certificate would win against an expired configured issuer.
-            rank = (protected and (ends or anchored), all(c.valid() for c in way[1:]), anchored)
+            known = len(way) > 1 or ends  # an issuer that has expired is better than none
+            rank: tuple[bool, ...] = (
+                protected and (ends or anchored),
+                known,
+                all(c.valid() for c in way[1:]),
+                anchored,
+            )
             found.append((rank, way, ends))
             if all(rank) or number == MAX_WAYS:
                 break
         rank, way, ends = max(found, key=lambda one: one[0])
-        return way, rank[2], ends
+        return way, rank[-1], ends
 
     def ways(self, way: list[Certificate]) -> Iterator[tuple[list[Certificate], bool]]:
         """Every way on from the end of `way`, the best one first, and whether it ends at a self-signed one."""
@@ -1504,8 +1516,9 @@ class ChainFinder:
         ends = _names_as_issuer(last, last) and self.signed_by(last, last, last.der)
         named = {c.der: c for c in [*self.named, *self.sent] if _names_as_issuer(last, c)}
         found = [c for c in named.values() if _who(c) not in trodden and not ends and len(way) < MAX_CHAIN]
-        # Valid ones first. Stable: the configuration stays before caPubs, and these before extraCerts.
-        found.sort(key=lambda c: (not c.valid(), c not in self.named))
+        # Valid ones first, of these the configured ones, and of these such as last as long as the leaf.
+        # Stable: the configuration stays before caPubs, and these before extraCerts.
+        found.sort(key=lambda c: (not c.valid(), c not in self.named, c.not_after < self.leaf.not_after))
         # Each leaf is new. If it names its issuer's key, and all candidates have that one key, openssl verifies the
         # link for the first leaf alone: the next leaf of this issuer costs no process.
         sure = len(way) == 1 and last.authority_key and len({c.key for c in found}) == 1
@@ -1666,8 +1679,7 @@ OPTIONS_TABLE = """
 openssl_bin tmp_dir ref_variable secret_variable san_types refuse_changes: ours
 server path proxy no_proxy ignore_keyusage: -
 recipient expect_sender: name
-issuer: name enrolment ir
-subject: name enrolment
+issuer subject: name enrolment ir
 ref cmd section keyform engine provider provider-path provparam propquery rand writerand tls_used: - fixed
 popo: - fixed enrolment
 config cert: file fixed
@@ -1952,12 +1964,20 @@ def _check_file(name: str, content: str) -> None:
     if not content:
         return
     with open(name, "rb") as file:
-        data = file.read(1 << 20)
+        data = file.read(1 << 24)
     labels = [label.decode() for label in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)]
     labels = labels or [""] * (data[:1] != b"\x30")
     kinds = " and ".join(dict.fromkeys(PEM_KINDS.get(label, f"a {label.lower()}") for label in labels))
     wrong = labels and not any(label.endswith(content.upper()) for label in labels)
-    _raise_first((not data.strip(), f"{shown} is empty"), (wrong, f"{shown} holds no {content}, but {kinds}"))
+    begun = sum(label.endswith("CERTIFICATE") for label in labels)
+    mark = rb"-----%s (?:[A-Z0-9]+ )?CERTIFICATE-----\s"
+    whole = b"^(?:\xef\xbb\xbf)?" + mark % b"BEGIN" + rb"[A-Za-z0-9+/=\s]+^" + mark % b"END"
+    broken = begun - len(re.findall(whole, data + b"\n", re.M)) if content == "certificate" else 0
+    _raise_first(
+        (not data.strip(), f"{shown} is empty"),
+        (wrong, f"{shown} holds no {content}, but {kinds}"),
+        (broken, f"{shown} holds {begun} certificates, {broken} of them cut short, or not at the start of a line"),
+    )
 
 
 def _file_list(option: str, value: str) -> list[str]:
@@ -2936,7 +2956,7 @@ unexpected content type|content type mismatch -> an HTTP error, or no CMP: check
 header parse error -> that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS
 wrong version number -> the server does not speak TLS on this port: check cmp_server and cmp_tls_used
 failed reading data|error sending -> the connection was closed: check cmp_tls_used, cmp_tls_cert, and the CA's log
-max resp len exceeded|nested asn1 error|missing asn1 encoding -> the answer is no CMP: check cmp_server and cmp_path
+max resp len exceeded|nested asn1 error|missing asn1 encoding -> a broken answer, or no CMP: check cmp_server, cmp_path
 does not match our enrollment key -> the CA issued for another key: look into the CA's log
 badMessageCheck -> the CA could not verify the request: check cmp_ref and cmp_secret, or cmp_cert and cmp_key
 wrongIntegrity -> the CA wants the other kind of credentials: cmp_cert and cmp_key, or cmp_ref and cmp_secret
@@ -3116,7 +3136,7 @@ def _name(raw: bytes) -> Name:
 def _name_key(name: Name) -> tuple[frozenset[tuple[str, Any]], ...]:
     """Something to compare names by: case, white space and string type do not count (RFC 5280, 7.1)."""
     return tuple(
-        frozenset((a.type, a.raw if a.text is None else " ".join(a.text.casefold().split())) for a in rdn)
+        frozenset((a.type, " ".join((a.text or a.raw.decode("latin-1")).casefold().split())) for a in rdn)
         for rdn in name
     )
 
@@ -3232,7 +3252,7 @@ def _decode(argument: object, label: str) -> bytes:
     if text.lstrip().startswith("-----BEGIN"):
         match = re.search(rf"-----BEGIN {label}-----([^-]*)-----END", text)
         if not match:
-            raise CMPError("it is PEM of another kind")
+            raise CMPError("it is PEM of another kind, or cut short")
         text = match.group(1)
     text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:

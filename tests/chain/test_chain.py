@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import ssl
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from cryptography.x509.name import _ASN1Type
 
 import cmp_ca_handler
 from conftest import OPENSSL, Handlers, Mock, binaries, bundle_certificates, csr_pem
-from demo_ca import DemoCA
+from demo_ca import DemoCA, read_der, write_der
 from other_cas import CaPubsCA, JunkCA
 
 DEMO = ["CN=a.example", "CN=Demo Issuing CA,O=Demo,C=DE", "CN=Demo Root CA,O=Demo,C=DE"]
@@ -351,6 +352,7 @@ CROSSES = [certificate(KNOWN, evil) for evil in EVILS]
     [
         ({"trusted": [ROOT_PEM]}, [], [CROSS, EVIL_ROOT, CA_PEM], [CA_PEM, ROOT_PEM]),
         ({"untrusted": [CA_PEM]}, [], [CROSS, EVIL_ROOT], [CA_PEM]),
+        ({"untrusted": [certificate(KNOWN, GOOD_ROOT, (0, 2)), CA_PEM]}, [], [], [CA_PEM]),  # the leaf lasts longer
         ({"untrusted": [CA_PEM, ROOT_PEM]}, [], [CROSS, EVIL_ROOT], [CA_PEM, ROOT_PEM]),
         ({}, [CA_PEM, ROOT_PEM], [CROSS, EVIL_ROOT], [CA_PEM, ROOT_PEM]),
         ({}, [ROOT_PEM], [CROSS, EVIL_ROOT, CA_PEM], [CA_PEM, ROOT_PEM]),
@@ -517,6 +519,24 @@ def test_two_keys_of_one_identifier(serve: Callable[..., Mock], handlers: Handle
         server.process.wait()
 
 
+def renamed(text: str, key: ec.EllipticCurvePrivateKey, old: bytes, new: bytes) -> str:
+    """The certificate with other octets in its names, signed anew."""
+    body, algorithm, _ = read_der(pem_der(text)).parts()
+    changed = body.whole.replace(old, new)
+    signature = write_der(0x03, b"\0" + key.sign(changed, ec.ECDSA(hashes.SHA256())))
+    der = write_der(0x30, changed + algorithm.whole + signature)
+    return ssl.DER_cert_to_PEM_cert(der)  # cryptography does not read such names
+
+
+def test_eight_bits_in_a_printable_string(serve: Callable[..., Mock], handlers: Handlers) -> None:
+    """Latin-1, whatever the type of string says: openssl takes the two for one name, and so is the issuer found."""
+    issuer = authority("Muxller", printable=True)
+    leaf = renamed(certificate(LEAF, issuer), issuer.key, b"\x13\x07Muxller", b"\x14\x07M\xdc\xdcller")
+    above = renamed(certificate(issuer, GOOD_ROOT), GOOD_ROOT.key, b"\x13\x07Muxller", b"\x13\x07M\xdc\xdcller")
+    error, bundle, _, _ = handlers(serve(leaf, [above]).options()).enroll(csr_pem([], "leaf", key=LEAF.key))
+    assert (error, bundle) == (None, leaf + above)
+
+
 def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Mock], handlers: Handlers) -> None:
     """5,000 links are remembered: the next order forgets them, and remembers its own."""
     monkeypatch.setattr(cmp_ca_handler, "_links", {str(n).encode() for n in range(5000)})
@@ -592,6 +612,9 @@ DEEP = authority("deep ca", b"deep")
         ),
         (LEAF_KNOWN, [CA_PEM], [], 1, ""),  # the CA leaves its root out
         (LEAF_KNOWN, [], [EXPIRED, ROOT_PEM], 2, "CN=ca, valid only from 20"),
+        (LEAF_KNOWN, [], [EXPIRED], 1, "name its renewed certificate in cmp_untrusted"),  # better than none
+        (LEAF_KNOWN, [], [certificate(KNOWN, GOOD_ROOT, (9, 99))], 1, "Z: set the clock, here or at the CA"),
+        (certificate(LEAF, KNOWN, OLD), [CA_PEM], [ROOT_PEM], 2, "the bundle holds CN=leaf, valid only from "),
         (LEAF_KNOWN, [CA_PEM], [certificate(authority("good root"), GOOD_ROOT)], 1, "CN=good root, in cmp_untrusted"),
         (
             certificate(LEAF, SILENT),
@@ -608,7 +631,7 @@ DEEP = authority("deep ca", b"deep")
             f"(the CN=ca that is there has another key: its key identifier is {b'another'.hex()}, not {b'ca'.hex()})",
         ),
     ],
-    ids=["no issuer", "two missing", "no root", "expired", "another root", "another issuer", "another identifier"],
+    ids="none,two missing,no root,expired,alone,future,old leaf,another root,another issuer,another key".split(","),
 )
 def test_warning_about_the_end_of_a_chain(
     leaf: str,

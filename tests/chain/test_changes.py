@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import logging
 import re
 import subprocess
+from pathlib import Path
+from typing import Callable
 
 import pytest
 from cryptography import x509
@@ -15,7 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 import cmp_ca_handler
 import demo_ca
-from conftest import Handlers, binaries, bundle_certificates, csr_pem
+from conftest import Handlers, Mock, binaries, bundle_certificates, csr_pem
 from demo_ca import DemoCA
 from shared import SHORT, begin, check_issued, hold
 
@@ -132,6 +135,20 @@ def test_what_means_the_same_is_no_change(
     error, bundle, _, _ = handlers(ca.options(), openssl_bin=openssl, refuse_changes="True").enroll(csr)
     assert (error, said(caplog)) == (None, [])
     assert bundle
+
+
+def test_a_certificate_without_a_name_for_clients(
+    mock: Callable[..., Mock], handlers: Handlers, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CA that leaves out the subjectAltName of a CSR with a CN alone: a warning, for most clients look there only."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.timezone.utc)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a.example")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=9))
+    (tmp_path / "a.pem").write_bytes(builder.sign(key, SHA256()).public_bytes(serialization.Encoding.PEM))
+    handler = handlers(mock(tmp_path / "a.pem").options(), refuse_changes="True")
+    assert handler.enroll(csr_pem([], "a.example", key=key))[0] is None
+    assert 'issued no subjectAltName, and most clients look at nothing else: subject="CN=a.example"' in caplog.text
 
 
 @pytest.mark.parametrize("subject", ["C=DE, CN=gateway.plant.example", "/C=DE/CN=gateway.plant.example"])

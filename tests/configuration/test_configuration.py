@@ -428,6 +428,11 @@ TYPOS: dict[str, tuple[dict[str, str | None], list[str]]] = {
         ["cmp_trusted: pki/error.html holds no certificate", "neither PEM nor DER"],
     ),
     "PKCS #7": ({"trusted": "pki/p7.pem"}, ["cmp_trusted", "PKCS #7 (convert it: openssl pkcs7 -print_certs)"]),
+    "glued": (
+        {"untrusted": "pki/glued.pem"},
+        ["cmp_untrusted: pki/glued.pem holds 2 certificates, 2 of them cut short"],
+    ),
+    "cut short": ({"trusted": "pki/cut.pem"}, ["cmp_trusted: pki/cut.pem holds 2 certificates, 1 of them cut short"]),
     "no credentials": ({"ref": None, "secret": None}, ["set cmp_ref and cmp_secret, or cmp_cert and cmp_key"]),
     "digest": ({"digest": "SHA-256"}, ["cmp_digest", "sha256"]),
     "TLS not used": ({"tls_trusted": "pki/cert.pem"}, ["cmp_tls_trusted", "set cmp_tls_used: True"]),
@@ -467,6 +472,9 @@ def test_a_typo_is_one_error(
     make_files(Path("pki"))
     Path("pki/empty.pem").touch()
     Path("pki/error.html").write_text("<html><body>404 Not Found</body></html>")
+    certificate = Path("pki/cert.pem").read_text().strip()
+    Path("pki/glued.pem").write_text(2 * certificate)  # `cat` of files without a line end
+    Path("pki/cut.pem").write_text(f"{certificate}\n{certificate[:-40]}")
     subprocess.run([OPENSSL, "genpkey", "-algorithm", "RSA", "-out", "pki/other.pem"], check=True, capture_output=True)
     changes, words = TYPOS[typo]
     for openssl in BINARIES:

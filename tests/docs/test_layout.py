@@ -116,7 +116,6 @@ def test_every_test_says_its_case_under_its_own_name() -> None:
 # What tests use of the handler that no administrator and no host can reach. All else is tried through CAhandler, the
 # command line, or an openssl that records its arguments.
 INNER = {
-    "_begin": "a transaction that a killed process left behind; an exception is made here",
     "_binary": "what the handler reads in a help text, beside the text itself",
     "_body": "a certConf with a field that no openssl sends yet, an ip with one that no CA of the tests sends",
     "_certificate": "for _changes, and for chains that no CA of the tests would send",

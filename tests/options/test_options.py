@@ -790,8 +790,8 @@ WARNINGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "verify_email": ({"verify_email": "a@b.example"}, ["cmp_verify_email", "cmp_out_trusted"]),
     "verify_ip": ({"verify_ip": "192.0.2.7"}, ["cmp_verify_ip", "cmp_out_trusted"]),
     "p10cr": (
-        {"cmd": "p10cr", "days": "9", "issuer": "CN=x", "policy_oids": "1.2.3.4"},
-        ["cmp_days", "cmp_issuer", "cmp_policy_oids", "cmp_cmd"],
+        {"cmd": "p10cr", "days": "9", "issuer": "CN=x", "subject": "CN=x", "policy_oids": "1.2.3.4"},
+        ["cmp_days", "cmp_issuer", "cmp_subject", "cmp_policy_oids", "cmp_cmd"],
     ),
     "srvcertout": ({"srvcertout": "/none/x.pem"}, ["cmp_srvcertout", "ignored"]),
 }

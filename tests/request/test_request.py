@@ -155,9 +155,13 @@ def test_subject_byte_for_byte(subject: str, wire: Wire) -> None:
 
 
 def has_one_name(subject: Subject) -> bool:
-    """A second CN is refused, and so is one with a NUL, or one that may be a host's."""
+    """A second CN is refused, and so is one with a NUL, or one that may be a host's; a subject without text is none."""
     names = [text for rdn in subject for kind, _, text in rdn if kind == CN]
-    return len(names) < 2 and not any(set(name) & set("\0.:\u3002\uff0e\uff61") for name in names)
+    return (
+        any(text for rdn in subject for _, _, text in rdn)
+        and len(names) < 2
+        and not any(set(name) & set("\0.:\u3002\uff0e\uff61") for name in names)
+    )
 
 
 subjects = st.lists(st.lists(attributes(), min_size=1, max_size=3), min_size=1, max_size=4).filter(has_one_name)
@@ -206,6 +210,14 @@ def test_names_of_an_empty_subject_that_gets_one(wire: Wire) -> None:
     right = in_csr(der)._replace(subject=name_der([[(CN, UTF8, "fixed")]]), extensions=[extension_der(IP_ONLY)])
     for openssl in ENDS:
         assert wire(wire.handler(openssl_bin=openssl, subject="CN=fixed"), base64url(der)) == right, openssl
+
+
+def test_a_subject_of_an_empty_name_is_none(wire: Wire) -> None:
+    """`CN=`, as some clients write it where there is none: it gets the first name, or what is configured."""
+    der = csr_der(name_der([[(CN, UTF8, "")]]), [extension_der(IP_ONLY)])
+    for configured, name in ((None, "192.0.2.1"), ("CN=fixed", "fixed")):
+        asked = wire(wire.handler(subject=configured), base64url(der))
+        assert asked.subject == name_der([[(CN, UTF8, name)]])
 
 
 def test_configured_subject_is_for_empty_ones_only(wire: Wire) -> None:
