@@ -967,11 +967,12 @@ def _usable(answers: Iterable[Message]) -> list[Message]:
     usable: list[Message] = []
     granted = waiting = False
     for answer in answers:
+        pause = answer.body == POLLREP and waiting and answer.check_after >= 0  # openssl fails at a negative one
         if answer.grants() and not granted:
             granted, waiting = True, False
         elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
             waiting = True
-        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
+        elif not pause and not (answer.body == PKICONF and granted):
             break
         usable.append(answer)
     return usable
@@ -1090,6 +1091,7 @@ def _delete(path: str, but: str = "") -> None:
 POLL_REQUESTS, MAX_REQUESTS = 4, 15  # that a poll, and any run of openssl, may send
 NO_MORE_REQUESTS = "no-directory/no-more"  # a file that cannot be written
 SHORT_CHECK_AFTER = 5  # seconds of checkAfter that a poll sleeps, rather than have too little time for the answer
+OF_THE_MOMENT = ("systemUnavail", "systemFailure")
 OF_THE_MESSAGE = ("badMessageCheck", "badDataFormat", "badTime", "badAlg", "wrongIntegrity", "signerNotTrusted")
 ACCEPTED, NOT_ACCEPTED, UNKNOWN = "accepted", "not accepted", "unknown"  # by openssl
 
@@ -1192,12 +1194,16 @@ class Exchange:
 
     def _refused(self) -> Outcome | None:
         """The CA has said no, and openssl has accepted that; or openssl does not take the certificate."""
-        # certConfirmed comes where a proxy has repeated the certConf: the next poll finds out. At a poll some failures
-        # tell of the message, which somebody on the way may have changed, not of the order.
-        waits = self.before or any(answer.waits() for answer in self.after)
-        spoilt = {"certConfirmed", *(OF_THE_MESSAGE if waits else ())}
-        refused = any(a.refuses() and a.protected and not spoilt & {*a.failures} for a in self.after[-1:])
-        leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, self.run.errors()))
+        # certConfirmed comes where a proxy has repeated the certConf: the next poll finds out. At a poll and a certConf
+        # some failures tell of the message, which somebody on the way may have changed, and in an error message some
+        # tell of a CA that cannot work now, not of the order.
+        newest, errors = next(reversed(self.after), None), self.run.errors()
+        goes_on = self.before or any(answer.waits() or answer.grants() for answer in self.after)
+        spoilt = {"certConfirmed", *(OF_THE_MESSAGE if goes_on else ())}
+        spoilt |= {*(OF_THE_MOMENT if goes_on and newest and newest.body == ERROR else ())}
+        refused = newest and newest.refuses() and newest.protected and not spoilt & {*newest.failures}
+        leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, errors))
+        leaf_refused |= bool(newest and newest.grants()) and any(map(NOT_THE_ANSWER.match, errors))
         final = leaf_refused or (refused and not any(answer.grants() for answer in self.before))
         return Outcome(text=self._text()[0], final=True) if final and self.run.only(AFTER_ACCEPTANCE) else None
 
@@ -1209,7 +1215,13 @@ class Exchange:
         newest = self.after[-1] if self.after else None
         if newest and self._made(_number(newest) + 1):
             newest = None  # openssl has accepted it, and what failed came later
-        return _failure_text(self.run, newest, self.settings)
+        text, kind = _failure_text(self.run, newest, self.settings)
+        granted = next((answer for answer in [*self.before, *self.after[:-1]] if answer.grants()), None)
+        if granted and newest and newest.refuses() and kind == REFUSED:
+            leaf, hidden = _certificate(granted.certificate), self.settings.hidden
+            why = [_foreign(error, hidden) for error in self.run.errors() if not ACCEPTED_LINE.match(error)]
+            text = "; ".join([f"the CA has issued serial {leaf.serial}, but refuses its confirmation", *why, text])
+        return text, kind
 
     def _keep(self) -> list[Message]:
         """The authentic answers, which are on the disk now; `_clear` deletes the others.
@@ -1396,6 +1408,15 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
         ours = errors[:1] if kind == UNAUTHENTIC else errors
         searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in ours)
+        # What the answer is made of says more than openssl does.
+        if newest and not newest.refuses() and NOT_PROTECTED.match(searched):
+            searched = "answers are not protected"
+        elif newest and newest.mac and NO_MAC.match(searched):
+            searched = "another kind of MAC"
+        elif (
+            newest and newest.refuses() and UNMATCHED.match(searched) and not all([newest.transaction, *newest.nonces])
+        ):
+            searched = "the request was not read"
         if NO_SIGNER.match(searched):  # OpenSSL 3.0 says in a warning why it has passed over the one that is there
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
         elif newest is None and CERTIFICATE_REFUSED.match(searched) and not any(map(OF_THE_SIGNER.match, errors)):
@@ -2832,9 +2853,11 @@ ACCEPTED_LINE = re.compile(
     r"received error(?!:code=)|unexpected pkistatus|unknown pkistatus|error parsing pkistatus"
     '|received "rejection" status|request rejected by server|received unsupported PKIStatus|unexpected pkibody'
     "|encountered keyupdatewarning|certificate not found|certresponse not found|multiple responses"
-    "|Did not receive response",
+    "|Did not receive response|bad request id|missing private key",
     re.I,
 )
+# The same, about a certificate that openssl does not look at: the answer has another certReqId, or is more than one.
+NOT_THE_ANSWER = re.compile("certresponse not found|multiple responses|bad request id", re.I)
 # The same, about a certificate that the CA has issued, but openssl does not take: another key, or cmp_out_trusted.
 LEAF_NOT_ACCEPTED = re.compile("certificate not accepted")
 AFTER_ACCEPTANCE = re.compile(
@@ -2869,13 +2892,13 @@ SENDING, SAYS_SENDING = re.compile("sending [A-Z0-9]+$"), 6  # and the verbosity
 # The first error about a certificate that does not verify, and the one about that of a TLS server, which comes later.
 OF_THE_SIGNER = re.compile("error validating protection")
 CERTIFICATE_REFUSED, TLS_REFUSED = re.compile("certificate verification failed"), "certificate verify failed"
-OUT_OF_DATE = re.compile(
-    r"^cert has expired$|^cert not yet valid$|depth = \d+ error = (?:9|10) \(certificate [a-z ]+\)$"
-)
+OUT_OF_DATE = re.compile(r"^cert has expired$|^cert not yet valid$|depth = \d+ error = (?:9|10|6[678]) \([A-Za-z ]+\)$")
 # EJBCA's, in its refusals.
 CA_WORDS = re.compile(
     "approval|'COMMONNAME' must exist|Wrong number of [^.]{1,60} fields|not contain matching field", re.I
 )
+NOT_PROTECTED, NO_MAC = re.compile("missing protection"), re.compile("missing trust|no suitable sender")
+UNMATCHED = re.compile("(transactionid|recipnonce) unmatched")
 NO_SIGNER, SRVCERT_REFUSED = re.compile("no suitable sender cert"), "srvcert does not validate"
 # What an HTTP server, or the signer's name, may say is not searched for hints, or they would be their choice.
 FOREIGN_WORDS = re.compile(r"(reason= ?(?:\d{3}\b)?|actual=|content=|input=|Content-Type: | name = |:/(?=[\w.]+=)).*")
@@ -2918,12 +2941,16 @@ approval -> the CA queues what needs an approval, and no poll sees it: approve i
 Wrong number of .* fields|not contain matching field -> add fields for more names to the CA's end entity profile
 failed building own chain -> cmp_own_trusted must hold the root of cmp_cert, cmp_untrusted its intermediates
 error = (9|10) .cert|cert has expired|cert not yet valid -> that certificate is out of date: renew it, or set the clock
+error = 6[678] . -> that certificate has a key or a signature that is too weak for OpenSSL: renew it
 certificate verify failed -> cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name
 failed to validate newly enrolled -> cmp_out_trusted must hold the root, cmp_untrusted the issuers of certificates
 error creating certconf -> openssl cannot confirm such a certificate: cmp_disable_confirm: True, if the CA allows that
 does not match the TLS certificate -> cmp_tls_key does not belong to cmp_tls_cert
 TLS client private key -> check cmp_tls_key and cmp_tls_keypass, and for a token its name, the PIN and the module
 wrong pbm value -> the shared secret does not fit: check cmp_ref and cmp_secret
+answers are not protected -> let the CA protect its yes; for the last message set cmp_implicit_confirm: True
+another kind of MAC -> openssl cmp knows PasswordBasedMac, not PBMAC1: change that at the CA
+the request was not read -> the CA cannot read the request, so it answers to none: its own words are the reason
 missing protection -> read what the answer says; many CAs answer so if they refuse cmp_cert, cmp_secret or cmp_recipient
 unable to get local issuer certificate -> cmp_trusted must hold the CMP server's root, cmp_untrusted its intermediates
 unable to get issuer certificate -> cmp_trusted holds an intermediate: add its root, or cmp_partial_chain: True
@@ -2933,10 +2960,12 @@ expected sender -> cmp_expect_sender does not fit the sender of the answer, or c
 request extension section -> set cmp_config to the OpenSSL configuration file that has this section
 srvcert does not validate -> cmp_srvcert is not the certificate that signs the CA's answers
 missing trust -> the answer is signed: set cmp_trusted to its root and cmp_expect_sender, beside a secret, too
-no suitable sender cert -> the CA did not send its signer's certificate: name it in cmp_untrusted or cmp_srvcert
+no suitable sender cert -> the answer has no certificate of its sender: name it in cmp_untrusted, or pin it: cmp_srvcert
+invalid padding|bad signature -> the answer is not signed by the certificate that its sender names
+iterationcount -> openssl takes 100 to 100,000 iterations of PasswordBasedMac: change that at the CA
 recipnonce unmatched -> a recorded answer, a delay that needs OpenSSL 3.5 (RFC 9483, 4.4), or an old copy of cmp_tmp_dir
 transactionid unmatched -> the answer is of another transaction: does something on the way mix up answers?
-unexpected pvno -> the CA speaks another version of CMP than 2, which openssl wants: ask for another cmp_path
+unexpected pvno -> the CA speaks another version of CMP than openssl (3.0: 2; 3.5: 2 and 3): ask for another cmp_path
 checkafter -> the CA gives no usable number of seconds after which to ask again: ask its operator
 connect timeout -> nothing answers there: check cmp_server, DNS, the firewall, and that the CMP service runs
 transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server
@@ -2949,12 +2978,14 @@ transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or
 (code=|http code )(405|501) -> a web server that takes no CMP requests: check cmp_server and cmp_path
 (code=|http code )50[234]|connect failure -> a proxy on the way cannot reach the CMP server, or the server is busy
 (code=|http code )30\d|redirection not enabled -> the server redirects: set cmp_server and cmp_path to the final address
-(code=|http code )400 -> the server expects TLS (cmp_tls_used: True), or cmp_path is wrong
+(code=|http code )400 -> the server expects TLS (cmp_tls_used: True) or a cmp_tls_cert, or cmp_path is wrong
 (code=|http code )([145]\d\d|20[1-9]) -> the web server does not hand the request to a CMP service: see its log
 missing content type -> an HTTP error without a text (3.5 does not say which: look into the server's log), or no CMP
 unexpected content type|content type mismatch -> an HTTP error, or no CMP: check cmp_path; it has no charset
 header parse error -> that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS
 wrong version number -> the server does not speak TLS on this port: check cmp_server and cmp_tls_used
+unrecognized name -> the TLS server has no such name: check cmp_server and cmp_tls_host
+protocol version|unsupported protocol|legacy renegotiation|legacy sigalg -> the server's TLS is too old for this OpenSSL: update it
 failed reading data|error sending -> the connection was closed: check cmp_tls_used, cmp_tls_cert, and the CA's log
 max resp len exceeded|nested asn1 error|missing asn1 encoding -> a broken answer, or no CMP: check cmp_server, cmp_path
 does not match our enrollment key -> the CA issued for another key: look into the CA's log

@@ -22,6 +22,7 @@ from proxy import (
     FORGED,
     KEY,
     REJECTED,
+    Forward,
     Proxy,
     TcpServer,
     error_body,
@@ -59,11 +60,11 @@ def hint(words: str) -> str:
     return next(hint for key, hint in HINTS if words in key or re.search(key, words, re.I))
 
 
-def protected(answer: bytes, secret: str, body: bytes = b"", field: int = 0, value: bytes = b"") -> bytes:
+def protected(answer: bytes, secret: str, body: bytes = b"", field: int = 0, value: bytes | None = b"") -> bytes:
     """The message with another body, or with another field in its header, under the secret: what only a CA can say."""
     header, old, _, *rest = read_der(answer).parts()
     version, sender, recipient, *fields = header.parts()
-    changes = {PROTECTION_ALG: PBM, field: write_der(field, value)}
+    changes = {PROTECTION_ALG: PBM, field: b"" if value is None else write_der(field, value)}
     header_parts = [changes.get(version.tag, version.whole), sender.whole, recipient.whole]
     header_parts += [changes.get(part.tag, part.whole) for part in fields]
     parts = write_der(0x30, b"".join(header_parts)) + (body or old.whole)
@@ -146,6 +147,22 @@ def test_an_unexpected_header_is_named(
     error = error_of(handlers(ca.options(), server=proxy.server, openssl_bin=openssl))
     assert words in error
     assert error.endswith(f"; an unverified answer says: rejection, 'INVALIDCERT' ({hint(words)})")
+
+
+def test_what_an_answer_is_made_of(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A yes without protection, one with PBMAC1, an error without transaction: openssl's words alone would mislead."""
+    pbm, pbmac1 = bytes.fromhex("06092a864886f67d07420d"), bytes.fromhex("06092a864886f70d01050e")
+    error = error_body("cannot read that")
+    answers: dict[str, Callable[[Forward], bytes]] = {
+        "answers are not protected": lambda forward: spoilt("unprotected", forward()),
+        "another kind of MAC": lambda forward: forward().replace(pbm, pbmac1),
+        "the request was not read": lambda forward: protected(forward(), ca.secret, error, TRANSACTION, None),
+    }
+    for openssl in BINARIES:
+        for words, answer in answers.items():
+            proxy.spoil_next("ir", answer)
+            text = error_of(handlers(ca.options(), server=proxy.server, openssl_bin=openssl))
+            assert text.endswith(f"({hint(words)})"), (openssl, text)
 
 
 @every_binary

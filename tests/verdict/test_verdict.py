@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ed448
 
 import cmp_ca_handler
 import demo_ca
-from conftest import BINARIES, OPENSSL, Handlers, as_host, binaries, bundle_certificates, csr_pem, every_binary
+from conftest import BINARIES, OPENSSL, Handlers, Pair, as_host, binaries, bundle_certificates, csr_pem, every_binary
 from demo_ca import DemoCA, read_der, write_der
 from other_cas import mutual_tls
 from proxy import (
@@ -35,6 +36,7 @@ from proxy import (
     name,
     nested,
     note,
+    poll_rep,
     protected,
     sender_of,
     signed,
@@ -464,6 +466,11 @@ def saying(answer: bytes, told: bytes) -> bytes:
     return protected(header, header, told, b"")
 
 
+def instead(told: bytes, forward: Forward) -> bytes:
+    """The CA gets the request, and says this."""
+    return saying(forward(), told)
+
+
 def error_of(failure: int, *texts: str, status: int = 2) -> bytes:
     """An error message with one bit of failInfo."""
     bits = bytearray(4)
@@ -567,7 +574,48 @@ def test_no_to_the_first_confirmation(held: bool, openssl: str, ca: DemoCA, hand
     error, *rest = handler.poll("name", identifier, "") if held else handler.enroll(as_host(csr))
     assert rest == ([None, None, identifier, True] if held else [None, None, None])
     assert "rejected the request: badRequest, 'not this one'" in str(error)
+    (serial,) = [path.stem.lower() for path in (ca.directory / "issued").glob("*.pem")]
+    assert str(error).startswith(f"the CA has issued serial {serial}, but refuses its confirmation; CMP server ")
     assert handlers.left() == []
+
+
+def test_confirmation_that_is_refused_for_a_moment(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A CA that answers the first certConf with what passes, or somebody changed: the next poll confirms again."""
+    csr = csr_pem(["a.example"])
+    for openssl in BINARIES:
+        handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+        for failure in ("systemUnavail", "systemFailure", "badMessageCheck"):
+            told = error_of(demo_ca.FailInfo[failure], "just now")
+            proxy.spoil_next("certConf", functools.partial(instead, told))
+            check_issued(handler.poll("name", begin(handler, csr), ""), csr)
+
+
+def test_a_yes_that_openssl_does_not_take(ca: DemoCA, pair: Pair, handlers: Handlers, proxy: Proxy) -> None:
+    """Authentic, but with another certReqId, or two certificates: it will never be taken, so the order ends."""
+    certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    other, one = (cert_response(1, status_info(0, [], b""), der, number) for number in (1, 0))
+    two = body(1, write_der(0x30, 2 * read_der(one).parts()[0].parts()[0].content))
+    hold(ca)
+    for openssl in BINARIES:
+        handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+        for told in (other, two):
+            identifier = begin(handler, csr_pem(["a.example"]))
+            proxy.spoil_next("pollReq", functools.partial(instead, told))
+            error, *rest = handler.poll("name", identifier, "")
+            assert error and rest == [None, None, identifier, True], (openssl, error)
+            assert handlers.left() == []
+
+
+def test_a_pause_below_zero(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+    """A CA that says checkAfter -1: openssl cannot go on from that answer, but from the one before, and asks again."""
+    for openssl in BINARIES:
+        handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
+        proxy.spoil_next("pollReq", lambda forward: saying(forward(), poll_rep(-1, [])))
+        identifier = begin(handler, csr_pem(["a.example"]))
+        asked = requests(ca)["pollReq"]
+        handler.poll("name", identifier, "")
+        assert requests(ca)["pollReq"] == asked + 1, openssl
 
 
 @pytest.mark.parametrize("openssl", [path for path in BINARIES if version(path) >= (3, 5)])
@@ -619,9 +667,12 @@ def test_certificate_that_is_not_trusted(
 
 
 @binaries
-@pytest.mark.parametrize("failure", ["badMessageCheck", "badTime", "badDataFormat"])
+@pytest.mark.parametrize("failure", ["badMessageCheck", "badTime", "badDataFormat", "systemUnavail"])
 def test_request_that_arrives_damaged(failure: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
-    """A CA that cannot read a pollReq, which somebody may have changed: the order waits on. After ir it is over."""
+    """A CA that cannot read a pollReq, which somebody may have changed, or cannot work now: the order waits on.
+
+    After ir it is over.
+    """
     told = error_of(demo_ca.FailInfo[failure], "cannot read that")
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
     csr = csr_pem(["a.example"])
