@@ -346,7 +346,6 @@ STRANGERS = [certificate(authority("ca", b"ca"), evil) for evil in EVILS]
 CROSSES = [certificate(KNOWN, evil) for evil in EVILS]
 
 
-@binaries
 @pytest.mark.parametrize(
     ("configuration", "capubs", "extra", "expected"),
     [
@@ -376,7 +375,6 @@ def test_cross_certificate(
     capubs: list[str],
     extra: list[str],
     expected: list[str],
-    openssl: str,
     serve: Callable[..., Mock],
     handlers: Handlers,
     tmp_path: Path,
@@ -387,14 +385,14 @@ def test_cross_certificate(
     for name, certificates in configuration.items():
         (tmp_path / f"{name}.pem").write_text("".join(certificates))
         files[name] = str(tmp_path / f"{name}.pem")
-    server = serve(LEAF_KNOWN, extra, capubs, openssl)
-    handler = handlers(server.options(), openssl_bin=openssl, **files)
+    server = serve(LEAF_KNOWN, extra, capubs)
+    handler = handlers(server.options(), **files)
     error, bundle, _, _ = handler.enroll(csr_pem([], "leaf", key=LEAF.key))
     assert error is None
     assert pem([bundle or ""]) == pem([LEAF_KNOWN, *expected])
     assert any("valid only from" in w for w in warnings(caplog)) == (EXPIRED in expected)
     if EXPIRED not in expected:
-        assert verify(bundle, expected[-1] if expected != [CA_PEM] else ROOT_PEM, openssl, tmp_path) == ""
+        assert verify(bundle, expected[-1] if expected != [CA_PEM] else ROOT_PEM, OPENSSL, tmp_path) == ""
 
 
 # --- What it costs -------------------------------------------------------------------------------------------------

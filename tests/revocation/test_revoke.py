@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import demo_ca
-from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, as_host, binaries, csr_pem, every_binary, nobody_at
+from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, as_host, binaries, csr_pem, nobody_at
 from demo_ca import DemoCA
 from other_cas import ModifyingCA
 from shared import version
@@ -67,7 +67,7 @@ class Noting:
         return [arguments for arguments in calls if "rr" in arguments]
 
 
-@every_binary
+@binaries
 @pytest.mark.parametrize("kind", ["secret", "certificate", "tls"])
 def test_revoked_once(openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
     """The CRL has the certificate with its reason, and no other; a second time it is alreadyRevoked."""
