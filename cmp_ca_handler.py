@@ -1199,9 +1199,9 @@ class Exchange:
         # tell of a CA that cannot work now, not of the order.
         newest, errors = next(reversed(self.after), None), self.run.errors()
         goes_on = self.before or any(answer.waits() or answer.grants() for answer in self.after)
-        spoilt = {"certConfirmed", *(OF_THE_MESSAGE if goes_on else ())}
-        spoilt |= {*(OF_THE_MOMENT if goes_on and newest and newest.body == ERROR else ())}
-        refused = newest and newest.refuses() and newest.protected and not spoilt & {*newest.failures}
+        passing = OF_THE_MESSAGE + (OF_THE_MOMENT if newest and newest.body == ERROR else ())
+        no_decision = {"certConfirmed", *(passing if goes_on else ())}
+        refused = newest and newest.refuses() and newest.protected and not no_decision & {*newest.failures}
         leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, errors))
         leaf_refused |= bool(newest and newest.grants()) and any(map(NOT_THE_ANSWER.match, errors))
         final = leaf_refused or (refused and not any(answer.grants() for answer in self.before))
@@ -1413,9 +1413,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
             searched = "answers are not protected"
         elif newest and newest.mac and NO_MAC.match(searched):
             searched = "another kind of MAC"
-        elif (
-            newest and newest.refuses() and UNMATCHED.match(searched) and not all([newest.transaction, *newest.nonces])
-        ):
+        elif newest and not all([newest.transaction, *newest.nonces]) and UNMATCHED.match(searched):
             searched = "the request was not read"
         if NO_SIGNER.match(searched):  # OpenSSL 3.0 says in a warning why it has passed over the one that is there
             searched = " ".join([line.text for line in run.lines if OUT_OF_DATE.fullmatch(line.text)] + [searched])
@@ -1518,12 +1516,8 @@ class ChainFinder:
             anchored, protected = _who(way[-1]) in self.anchors, _who(way[-1]) in self.protected
             # In this order: else a stranger's cross-certificate would win against an expired configured issuer.
             known = len(way) > 1 or ends  # an issuer that has expired is better than none
-            rank: tuple[bool, ...] = (
-                protected and (ends or anchored),
-                known,
-                all(c.valid() for c in way[1:]),
-                anchored,
-            )
+            valid = all(c.valid() for c in way[1:])
+            rank: tuple[bool, ...] = (protected and (ends or anchored), known, valid, anchored)
             found.append((rank, way, ends))
             if all(rank) or number == MAX_WAYS:
                 break
@@ -2985,7 +2979,7 @@ unexpected content type|content type mismatch -> an HTTP error, or no CMP: check
 header parse error -> that is no HTTP server: check cmp_server, and cmp_tls_used if it expects TLS
 wrong version number -> the server does not speak TLS on this port: check cmp_server and cmp_tls_used
 unrecognized name -> the TLS server has no such name: check cmp_server and cmp_tls_host
-protocol version|unsupported protocol|legacy renegotiation|legacy sigalg -> the server's TLS is too old for this OpenSSL: update it
+protocol version|unsupported protocol|legacy renegotiation|legacy sigalg -> the server's TLS is too old for this OpenSSL
 failed reading data|error sending -> the connection was closed: check cmp_tls_used, cmp_tls_cert, and the CA's log
 max resp len exceeded|nested asn1 error|missing asn1 encoding -> a broken answer, or no CMP: check cmp_server, cmp_path
 does not match our enrollment key -> the CA issued for another key: look into the CA's log
