@@ -3807,7 +3807,7 @@ def _typed_words() -> list[str]:
     """The words of a command line on standard input."""
     import shlex
 
-    text = re.sub(r"[\\^`]\s*\n", " ", sys.stdin.read())  # continuation lines of sh, cmd.exe and PowerShell
+    text = re.sub(r"[\\^`]\s*\n(\s*>+ |More\? )?", " ", sys.stdin.read())  # lines of sh, cmd.exe, PowerShell
     variable = re.search(r"\$[{(]?\w+|`|%[A-Za-z_]\w{2,}%", re.sub(r"'[^']*'", "", text))
     if variable:
         what = "is a variable of the shell, whose value is not known here"
@@ -3824,7 +3824,7 @@ def _convert(words: list[str]) -> int:
     if "cmp" not in words:
         raise CMPError("write an `openssl cmp` command line behind convert, or give it on standard input")
     position = words.index("cmp")
-    program, rest = words[position - 1] if position else "openssl", words[position + 1 :]
+    program, rest = words[position - 1].rpartition(">")[2] if position else "openssl", words[position + 1 :]
     binary = _binary(program if shutil.which(program) else "openssl")  # it may be on another machine
     found, set_by_us = {}, []
     assigned = [word.partition("=")[0] for word in words[:position] if "=" in word]
@@ -3841,12 +3841,15 @@ def _convert(words: list[str]) -> int:
             if usual or kind == "run" or option == "subject":
                 set_by_us.append(f"-{option}")
             elif value or not takes_value:  # an empty value is none
+                _raise_first((option in found, "is there twice, and a section holds one"))
                 found[option] = _comma_dn(value) if kind == "name" else value or "True"
                 lost = takes_value and option != "profile" and (value != value.strip() or value.lower() in (*ON, *OFF))
                 _raise_first((lost, "a section cannot hold this value: use a variable or a file, or another value"))
                 _check_text(option, found[option])
         except CMPError as err:
             errors.append(f"cmp_{option}: {err}")
+    if not found.keys() & {"server", "config", "section"}:
+        errors.append("there is no -server, nor -config or -section, where it may stand")
     print("[CAhandler]\nhandler_module: cmp_ca_handler")
     if set_by_us:
         print(f"# set by the handler itself: {' '.join(set_by_us)}")

@@ -82,26 +82,32 @@ def test_convert_of_an_empty_value() -> None:
     [
         "$ openssl cmp -cmd ir \\\n   -server 127.0.0.1:80 \\\n -recipient '/C=DE/O=A, B/CN=x\\/y' -implicit_confirm\n",
         "openssl cmp -server=127.0.0.1:80 --recipient '/C=DE/O=A, B/CN=x\\/y' -implicit_confirm -popo 0",
+        "C:\\work>openssl cmp -cmd ir ^\nMore? -server 127.0.0.1:80 `\n>> -recipient '/C=DE/O=A, B/CN=x\\/y' \\\n"
+        "> -implicit_confirm",
     ],
-    ids=["continued", "equals"],
+    ids=["continued", "equals", "prompts"],
 )
 def test_convert_pasted(pasted: str) -> None:
-    """A line with a prompt and backslashes, or with `-server=` and `--recipient`: the same section."""
+    """A line with prompts and backslashes, or with `-server=` and `--recipient`: the same section."""
     result = run("convert", stdin=pasted)
     assert result.returncode == 0, result.stderr
     section = section_of(result.stdout)
-    assert section["cmp_server"] == "127.0.0.1:80"
+    assert (section["cmp_openssl_bin"], section["cmp_server"]) == ("openssl", "127.0.0.1:80")
     assert section["cmp_recipient"] == "C=DE, O=A\\, B, CN=x/y"
     assert section["cmp_implicit_confirm"] == "True"
     assert "cmp_popo" not in section
 
 
 def test_convert_reports_unknown_options() -> None:
-    """A misspelt option and one of a server: both are named, the first with its right spelling; exit code 1."""
+    """A misspelt option and one of a server, an option given twice, no server: each is named; exit code 1."""
     result = run("convert", "--", OPENSSL, "cmp", "-server", "h:1", "-trsted", "-port", "80")
     assert result.returncode == 1
     assert "no option -trsted; did you mean cmp_trusted?" in result.stderr
     assert "-port is not for enrolling" in result.stderr
+    twice = run("convert", "openssl", "cmp", "-provider", "default", "-provider", "legacy")
+    assert twice.returncode == 1 and "cmp_provider: is there twice" in twice.stderr
+    assert "there is no -server, nor -config or -section" in twice.stderr and "no -server" not in result.stderr
+    assert run("convert", "openssl", "cmp", "-section", "x").returncode == 0
     assert "Traceback" not in result.stderr
 
 
