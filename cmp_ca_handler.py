@@ -3521,10 +3521,13 @@ def _handler_command(args: Any) -> int:
     logger.propagate = False
     path = _find_configuration(args.config)
     with CAhandler(False, logger) as handler:
-        if not handler.config_error and args.section != "CAhandler":
+        if not handler.config_error:
+            names = ", ".join(_one_line(name) for name in handler._config if name.startswith("CAhandler:"))
             if args.section not in handler._config:
                 raise CMPError(f"the configuration has no section [{_one_line(args.section)}]")
             handler.section.update(_our_entries(handler._config[args.section]))
+            if names and args.section == "CAhandler" and "cmp_server" not in handler.section:
+                raise CMPError(f"[CAhandler] has no cmp_server: name a section with --section: {names}")
         if args.command == "check":
             return _check_command(handler, path, args)
         if args.command == "list":
@@ -3705,7 +3708,7 @@ def _acme2certifier_findings(handler: CAhandler, settings: Settings, section: st
     with contextlib.suppress(Exception):  # acme2certifier knows best which file it takes
         loaded = load(logging.getLogger("cmp_ca_handler.loader"), {"CAhandler": entries}).__file__
     what = f"acme2certifier loads no CA handler ({name}: {_one_line(str(entries.get(name) or 'not set'), 100)})"
-    yield not loaded, f"{what}: set handler_module: {here}, or install this file and name it", FATAL
+    yield not loaded, f"{what}: install this file (pip install .), set handler_module: cmp_ca_handler", FATAL
     cure = "delete handler_file" if name == "handler_file" else "set handler_module: cmp_ca_handler"
     what = f"acme2certifier loads {loaded} ({name}), not this file, which is {here}: {cure}, or copy this file there"
     yield loaded and not filecmp.cmp(loaded, __file__, shallow=False), what, FATAL

@@ -393,7 +393,7 @@ OTHER_HANDLERS: dict[str, tuple[dict[str, str], str]] = {
     "an old handler_file": ({"handler_file": "other.py"}, "delete handler_file"),
     "another module": ({"handler_module": "acme2certifier.cahandlers.openssl_ca_handler"}, "not this file"),
     "no file": ({"handler_module": "nowhere/cmp_ca_handler.py"}, "loads no CA handler (handler_module: nowhere/"),
-    "none at all": ({}, "loads no CA handler (handler_module: not set)"),
+    "none at all": ({}, "(handler_module: not set): install this file (pip install .), set handler_module: cmp_ca"),
 }
 
 

@@ -400,7 +400,7 @@ def test_exit_codes(arguments: tuple[str, ...], code: int, ca: DemoCA, desk: Des
 
 
 def test_sections_of_several_cas(make_ca: Callable[..., DemoCA], desk: Desk) -> None:
-    """`--section CAhandler:second` enrols at the second CA alone; a section that is not there is an error."""
+    """`--section CAhandler:second` enrols at the second CA alone; no section, or one that is not there: an error."""
     first, second = make_ca(), make_ca()
     desk.configure(first.options())
     with (desk.directory / "acme_srv.cfg").open("a") as file:
@@ -408,6 +408,13 @@ def test_sections_of_several_cas(make_ca: Callable[..., DemoCA], desk: Desk) -> 
     (desk.directory / "www.csr").write_text(csr_pem(["www.example"]))
     assert desk("--section", "CAhandler:second", "enroll", "www.csr").returncode == 0
     assert (len(first.issued()), len(second.issued())) == (0, 1)
+    desk.configure(first.options(), server=None)
+    with (desk.directory / "acme_srv.cfg").open("a") as file:
+        file.write(f"[CAhandler:first]\ncmp_server: {first.server}\n[CAhandler:second]\ncmp_server: {second.server}\n")
+    for words in ("check", "enroll www.csr", "poll x", "list", "cacerts", "revoke www.csr"):
+        unnamed = desk(*words.split())
+        assert (unnamed.returncode, unnamed.stdout) == (4, "")
+        assert unnamed.stderr.endswith("name a section with --section: CAhandler:first, CAhandler:second\n")
     missing = desk("--section", "CAhandler:third", "check")
     assert missing.returncode == 4 and "no section [CAhandler:third]" in missing.stderr
 
