@@ -2313,10 +2313,11 @@ def _openssl_faults(settings: Settings) -> tuple[list[str] | None, list[str]]:
         return None if run.killed() else [], expired
     if not faults:
         lines = [line for line in run.lines if not NOT_BEGUN.match(line.text)]
-        faults = [line.text for line in lines if line.level == logging.ERROR or CAUSE.search(line.text)]
+        faults = [line.text for line in lines if line.level == logging.ERROR or CAUSE.match(line.text)]
     said = _foreign("; ".join(dict.fromkeys(faults[:3])), settings.hidden) or "it cannot use that value"
     options, told = settings.options, "\n".join(faults)
-    values = [(v, o) for o, value in options.items() for v in _file_list(o, value or "") if len(v) > 1]
+    refusable = {o: v or "" for o, v in options.items() if o not in ("ref", "profile", "path")}  # these are any words
+    values = [(v, o) for o, value in refusable.items() for v in _file_list(o, value) if len(v) > 1]
     values.sort(key=lambda one: -len(one[0]))  # a short value may be a part of a path
     named = [o for v, o in values if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", told)]
     named = named or [o for o in options if re.search(rf"(^| )-{o}( |$)", told, re.M)]
@@ -2899,7 +2900,7 @@ FOREIGN_WORDS = re.compile(r"(reason= ?(?:\d{3}\b)?|actual=|content=|input=|Cont
 # The first error where openssl has not even begun. Then the cause is no message of its log, but a line like these.
 NOT_BEGUN = re.compile("cannot set up cmp context|error creating certreq", re.I)
 CAUSE = re.compile(
-    "(?!.*(config file|PKIMessage from file)).*"
+    "(?!.*(config file|PKIMessage from file|-tls_used given without)).*"
     "(error|unable|could not|cannot|can't|unknown|invalid|negative|no |not match|incorrect|not found)",
     re.I,
 )
@@ -3002,7 +3003,9 @@ wrongAuthority -> check cmp_recipient and cmp_issuer
 cert and key do not match|key values mismatch -> cmp_key does not belong to cmp_cert
 unsupported key type -> this openssl cannot sign with such a key (Ed25519 needs OpenSSL 3.5): use RSA or EC
 cannot use the CSR -> the CSR is damaged, or its key is newer than this openssl (ML-DSA needs OpenSSL 3.5)
-bad decrypt|pkcs12 mac -> the pass phrase does not fit the key: check cmp_keypass
+TLS client certificate.*pkcs12 mac -> the pass phrase does not fit the file: check cmp_tls_keypass
+bad decrypt|CMP client certificate.*pkcs12 mac -> the pass phrase does not fit the key: check cmp_keypass
+pkcs12 mac -> the pass phrase does not fit that PKCS #12 file: make it PEM, or check cmp_otherpass
 PIN incorrect -> check cmp_keypass, or the pin-source in cmp_key: a token locks itself after a few wrong PINs
 object not found|could not (find|read|open).*private key -> check cmp_key, and for a token its name, the PIN, the module
 digest algorithm name not recognized -> openssl calls them sha256, sha384, sha512

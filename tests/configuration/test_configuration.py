@@ -455,6 +455,10 @@ TYPOS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "verbosity": ({"verbosity": "99"}, ["cmp_verbosity: ", "99"]),
     "address": ({"verify_ip": "zz"}, ["cmp_verify_ip: openssl says: "]),
     "provider": ({"provider": "foo"}, ["cmp_provider: ", "foo"]),
+    "ordinary words": (
+        {"secret": None, "ref": "certificate", "path": "key", "tls_used": "True"},
+        ["the configuration: openssl says: ", "set cmp_ref and cmp_secret"],
+    ),
     "quoted secret": ({"secret": '"demo-secret"'}, ["cmp_secret: write the value without the quotes"]),
 }
 
@@ -484,6 +488,24 @@ def test_a_typo_is_one_error(
         text = " ".join(errors)
         assert [word for word in words if word not in text] == [], (openssl, text)
         assert "wrong-phrase" not in text and "demo-secret" not in text
+
+
+def test_pass_phrases_of_pkcs12(handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint names the entry that opens the file: another one for the RA's, for TLS, and for what is trusted."""
+    monkeypatch.chdir(tmp_path)
+    make_files(Path("pki"))
+    files: dict[str, dict[str, str | None]] = {
+        "keypass": {"cert": "pki/ra.p12", "key": "pki/ra.p12", "secret": None, "ref": None},
+        "tls_keypass": {"tls_used": "True", "tls_cert": "pki/ra.p12", "tls_key": "pki/ra.p12"},
+        "otherpass": {"trusted": "pki/ra.p12"},
+    }
+    for openssl in BINARIES:
+        for option, changes in files.items():
+            for phrase in (None, "wrong-one", "hush"):
+                fault = handlers(SECTION, **{**changes, option: phrase}, openssl_bin=openssl).handler_check()
+                expected = [] if phrase == "hush" else [f"cmp_{option}"]
+                assert re.findall(r"cmp_\w+pass\b", str(fault)) == expected, (openssl, option, phrase, fault)
+                assert (fault is None) == (phrase == "hush"), fault
 
 
 def test_the_faults_of_check_are_the_faults_of_enroll(command: Commands) -> None:
