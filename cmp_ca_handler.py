@@ -1870,7 +1870,9 @@ def _read_section(section: Mapping[str, str]) -> Settings:
     directory = _openssl_path(_utf8(os.path.abspath(_default_directory() if own else section["cmp_tmp_dir"])))
     _add_defaults(options, binary)
     settings = Settings(binary, directory, own, options, secrets, _hidden(secrets), refuse, san_types)
+    meant = re.findall(r"did you mean (cmp_\w+)\?", " ".join(errors))  # what else is said of these is untrue
     findings = [(text, fatal) for wrong, text, fatal in _findings(section, settings) if wrong]
+    findings = [(text, fatal) for text, fatal in findings if not any(name in text for name in meant)]
     errors += [text for text, fatal in findings if fatal]
     return settings._replace(errors=errors, warnings=[text for text, fatal in findings if not fatal])
 
@@ -1885,7 +1887,11 @@ def _check_entry(key: str, option: str, binary: Binary) -> None:
         near = "; did you mean cmp_srvcert?" if option == "srv_cert" else ""
         raise CMPError(f"-{shown} is not for enrolling at a CA: delete it{near}")
     if known and option not in known and kind not in ("ours", "run"):
-        _raise_first((option == "profile", f"needs OpenSSL 3.3 or later, this is {binary.version}"))
+        base = option.removesuffix("_variable")
+        _raise_first(
+            (option == "profile", f"needs OpenSSL 3.3 or later, this is {binary.version}"),
+            (base != option and _option(base).kind == "secret", f"write cmp_{base}: env:NAME"),
+        )
         usable = {name for name in known if _option(name).kind not in ("run", "other")} - binary.mock_server
         raise CMPError(f"this openssl has no option -{shown}{_did_you_mean(option, usable | OURS, 'cmp_')}")
 
@@ -1922,8 +1928,9 @@ reference ^\s|[\r\n]|\s$ -> begins or ends with a blank or a line break, or has 
 !secret -----BEGIN -> is the content of a file: write its path
 !files [\r\n] -> has more than one line: what is indented belongs to the line above it
 files ^\[.*\]$ -> is a list: write the files into one line, with commas between them
-secret ^(['"]).*\1$ -> write the value without the quotes; if it belongs to the secret, write pass: before that
-!secret ^(['"]).*\1$ -> write the value without the quotes
+secret ^(['"]).*\1$|^[\u2018-\u201f].*[\u2018-\u201f]$ ->
+    write the value without the quotes; if it belongs to the secret, write pass: before that
+!secret ^(['"]).*\1$|^[\u2018-\u201f].*[\u2018-\u201f]$ -> write the value without the quotes
 secret ^(?!pass:).*\s[#;] -> a comment needs a line of its own; if it belongs to the secret, write pass: before that
 name \s[#;](\s|$) -> a comment needs a line of its own; if it belongs to the name, write a backslash before it
 !name/secret/reference \s[#;] -> a comment needs a line of its own
@@ -1935,9 +1942,11 @@ server/proxy ^(?!(?:https?://)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[\w.-]+)(?::[^/]*)
     '\1' is no address such as 192.168.14.137:8080 or cmp.acme.test:8080
 server/proxy ^(?:https?://)?(?:\[[^]]*\]|[^:/[]*):(?!//|0*(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-5]\d{3})(?:/|$))([^/]*) ->
     '\1' is no port: 1 to 65535 are possible
+tls_host [^\w.:-]|^[^:]*:[^:]*$ -> is the name in the server's certificate alone, such as cmp.acme.test
 profile ^- -> begins with a hyphen, and openssl would read it as an option
 secret ^(\$\{?\w+\}?|%\w+%)$ -> is no variable: write env:NAME; if it is the secret itself, write pass: before it
-secret ^(ENV|FILE|PASS): -> write \1 in small letters; if it is the secret itself, write pass: before it
+secret ^(?!(?:env|file|pass):)((?i:env|file|pass))[:=] ->
+    write \1 in small letters, with a colon; if it is the secret itself, write pass: before it
 secret ^(stdin$|fd(?=:)) -> \1: acme2certifier has neither a terminal nor a descriptor: use file:PATH or env:NAME
 secret ^pass:$ -> the secret is empty
 tmp_dir/openssl_bin ^~|[$%] -> is taken as it is written, without a shell: write the whole path
@@ -1957,6 +1966,9 @@ keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public ke
 def _check_text(option: str, value: str) -> None:
     """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
     mine = {option, _option(option).kind}
+    unseen = [c for c in value if not c.isprintable() and c not in "\t\r\n" and not "\ud800" <= c <= "\udfff"]
+    if unseen and not value.startswith("pass:"):
+        raise CMPError(f"holds a character that nobody sees, U+{ord(unseen[0]):04X}: type the value anew")
     for names, fault, text in VALUE_FAULTS:
         if mine.isdisjoint(names.strip("!").split("/")) != names.startswith("!"):
             continue
@@ -1974,8 +1986,12 @@ def _check_file(name: str, content: str) -> None:
     shown = _one_line(name, 100)
     if content and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not os.path.exists(name):
         return  # a URI such as pkcs11:, which is openssl's to open
-    if not os.path.isfile(name) or not os.access(name, os.R_OK):
-        raise CMPError(f"{shown} {f'cannot be read by {_user()}' if os.path.isfile(name) else 'is not a file'}")
+    try:
+        plain, closed = stat.S_ISREG(os.stat(name).st_mode), not os.access(name, os.R_OK)
+    except (OSError, ValueError) as err:
+        plain, closed = False, isinstance(err, PermissionError)  # of a directory above it
+    if closed or not plain:
+        raise CMPError(f"{shown} {f'cannot be read by {_user()}' if closed else 'is not a file'}")
     if not content:
         return
     with open(name, "rb") as file:
@@ -2126,7 +2142,9 @@ def _variable_value(name: str) -> str:
     # Perhaps the secret itself was put there by mistake.
     shown = re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
     what = f"the environment variable {name}" if shown else "the variable named there (perhaps a secret)"
-    _raise_first((not name, "names no variable"), (not os.environ.get(name), f"{what} is not set"))
+    decorated = re.match("env:|[$%'\"]", name)
+    _raise_first((not name, "names no variable"), (decorated, "write the name of the variable alone"))
+    _raise_first((not os.environ.get(name), f"{what} is not set"))
     return os.environ[name]
 
 
@@ -2195,7 +2213,7 @@ def _findings(section: Mapping[str, str], settings: Settings) -> Iterator[Questi
     """What neither a single entry nor openssl shows: what is missing, does nothing, weakens security, or ends soon."""
     options, first = settings.options, f"using {settings.binary.path or 'openssl'}, the first on the PATH"
     lost = "there, a restart or systemd's PrivateTmp loses orders that wait for the CA"
-    yield "cmp_openssl_bin" not in section, f"cmp_openssl_bin is not set: {first}", WARNING
+    yield not section.get("cmp_openssl_bin"), f"cmp_openssl_bin is not set: {first}", WARNING
     yield settings.own_directory, f"cmp_tmp_dir is not set: using {settings.directory}; {lost}", WARNING
     for key in section:
         ignored = key.startswith("cmp_") and _option(key[4:]).kind == "run"
@@ -2225,6 +2243,7 @@ def _credential_findings(option: str, configured: str, settings: Settings) -> It
     yield quoted, f"{key}: the secret stands in quotes, which count (as with docker run --env-file)", WARNING
     yield short, f"cmp_secret has fewer than 8 characters: {guess}", WARNING
     yield os.path.isfile(secret), f"{key}: the secret is the name of a file: write file: before it", WARNING
+    yield secret in os.environ, f"{key}: the secret is the name of a variable: write env: before it", WARNING
     # Where a secret protects the messages, cmp_cert is not used, except for the default of cmp_recipient.
     level = WARNING if option == "cert" and "secret" in settings.options else FATAL
     now, soon = _iso(time.time()), _iso(time.time() + EXPIRES_SOON)

@@ -507,10 +507,11 @@ def test_a_quoted_secret_in_a_variable(ca: DemoCA, desk: Desk) -> None:
 
 
 def test_the_name_of_a_file_as_a_secret(ca: DemoCA, desk: Desk) -> None:
-    """Who has forgotten `file:` is told so."""
-    desk.configure(ca.options(), secret=str(desk.directory / "acme_srv.cfg"))
-    (warning,) = [w for w in Checked(desk("check")).warnings if "name of a file" in w]
-    assert warning.startswith("warning: cmp_secret: ") and str(desk.directory) not in warning
+    """Who has forgotten `file:` or `env:` is told so."""
+    for name, kind in ((str(desk.directory / "acme_srv.cfg"), "file"), ("RA_SECRET", "variable")):
+        desk.configure(ca.options(), secret=name)
+        (warning,) = [w for w in Checked(desk("check", RA_SECRET="x")).warnings if f"name of a {kind}" in w]
+        assert warning.startswith("warning: cmp_secret: ") and name not in warning
 
 
 MOUNTS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import pwd
 import re
 import stat
 import subprocess
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import pkcs7, pkcs12
 
 import cmp_ca_handler
 from cmp_ca_handler import CAhandler
-from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, binaries, csr_pem, every_binary, needs_root
+from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, binaries, csr_pem, every_binary, forget, needs_root
 from demo_ca import DemoCA
 from shared import SECTION, findings, pairs, recorder, script
 
@@ -490,6 +491,62 @@ def test_a_typo_is_one_error(
         assert "wrong-phrase" not in text and "demo-secret" not in text
 
 
+# More of them, none of which needs a run of openssl.
+SLIPS: list[tuple[dict[str, str | None], str]] = [
+    ({"tls_used": "True", "tls_host": "cmp.acme.test:8443"}, "cmp_tls_host: is the name in the server's certificate"),
+    ({"tls_used": "True", "tls_host": "https://cmp.acme.test"}, "cmp_tls_host: is the name in the server's"),
+    ({"tls_used": "True", "tls_host": "*.acme.test"}, "cmp_tls_host: is the name in the server's certificate alone"),
+    ({"ref": "12\u200b34"}, "cmp_ref: holds a character that nobody sees, U+200B"),
+    ({"path": "pkix\u00a0/"}, "cmp_path: holds a character that nobody sees, U+00A0"),
+    ({"secret": "\ufeffhush-hush"}, "cmp_secret: holds a character that nobody sees, U+FEFF"),
+    ({"ref": "\u201c1234\u201d"}, "cmp_ref: write the value without the quotes"),
+    ({"secret": "\u201ehush-hush\u201c"}, "cmp_secret: write the value without the quotes; if it belongs"),
+    ({"secret": "File:/x"}, "cmp_secret: write File in small letters, with a colon; if it is the secret itself"),
+    ({"secret": "env=RA_HUSH"}, "cmp_secret: write env in small letters, with a colon; if it is the secret itself"),
+    ({"secret": None, "secret_variable": "env:RA_HUSH"}, "cmp_secret_variable: write the name of the variable alone"),
+    ({"secret": None, "secret_variable": "$RA_HUSH"}, "cmp_secret_variable: write the name of the variable alone"),
+    ({"keypass_variable": "RA_HUSH"}, "cmp_keypass_variable: write cmp_keypass: env:NAME"),
+    (
+        {"server": None, "sever": "127.0.0.1:1"},
+        "cmp_sever: this openssl has no option -sever; did you mean cmp_server?",
+    ),
+    ({"tls_used": "True", "tls_cert": "pki/cert.pem", "tls_kye": "x"}, "cmp_tls_kye: this openssl has no option"),
+]
+
+
+def test_a_slip_is_one_error(
+    handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One error that names the entry and what to do, and no warning that is its consequence; no secret in it."""
+    monkeypatch.chdir(tmp_path)
+    make_files(Path("pki"))
+    for changes, words in SLIPS:
+        handlers(SECTION, **changes)
+        errors, warnings = findings(handlers, capsys)
+        assert len(errors) == 1 and errors[0].startswith(words), (errors, words)
+        assert "hush" not in "".join(errors).lower()
+        assert not any(re.match("cmp_(?!tls_trusted).* is not set", warning) for warning in warnings), warnings
+    handler = handlers(
+        SECTION, secret="pass:\u200bhush\u201d", ref="\u0434\u2019\u00e9", tls_host="2001:db8::1", tls_used="True"
+    )
+    assert handler.handler_check() is None
+
+
+def test_a_file_below_a_closed_directory(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/etc/ssl/private: nobody but root knows what is in it. Simulated, for root may run the tests, too."""
+    stat_of: Callable[..., os.stat_result] = os.stat
+
+    def closed(path: object, **how: object) -> os.stat_result:
+        if str(path).startswith("/closed/"):
+            raise PermissionError(13, "Permission denied", path)
+        return stat_of(path, **how)
+
+    monkeypatch.setattr(os, "stat", closed)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    for changes in ({"trusted": "/closed/ca.pem"}, {"secret": "file:/closed/ca.pem"}):
+        assert f"/closed/ca.pem cannot be read by {user}" in str(handlers(SECTION, **changes).handler_check())
+
+
 def test_pass_phrases_of_pkcs12(handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hint names the entry that opens the file: another one for the RA's, for TLS, and for what is trusted."""
     monkeypatch.chdir(tmp_path)
@@ -550,12 +607,15 @@ def test_no_configuration_file_named(monkeypatch: pytest.MonkeyPatch, handlers: 
 def test_default_binary_with_a_warning(
     command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No cmp_openssl_bin: the first openssl on PATH is run, and one warning names its path."""
+    """No cmp_openssl_bin, or an empty one: the first openssl on PATH is run, and one warning names its path."""
     (tmp_path / "openssl").symlink_to(command.openssl)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert command(SECTION, openssl_bin=None)[0] == "cmp"
-    (warning,) = [r.getMessage() for r in caplog.records if "cmp_openssl_bin" in r.getMessage()]
-    assert f"{tmp_path}/openssl" in warning
+    for value in (None, ""):
+        caplog.clear()
+        forget(monkeypatch)
+        assert command(SECTION, openssl_bin=value)[0] == "cmp"
+        (warning,) = [r.getMessage() for r in caplog.records if "cmp_openssl_bin" in r.getMessage()]
+        assert f"{tmp_path}/openssl" in warning
 
 
 # --- handler_check() ------------------------------------------------------------------------------------------------
