@@ -967,12 +967,11 @@ def _usable(answers: Iterable[Message]) -> list[Message]:
     usable: list[Message] = []
     granted = waiting = False
     for answer in answers:
-        pause = answer.body == POLLREP and waiting and answer.check_after >= 0  # openssl fails at a negative one
         if answer.grants() and not granted:
             granted, waiting = True, False
         elif answer.waits() and not waiting and (answer.body == ERROR or not granted):
             waiting = True
-        elif not pause and not (answer.body == PKICONF and granted):
+        elif not (answer.body == POLLREP and waiting) and not (answer.body == PKICONF and granted):
             break
         usable.append(answer)
     return usable
@@ -2142,9 +2141,11 @@ def _variable_value(name: str) -> str:
     # Perhaps the secret itself was put there by mistake.
     shown = re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", name)
     what = f"the environment variable {name}" if shown else "the variable named there (perhaps a secret)"
-    decorated = re.match("env:|[$%'\"]", name)
-    _raise_first((not name, "names no variable"), (decorated, "write the name of the variable alone"))
-    _raise_first((not os.environ.get(name), f"{what} is not set"))
+    _raise_first(
+        (not name, "names no variable"),
+        (re.match("env:|[$%'\"]", name), "write the name of the variable alone"),
+        (not os.environ.get(name), f"{what} is not set"),
+    )
     return os.environ[name]
 
 

@@ -36,7 +36,6 @@ from proxy import (
     name,
     nested,
     note,
-    poll_rep,
     protected,
     sender_of,
     signed,
@@ -605,17 +604,6 @@ def test_a_yes_that_openssl_does_not_take(ca: DemoCA, pair: Pair, handlers: Hand
             error, *rest = handler.poll("name", identifier, "")
             assert error and rest == [None, None, identifier, True], (openssl, error)
             assert handlers.left() == []
-
-
-def test_a_pause_below_zero(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
-    """A CA that says checkAfter -1: openssl cannot go on from that answer, but from the one before, and asks again."""
-    for openssl in BINARIES:
-        handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
-        proxy.spoil_next("pollReq", lambda forward: saying(forward(), poll_rep(-1, [])))
-        identifier = begin(handler, csr_pem(["a.example"]))
-        asked = requests(ca)["pollReq"]
-        handler.poll("name", identifier, "")
-        assert requests(ca)["pollReq"] == asked + 1, openssl
 
 
 @pytest.mark.parametrize("openssl", [path for path in BINARIES if version(path) >= (3, 5)])
