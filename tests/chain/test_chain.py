@@ -206,7 +206,7 @@ KEY_PEM = OTHER.key.private_bytes(
     ],
     ids=["one file", "two files", "garbage around", "a key among them"],
 )
-def test_issuers_in_cmp_untrusted(
+def test_issuers_in_cmp_untrusted_complete_the_chain(
     files: dict[str, str], serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path
 ) -> None:
     """A CA that sends no issuers: they come from cmp_untrusted, one file or two, also from among other text."""
@@ -220,7 +220,9 @@ def test_issuers_in_cmp_untrusted(
 
 
 @pytest.mark.parametrize("trusted", ["", "no certificate at all\n", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END"])
-def test_pool_file_that_openssl_refuses(trusted: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_pool_file_that_openssl_refuses_is_named(
+    trusted: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """A cmp_trusted without a readable certificate: the error names the file, and nothing is sent."""
     (tmp_path / "bad.pem").write_text(trusted)
     error = handlers(ca.options(), trusted=str(tmp_path / "bad.pem")).enroll(csr_pem(["a.b"]))[0]
@@ -228,7 +230,7 @@ def test_pool_file_that_openssl_refuses(trusted: str, ca: DemoCA, handlers: Hand
     assert (ca.messages, handlers.left()) == ([], [])
 
 
-def test_junk_at_length(serve: Callable[..., Mock], handlers: Handlers) -> None:
+def test_junk_at_length_does_not_hide_the_chain(serve: Callable[..., Mock], handlers: Handlers) -> None:
     """A long way up, and a lot that leads nowhere."""
     line = [authority(f"ca {i}", str(i).encode()) for i in range(40)]
     path = [certificate(low, high) for low, high in zip(line, line[1:])]
@@ -370,7 +372,7 @@ CROSSES = [certificate(KNOWN, evil) for evil in EVILS]
         ({"trusted": [EVIL_ROOT], "untrusted": [CA_PEM]}, [], [CROSS], [CROSS, EVIL_ROOT]),
     ],
 )
-def test_cross_certificate(
+def test_a_cross_certificate_is_taken_only_where_its_way_is_better(
     configuration: dict[str, list[str]],
     capubs: list[str],
     extra: list[str],
@@ -416,7 +418,7 @@ Counted = Callable[[], tuple[str, Callable[[], list[str]]]]
 
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("identifier", [b"ca", None])
-def test_many_false_issuers(
+def test_many_false_issuers_cost_few_processes(
     identifier: bytes | None, right: bool, serve: Callable[..., Mock], handlers: Handlers, counted: Counted
 ) -> None:
     """Anybody on the way can put as many into extraCerts as he likes. Each that is looked at costs a process."""
@@ -430,7 +432,9 @@ def test_many_false_issuers(
     assert commands().count("verify") <= 6
 
 
-def test_many_cross_certificates(serve: Callable[..., Mock], handlers: Handlers, counted: Counted) -> None:
+def test_many_cross_certificates_cost_few_processes(
+    serve: Callable[..., Mock], handlers: Handlers, counted: Counted
+) -> None:
     """All of them are genuine, and none of them leads anywhere."""
     program, commands = counted()
     mesh = [authority(f"mesh {n}", b"mesh") for n in range(12)]
@@ -443,7 +447,7 @@ def test_many_cross_certificates(serve: Callable[..., Mock], handlers: Handlers,
     assert commands().count("verify") <= 24
 
 
-def test_a_mesh_of_known_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mesh_of_known_authorities_is_searched_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Links that are remembered cost no process, but there are 11! ways through this mesh. Here all are said to be."""
     mesh = [authority(f"mesh {n}", f"{n}".encode()) for n in range(12)]
     ders = [pem_der(certificate(a, b)) for a in mesh for b in mesh if a != b]
@@ -463,7 +467,7 @@ def pem_der(text: str) -> bytes:
     return x509.load_pem_x509_certificate(text.encode()).public_bytes(serialization.Encoding.DER)
 
 
-def test_a_copy_of_the_issuer_that_calls_itself_a_root(
+def test_a_copy_of_the_issuer_that_calls_itself_a_root_is_passed_over(
     serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path
 ) -> None:
     """A stranger's certificate of the issuer's name and key, which names itself as its issuer."""
@@ -500,7 +504,9 @@ def test_a_later_leaf_costs_nothing(
     assert counts == [3, 3, 4, 5]
 
 
-def test_two_keys_of_one_identifier(serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path) -> None:
+def test_two_keys_of_one_identifier_are_told_apart(
+    serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path
+) -> None:
     """What is remembered of an issuer is not believed while another key claims to be it."""
     first, second = authority("ca", b"same"), authority("ca", b"same")
     issuers = {who: certificate(who, GOOD_ROOT) for who in (first, second)}
@@ -526,7 +532,9 @@ def renamed(text: str, key: ec.EllipticCurvePrivateKey, old: bytes, new: bytes) 
     return ssl.DER_cert_to_PEM_cert(der)  # cryptography does not read such names
 
 
-def test_eight_bits_in_a_printable_string(serve: Callable[..., Mock], handlers: Handlers) -> None:
+def test_eight_bits_in_a_printable_string_do_not_hide_the_issuer(
+    serve: Callable[..., Mock], handlers: Handlers
+) -> None:
     """Latin-1, whatever the type of string says: openssl takes the two for one name, and so is the issuer found."""
     issuer = authority("Muxller", printable=True)
     leaf = renamed(certificate(LEAF, issuer), issuer.key, b"\x13\x07Muxller", b"\x14\x07M\xdc\xdcller")
@@ -547,7 +555,7 @@ def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch, serve: Callable[.
 
 
 @pytest.mark.parametrize("fault", ["kill -9 $$", "exec /no/such/program", "ulimit -v 4000; exec cat /dev/zero"])
-def test_openssl_verify_cannot_run(
+def test_openssl_verify_that_cannot_run_costs_no_certificate(
     fault: str, serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The certificate is issued and confirmed: no fault here may cost it."""
@@ -563,7 +571,7 @@ def test_openssl_verify_cannot_run(
 
 
 @pytest.mark.parametrize("limited", ["descriptors", "files"])
-def test_no_resources_for_the_chain(
+def test_no_resources_for_the_chain_cost_no_certificate(
     limited: str,
     serve: Callable[..., Mock],
     handlers: Handlers,
@@ -631,7 +639,7 @@ DEEP = authority("deep ca", b"deep")
     ],
     ids="none,two missing,no root,expired,alone,future,old leaf,another root,another issuer,another key".split(","),
 )
-def test_warning_about_the_end_of_a_chain(
+def test_a_warning_says_why_a_chain_ends(
     leaf: str,
     extra: list[str],
     configured: list[str],
@@ -658,7 +666,7 @@ def test_warning_about_the_end_of_a_chain(
 
 @binaries
 @pytest.mark.parametrize("form", ["trusted", "pkcs12", "der", "pkcs7"])
-def test_file_format(
+def test_a_file_for_the_chain_is_read_in_pem_or_der(
     form: str,
     openssl: str,
     serve: Callable[..., Mock],

@@ -137,7 +137,7 @@ def test_what_means_the_same_is_no_change(
     assert bundle
 
 
-def test_a_certificate_without_a_name_for_clients(
+def test_a_certificate_without_a_name_for_clients_is_warned_of(
     mock: Callable[..., Mock], handlers: Handlers, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CA that leaves out the subjectAltName of a CSR with a CN alone: a warning, for most clients look there only."""
@@ -152,7 +152,7 @@ def test_a_certificate_without_a_name_for_clients(
 
 
 @pytest.mark.parametrize("subject", ["C=DE, CN=gateway.plant.example", "/C=DE/CN=gateway.plant.example"])
-def test_configured_subject(
+def test_a_configured_subject_is_no_change(
     subject: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its CN is what the administrator has set, also where the CA makes a name of it."""
@@ -161,7 +161,7 @@ def test_configured_subject(
     assert said(caplog) == []
 
 
-def test_subject_that_is_configured_otherwise_since(
+def test_a_subject_that_is_configured_otherwise_since_is_no_change(
     ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What counts is what the CA was asked for, not what the next order would ask for."""
@@ -194,7 +194,7 @@ def test_changed_names_are_refused_on_request(
     assert handlers.left() == []
 
 
-def test_refused_by_a_poll(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_names_are_refused_by_a_poll(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CA that adds a name after its approval: the poll revokes the certificate and ends the order."""
     alter(monkeypatch, SAN + "DNS:evil.example.org")
     ca.hold, ca.check_after = True, 1
@@ -215,7 +215,9 @@ def crl_count(ca: DemoCA) -> int:
     return len(list(x509.load_pem_x509_crl((ca.directory / "ca.crl").read_bytes())))
 
 
-def test_refused_and_revoked_before(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_revoked_before_counts_as_revoked(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A poll that was killed has revoked it: the next one does not say that it could not be revoked."""
     alter(monkeypatch, SAN + "DNS:evil.example.org")
     again = (400, cmp_ca_handler.ACME_ERROR + "alreadyRevoked", "certRevoked")
@@ -224,7 +226,9 @@ def test_refused_and_revoked_before(ca: DemoCA, handlers: Handlers, monkeypatch:
     assert error and error.endswith("refused and revoked")
 
 
-def test_refused_but_not_revoked(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_certificate_that_is_not_revoked_is_named(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The CA does not let this RA revoke: the error names the certificate that is left."""
     alter(monkeypatch, SAN + "DNS:evil.example.org")
 
@@ -277,7 +281,7 @@ def test_another_subject_is_a_change(ca: DemoCA, handlers: Handlers) -> None:
 
 
 @pytest.mark.parametrize("length", [2, 20, 33, 65])
-def test_key_that_is_the_beginning_of_another(length: int, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_key_that_is_the_beginning_of_another_is_another(length: int, ca: DemoCA, handlers: Handlers) -> None:
     """Whole keys are compared, not as far as the shorter one goes."""
     key = ec.generate_private_key(ec.SECP256R1())
     bundle = handlers(ca.options()).enroll(csr_pem(["a.tld"], key=key))[1]
@@ -292,7 +296,7 @@ def leaf_pem(bundle: str | None) -> str:
     return str(bundle).partition("-----END CERTIFICATE-----")[0] + "-----END CERTIFICATE-----\n"
 
 
-def test_names_that_cannot_be_read(
+def test_names_that_cannot_be_read_are_warned_of(
     ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CA whose subjectAltName is cut short: handed out, with a warning that it cannot be compared."""
@@ -311,7 +315,9 @@ def test_names_that_cannot_be_read(
         ("a.tld", True, "it cannot be compared with the CSR: its extensions are malformed, or one is there twice"),
     ],
 )
-def test_a_leaf_of_which_one_extension_cannot_be_read(name: str, twice: bool, warning: str, ca: DemoCA) -> None:
+def test_an_extension_that_cannot_be_read_does_not_hide_the_others(
+    name: str, twice: bool, warning: str, ca: DemoCA
+) -> None:
     """The other extensions count: no name is missing that is there, and none is added in silence."""
     (ca.directory / "odd.cnf").write_text(f"authorityKeyIdentifier = DER:30030401\n{SAN}DNS:{name}\n")
     (ca.directory / "odd.csr").write_text(csr_pem(["a.tld"], "x"))
