@@ -87,7 +87,9 @@ def seconds(since: float) -> str:
 
 
 @each
-def test_order_renew_revoke(name: str, make: Make, ca: DemoCA, record_property: Done) -> None:
+def test_each_client_orders_renews_and_revokes_as_it_can(
+    name: str, make: Make, ca: DemoCA, record_property: Done
+) -> None:
     """Several names, with each kind of key; renewed, and what came last revoked."""
     client = make(name)
     record_property("client", name)
@@ -126,13 +128,13 @@ def kinds(names: list[str]) -> list[str]:
     return found + (["IPv4, IPv6"] if any(map(is_address, names)) else [])
 
 
-def test_address_without_a_name(make: Make, ca: DemoCA) -> None:
+def test_an_address_without_a_name_is_issued(make: Make, ca: DemoCA) -> None:
     """No DNS name can be the subject's CN: without any, the subjectAltName is critical, and Java reads it then only."""
     (chain,) = make("Python's acme").order(["192.0.2.1"], "ec")
     read(chain, ["192.0.2.1"], ca)
 
 
-def test_name_that_is_too_long_for_a_cn(make: Make, ca: DemoCA) -> None:
+def test_a_name_that_is_too_long_for_a_cn_leaves_the_subject_empty(make: Make, ca: DemoCA) -> None:
     """A CN has 64 characters at most."""
     name = f"{'a' * 60}.example.com"
     (chain,) = make("Python's acme").order([name], "ec")
@@ -140,7 +142,7 @@ def test_name_that_is_too_long_for_a_cn(make: Make, ca: DemoCA) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, entry in CLIENTS.items() if entry.kind is AcmeTiny])
-def test_name_in_the_cn_only(name: str, make: Make, ca: DemoCA) -> None:
+def test_a_name_in_the_cn_only_becomes_a_subjectaltname(name: str, make: Make, ca: DemoCA) -> None:
     """A CSR without subjectAltName, as acme-tiny takes it: the certificate has the name where it is looked for."""
     client = make(name)
     assert isinstance(client, AcmeTiny)
@@ -149,7 +151,7 @@ def test_name_in_the_cn_only(name: str, make: Make, ca: DemoCA) -> None:
 
 
 @each
-def test_order_that_waits(name: str, make: Make, ca: DemoCA, record_property: Done) -> None:
+def test_an_order_that_waits_is_issued_to_the_client(name: str, make: Make, ca: DemoCA, record_property: Done) -> None:
     """The CA wants an approval, acme2certifier's poller gets the certificate, the client has waited for it."""
     ca.hold = True
     ca.check_after = 1
