@@ -27,7 +27,7 @@ def cacerts(
 
 
 @binaries
-def test_the_way_to_a_whole_chain(
+def test_cacerts_gives_the_issuers_for_a_whole_chain(
     openssl: str, mock: MockServer, pair: Pair, handlers: Handlers, tmp_path: Path, ca_directory: Path
 ) -> None:
     """A CA that sends no issuer with its certificates, asked for it. The server is a new openssl: 3.0's knows none."""
@@ -48,7 +48,9 @@ def test_the_way_to_a_whole_chain(
     assert handlers.left() == []
 
 
-def test_standard_output(mock: MockServer, pair: Pair, handlers: Handlers, ca_directory: Path) -> None:
+def test_cacerts_prints_the_root_on_standard_output(
+    mock: MockServer, pair: Pair, handlers: Handlers, ca_directory: Path
+) -> None:
     """A CA that sends its root, and no -o: the root is printed in PEM, and nothing else."""
     options = ("-rsp_capubs", str(ca_directory / "root.pem"))
     server = mock(pair.certificate, *options, openssl=BINARIES[-1])
@@ -57,7 +59,7 @@ def test_standard_output(mock: MockServer, pair: Pair, handlers: Handlers, ca_di
     assert bundle_certificates(out) == bundle_certificates((ca_directory / "root.pem").read_text())
 
 
-def test_a_name_with_a_secret(mock: MockServer, pair: Pair, handlers: Handlers, ca_directory: Path) -> None:
+def test_a_name_with_a_secret_is_masked(mock: MockServer, pair: Pair, handlers: Handlers, ca_directory: Path) -> None:
     """A CA that puts a secret of ours into the name of its certificate: it is masked."""
     server = mock(pair.certificate, "-rsp_capubs", str(ca_directory / "sub.pem"), openssl=BINARIES[-1])
     asked = {"recipient": None, "issuer": "CN=the CA", "keypass": "pass:Issuing"}  # the issuer becomes the recipient
@@ -66,14 +68,14 @@ def test_a_name_with_a_secret(mock: MockServer, pair: Pair, handlers: Handlers, 
 
 
 @binaries
-def test_a_ca_that_sends_none(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_ca_that_sends_no_certificates_is_named(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """A CA that has no certificates to give: one error line that names it, and exit code 1."""
     code, out, err = cacerts(handlers, ca.options(), openssl_bin=openssl)
     assert (code, out) == (1, "")
     assert err == f"error: CMP server {ca.server} sends no certificates: ask the CA's operator\n"
 
 
-def test_cacerts_with_a_wrong_secret(ca: DemoCA, handlers: Handlers) -> None:
+def test_cacerts_with_a_wrong_secret_gives_the_hint(ca: DemoCA, handlers: Handlers) -> None:
     """A CA that knows another secret: exit code 4 and the hint; the secret is not shown."""
     code, out, err = cacerts(handlers, ca.options(), secret="another")
     assert (code, out) == (4, "")
@@ -81,7 +83,7 @@ def test_cacerts_with_a_wrong_secret(ca: DemoCA, handlers: Handlers) -> None:
     assert "another" not in err
 
 
-def test_faulty_configuration(ca: DemoCA, handlers: Handlers) -> None:
+def test_cacerts_names_the_missing_key_of_a_faulty_configuration(ca: DemoCA, handlers: Handlers) -> None:
     """No cmp_server is set: exit code 4, the key is named, and no CA is asked."""
     code, out, err = cacerts(handlers, ca.options(), server=None)
     assert (code, out) == (4, "")
@@ -90,7 +92,9 @@ def test_faulty_configuration(ca: DemoCA, handlers: Handlers) -> None:
 
 
 @pytest.mark.parametrize("lacking", ["infotype", "rspout"])
-def test_old_openssl(lacking: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_an_old_openssl_cannot_ask_for_ca_certificates(
+    lacking: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """Simulated: one whose help does not name the option."""
     program = tmp_path / "old-openssl"
     hide = f'[ "$2" = -help ] && {OPENSSL} "$@" 2>&1 | grep -v "^ -{lacking}" && exit'

@@ -76,7 +76,9 @@ def connect(desk: Desk) -> Callable[..., Checked]:
 
 @every_binary
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_all_is_well(authentication: str, openssl: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
+def test_check_proves_that_all_is_well(
+    authentication: str, openssl: str, ca: DemoCA, connect: Callable[..., Checked]
+) -> None:
     """By secret or certificate: `check --connect` proves every point with one genm, and nothing is issued."""
     checked = connect(ca.options(authentication), openssl)
     assert (checked.code, checked.proven) == (0, EVERYTHING), checked.output
@@ -85,7 +87,7 @@ def test_all_is_well(authentication: str, openssl: str, ca: DemoCA, connect: Cal
 
 
 @every_binary
-def test_all_is_well_with_tls(openssl: str, make_ca: MakeCA, connect: Callable[..., Checked]) -> None:
+def test_check_proves_that_all_is_well_with_tls(openssl: str, make_ca: MakeCA, connect: Callable[..., Checked]) -> None:
     """OpenSSL 3.5 and later use it for https:// without cmp_tls_used, too."""
     options = make_ca(tls=True).options()
     by_itself = {key: value for key, value in options.items() if key != "cmp_tls_used"}
@@ -130,7 +132,7 @@ FAULTS: dict[str, tuple[str, dict[str, str | None], str, str]] = {
 
 @binaries
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong(
+def test_what_is_wrong_is_told_by_one_error(
     fault: str, openssl: str, make_ca: MakeCA, web_server: str, tmp_path: Path, connect: Callable[..., Checked]
 ) -> None:
     """Path, TLS, trust and credentials are told apart, by one error."""
@@ -148,7 +150,7 @@ def test_what_is_wrong(
 
 
 @pytest.mark.parametrize("who", ["server", "proxy"])
-def test_nobody_is_there(who: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
+def test_nobody_is_there_means_not_reached(who: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
     """What cannot be reached is neither right nor wrong."""
     with nobody_at() as port:
         checked = connect(ca.options(), **{who: f"127.0.0.1:{port}", **SHORT})
@@ -157,7 +159,7 @@ def test_nobody_is_there(who: str, ca: DemoCA, connect: Callable[..., Checked]) 
 
 
 @binaries
-def test_an_authentic_refusal_of_the_general_message(
+def test_an_authentic_refusal_of_the_general_message_proves_everything(
     openssl: str, mock: StartMock, pair: Pair, connect: Callable[..., Checked]
 ) -> None:
     """Not all CAs know general messages: an answer is an answer."""
@@ -167,7 +169,7 @@ def test_an_authentic_refusal_of_the_general_message(
 
 
 @binaries
-def test_a_ca_that_says_with_protection_whom_it_does_not_trust(
+def test_an_authentic_refusal_of_our_signer_is_an_error(
     openssl: str, ca: DemoCA, proxy: Proxy, connect: Callable[..., Checked]
 ) -> None:
     """signerNotTrusted, authentic: the answer is proven, and it is an error, for no enrolment will work."""
@@ -218,7 +220,7 @@ def test_a_signed_refusal_does_not_prove_the_credentials(
 
 @binaries
 @pytest.mark.parametrize("how", ["tampered", "unprotected", "garbage", "empty", "cut short"])
-def test_an_answer_that_somebody_has_changed(
+def test_an_answer_that_somebody_has_changed_proves_no_trust(
     how: str, openssl: str, ca: DemoCA, tcp_server: TcpServer, connect: Callable[..., Checked]
 ) -> None:
     """It proves neither trust nor credentials."""
@@ -242,7 +244,7 @@ class StrictCA(DemoCA):
 
 
 @binaries
-def test_a_ca_that_wants_the_reference_as_the_sender(
+def test_a_ca_that_wants_the_reference_as_the_sender_gets_it(
     openssl: str, ca_directory: Path, tmp_path: Path, connect: Callable[..., Checked], desk: Desk
 ) -> None:
     """A certificate gives openssl the sender's name, and needs no key."""
@@ -295,7 +297,7 @@ def test_the_file_that_acme2certifier_finds_is_read(tmp_path: Path, ca: DemoCA, 
     assert ca.server in result.stdout and result.returncode == 0
 
 
-def test_a_file_that_is_not_there(desk: Desk) -> None:
+def test_a_file_that_is_not_there_is_named(desk: Desk) -> None:
     """`check` of an acme_srv.cfg that does not exist: exit code 2 and one error line."""
     result = desk("check")
     assert (result.returncode, result.stdout) == (2, "")
@@ -352,7 +354,7 @@ def test_yaml_is_read(ca: DemoCA, tmp_path: Path) -> None:
         ("cmp_ref: 1\n  cmp_ref: 2", "duplicate"),
     ],
 )
-def test_yaml_that_cannot_be_read(line: str, expected: str, tmp_path: Path) -> None:
+def test_yaml_that_cannot_be_read_is_not_shown(line: str, expected: str, tmp_path: Path) -> None:
     """The line is named, and not shown: it may hold a secret."""
     (tmp_path / "acme_srv.cfg").write_text(f"CAhandler:\n  {line}\n")
     checked = Checked(checked_with_helper(tmp_path))
@@ -372,7 +374,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", SECTIONS)
-def test_other_sections(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_other_sections_are_warned_of(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """[Certificate] with too little time, [Challenge] without validation: one warning each, and none if all is well."""
     text, expected = SECTIONS[case]
     desk.configure(ca.options())
@@ -398,7 +400,7 @@ OTHER_HANDLERS: dict[str, tuple[dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHER_HANDLERS)
-def test_another_handler(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_another_handler_is_the_only_error(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """acme2certifier itself says which file it loads: where that is another one, nothing else counts."""
     shutil.copy(HANDLER, tmp_path / "copy.py")
     (tmp_path / "other.py").write_text("class CAhandler: pass\n")
@@ -409,14 +411,14 @@ def test_another_handler(case: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> N
     assert ("no errors found" in checked.output) != bool(expected)
 
 
-def test_a_module_named_cmp_ca_handler(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_a_module_named_cmp_ca_handler_is_accepted(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """What `convert` prints: this file is on the path of Python's modules."""
     desk.configure({"handler_module": "cmp_ca_handler", **ca.options()})
     assert Checked(checked_with_helper(tmp_path)).errors == []
 
 
 @pytest.mark.parametrize("section", ["DEFAULT", "Directory"])
-def test_a_server_name_with_a_scheme(section: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_a_server_name_with_a_scheme_is_warned_of(section: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """acme2certifier puts a scheme before it."""
     desk.configure(ca.options())
     with (tmp_path / "acme_srv.cfg").open("a") as file:
@@ -425,7 +427,7 @@ def test_a_server_name_with_a_scheme(section: str, ca: DemoCA, desk: Desk, tmp_p
 
 
 @needs_root
-def test_a_full_disk(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_a_full_disk_ends_check_and_enroll_before_the_ca_is_asked(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """An error of `check`, and of an enrolment that names the path: try again later."""
     full = tmp_path / "full"
     full.mkdir()
@@ -444,7 +446,7 @@ def test_a_full_disk(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
 
 
 @binaries
-def test_the_sender_to_expect(openssl: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
+def test_the_sender_to_expect_can_be_pasted(openssl: str, ca: DemoCA, connect: Callable[..., Checked]) -> None:
     """The verified sender is a line to paste, with which the same check succeeds; a MAC proves no name."""
     checked = connect(ca.options("certificate"), openssl, expect_sender=None)
     line = next(line for line in checked.output.splitlines() if line.startswith("sender "))
@@ -456,7 +458,7 @@ def test_the_sender_to_expect(openssl: str, ca: DemoCA, connect: Callable[..., C
 
 
 @pytest.mark.parametrize("common", ["#1 CA", "CA # 2", "CA #", "a # ; both"])
-def test_the_sender_to_expect_has_a_hash_sign(
+def test_the_sender_to_expect_can_be_pasted_with_a_hash_sign(
     common: str, ca_directory: Path, tmp_path: Path, connect: Callable[..., Checked]
 ) -> None:
     """A hash sign in the signer's name, which would begin a comment, or a value in hexadecimal: the line that `check
@@ -489,7 +491,7 @@ def test_the_general_message_has_the_recipient_of_an_enrolment(
     assert read_der(recipient.content).whole == name.public_bytes()
 
 
-def test_the_messages_of_openssl(ca: DemoCA, desk: Desk) -> None:
+def test_the_messages_of_openssl_are_shown_with_v(ca: DemoCA, desk: Desk) -> None:
     """`check --connect -v` and `cacerts -v` show them."""
     desk.configure(ca.options())
     for words in (["check", "--connect", "-v"], ["-v", "cacerts"]):
@@ -497,7 +499,7 @@ def test_the_messages_of_openssl(ca: DemoCA, desk: Desk) -> None:
     assert "openssl cmp:" not in desk("check", "--connect").stderr
 
 
-def test_a_quoted_secret_in_a_variable(ca: DemoCA, desk: Desk) -> None:
+def test_a_quoted_secret_in_a_variable_is_warned_of(ca: DemoCA, desk: Desk) -> None:
     """`docker run --env-file` keeps the quotes."""
     desk.configure(ca.options(), secret=None, secret_variable="RA_SECRET")
     for quote in "'\"":
@@ -506,7 +508,7 @@ def test_a_quoted_secret_in_a_variable(ca: DemoCA, desk: Desk) -> None:
     assert not any("quotes" in w for w in Checked(desk("check", RA_SECRET="demo-secret")).warnings)
 
 
-def test_the_name_of_a_file_as_a_secret(ca: DemoCA, desk: Desk) -> None:
+def test_the_name_of_a_file_as_a_secret_is_warned_of(ca: DemoCA, desk: Desk) -> None:
     """Who has forgotten `file:` or `env:` is told so."""
     for name, kind in ((str(desk.directory / "acme_srv.cfg"), "file"), ("RA_SECRET", "variable")):
         desk.configure(ca.options(), secret=name)
@@ -523,7 +525,7 @@ MOUNTS = {
 }
 
 
-def test_a_file_system_whose_locks_nobody_else_sees(
+def test_a_file_system_whose_locks_nobody_else_sees_is_warned_of(
     ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Several machines would lose an order there: a warning. Simulated: the list of mounts is made up."""
@@ -541,7 +543,7 @@ def test_a_file_system_whose_locks_nobody_else_sees(
         assert [mount.split()[0] in warning for warning in said] == [True] * alone, mount
 
 
-def test_one_entry_in_two_spellings(ca: DemoCA, desk: Desk) -> None:
+def test_one_entry_in_two_spellings_is_an_error(ca: DemoCA, desk: Desk) -> None:
     """Neither wins in silence."""
     desk.configure({**ca.options(), "cmp_tmpdir": "other"})
     assert any("cmp_tmpdir is another spelling of cmp_tmp_dir" in e for e in Checked(desk("check")).errors)
@@ -557,7 +559,7 @@ def test_no_openssl_is_the_one_fault(ca: DemoCA, desk: Desk) -> None:
     assert error.startswith("error: cmp_openssl_bin: ")
 
 
-def test_the_file_whose_path_holds_other_values(ca: DemoCA, desk: Desk) -> None:
+def test_a_file_is_named_by_its_entry_though_its_path_holds_other_values(ca: DemoCA, desk: Desk) -> None:
     """The entry is named that the words are about, not one whose value, such as ir, is a part of the path."""
     (desk.directory / "ir").mkdir()
     (desk.directory / "ir" / "1234.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
@@ -570,7 +572,7 @@ def test_the_file_whose_path_holds_other_values(ca: DemoCA, desk: Desk) -> None:
 
 
 @binaries
-def test_any_file_that_has_expired(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_any_file_that_has_expired_is_warned_of(openssl: str, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """Also in PKCS #12 and among the trusted ones: openssl says which file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "old")])
@@ -603,7 +605,7 @@ def test_pkcs12_holds_certificate_and_key(openssl: str, ca: DemoCA, desk: Desk, 
 # --- Output -----------------------------------------------------------------------------------------------------------
 
 
-def test_verbose_before_and_after(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
+def test_verbose_works_before_and_after_the_command(ca: DemoCA, desk: Desk, pair: Pair, tmp_path: Path) -> None:
     """`-v` before or behind the command shows openssl's lines; without it there are none."""
     (tmp_path / "www.csr").write_text(pair.csr)
     desk.configure(ca.options())
@@ -701,14 +703,16 @@ def test_no_value_ends_in_a_traceback(
 
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-def test_a_terminal_that_knows_no_umlauts(environment: dict[str, str], ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_a_terminal_that_knows_no_umlauts_ends_in_no_traceback(
+    environment: dict[str, str], ca: DemoCA, desk: Desk, tmp_path: Path
+) -> None:
     """`check` with a recipient `CN=Müller` where output is ASCII: exit code 0 and no traceback."""
     desk.configure(ca.options(), recipient="CN=Müller")
     result = desk("check", **environment)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
 
 
-def test_a_reader_that_goes_away(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_a_reader_that_goes_away_ends_in_no_traceback(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """A pipe that nobody reads any more: exit code 1, and nothing on standard error."""
     desk.configure(ca.options())
     reader, writer = os.pipe()

@@ -63,14 +63,14 @@ def test_convert_gives_the_documents_section() -> None:
     assert "this file contains the secret; use cmp_secret_variable: NAME instead" in result.stdout
 
 
-def test_convert_without_a_configuration_file() -> None:
+def test_convert_leaves_out_an_empty_config() -> None:
     """The command that `check` prints has an empty -config, which the handler sets itself."""
     result = run("convert", "--", "openssl", "cmp", "-config", "", "-server", "127.0.0.1:80")
     assert section_of(result.stdout) == {"cmp_openssl_bin": "openssl", "cmp_server": "127.0.0.1:80"}
     assert "# set by the handler itself: -config" in result.stdout
 
 
-def test_convert_of_an_empty_value() -> None:
+def test_convert_leaves_out_an_empty_value() -> None:
     """To openssl it is a value: none, and not True."""
     result = run("convert", "--", "openssl", "cmp", "-path", "", "-server=127.0.0.1:80", "-ignore_keyusage")
     expected = {"cmp_openssl_bin": "openssl", "cmp_server": "127.0.0.1:80", "cmp_ignore_keyusage": "True"}
@@ -87,7 +87,7 @@ def test_convert_of_an_empty_value() -> None:
     ],
     ids=["continued", "equals", "prompts"],
 )
-def test_convert_pasted(pasted: str) -> None:
+def test_convert_reads_a_pasted_line(pasted: str) -> None:
     """A line with prompts and backslashes, or with `-server=` and `--recipient`: the same section."""
     result = run("convert", stdin=pasted)
     assert result.returncode == 0, result.stderr
@@ -112,7 +112,7 @@ def test_convert_reports_unknown_options() -> None:
 
 
 @pytest.mark.parametrize("words", ["", "ls -l", "openssl req -new", "openssl cmp -server 'x"])
-def test_convert_what_is_no_cmp_command(words: str) -> None:
+def test_convert_refuses_what_is_no_cmp_command(words: str) -> None:
     """No words, another program, `openssl req`, an open quote: one error line and exit code 4."""
     result = run("convert", stdin=words)
     assert (result.returncode, result.stdout) == (4, "")
@@ -131,7 +131,7 @@ def test_convert_reports_what_a_section_cannot_hold(words: list[str], key: str) 
     assert result.returncode == 1 and error.startswith(f"error: {key}: ")
 
 
-def test_from_a_working_command_line_to_a_certificate(ca: DemoCA, desk: Desk) -> None:
+def test_a_working_command_line_leads_to_a_certificate(ca: DemoCA, desk: Desk) -> None:
     """What the user's document asks for: try on the command line, convert, check, enroll, revoke."""
     command = [OPENSSL, "cmp", "-cmd", "ir", "-server", ca.server, "-path", "pkix/", "-ref", "1234"]
     command += ["-secret", "pass:demo-secret", "-recipient", "/C=DE/O=Demo/CN=Demo Issuing CA", "-newkey", "key.pem"]
@@ -161,7 +161,7 @@ def test_from_a_working_command_line_to_a_certificate(ca: DemoCA, desk: Desk) ->
     assert os.listdir(desk.directory / "work") == []
 
 
-def test_order_that_waits_on_the_command_line(ca: DemoCA, desk: Desk) -> None:
+def test_an_order_that_waits_on_the_command_line_is_polled(ca: DemoCA, desk: Desk) -> None:
     """`enroll` ends with 3 and prints an identifier; `poll` prints the bundle after the approval, twice."""
     ca.hold = True
     desk.configure(ca.options(), total_timeout="5")
@@ -180,7 +180,7 @@ def test_order_that_waits_on_the_command_line(ca: DemoCA, desk: Desk) -> None:
     assert unknown.returncode == 1 and "no transaction" in unknown.stderr
 
 
-def test_der_files(ca: DemoCA, desk: Desk) -> None:
+def test_der_files_are_enrolled(ca: DemoCA, desk: Desk) -> None:
     """`enroll` of a CSR in DER prints the bundle."""
     desk.configure(ca.options())
     (desk.directory / "www.pem").write_text(csr_pem(["www.example"]))
@@ -209,7 +209,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_check_finds(case: str, ca: DemoCA, desk: Desk) -> None:
+def test_check_finds_each_fault(case: str, ca: DemoCA, desk: Desk) -> None:
     """A typo, an openssl without CMP, a key of another certificate, a wrong pass phrase: one error, exit code 4."""
     changes, expected = BROKEN[case]
     if callable(changes):
@@ -233,7 +233,7 @@ def test_check_fits_a_terminal(ca: DemoCA, desk: Desk) -> None:
     assert max(map(len, run("--help").stdout.splitlines())) <= 80
 
 
-def test_options_before_and_after_the_command(make_ca: Callable[..., DemoCA], desk: Desk) -> None:
+def test_options_work_before_and_after_the_command(make_ca: Callable[..., DemoCA], desk: Desk) -> None:
     """`--config` and `--section` work on both sides; so does --json."""
     desk.configure(make_ca().options())
     with (desk.directory / "acme_srv.cfg").open("a") as file:
@@ -247,7 +247,7 @@ def test_options_before_and_after_the_command(make_ca: Callable[..., DemoCA], de
         assert told["ok"] and " -path another/ " in told["command"] and result.returncode == 0, result.stdout
 
 
-def test_convert_without_dashes() -> None:
+def test_convert_works_without_dashes() -> None:
     """As the words stand in a shell's history."""
     result = run("convert", "openssl", "cmp", "-cmd", "ir", "-server", "127.0.0.1:80", "-v", "-section", "x")
     assert "no option -v" in result.stderr
@@ -264,7 +264,7 @@ def test_convert_does_not_take_a_variable_for_a_value() -> None:
         assert "is a variable of the shell" in result.stderr and "env:NAME" in result.stderr
 
 
-def test_convert_of_a_secret_in_quotes() -> None:
+def test_convert_takes_a_secret_in_quotes_as_it_is() -> None:
     """Between single quotes a dollar sign is no variable; what is one is named without what stands around it."""
     command = "openssl cmp -server 127.0.0.1:80 -ref 1 -secret"
     assert "cmp_secret: pass:pa$word" in run("convert", stdin=f"{command} 'pass:pa$word'").stdout
@@ -279,7 +279,7 @@ def test_convert_reports_an_environment_before_the_command() -> None:
     assert "HTTP_PROXY=: set this variable" in result.stderr and "hush" not in result.stderr
 
 
-def test_a_csr_in_utf_16(ca: DemoCA, desk: Desk) -> None:
+def test_a_csr_in_utf_16_is_enrolled(ca: DemoCA, desk: Desk) -> None:
     """Exchange and PowerShell write these."""
     desk.configure(ca.options())
     for encoding in ("utf-16", "utf-8-sig"):
@@ -287,7 +287,7 @@ def test_a_csr_in_utf_16(ca: DemoCA, desk: Desk) -> None:
         assert desk("enroll", "www.csr").returncode == 0
 
 
-def test_no_configuration(tmp_path: Path) -> None:
+def test_no_configuration_names_the_places_that_were_looked_at(tmp_path: Path) -> None:
     """The places that were looked at, and both ways to name another one."""
     environment = {key: value for key, value in os.environ.items() if key != "ACME_SRV_CONFIGFILE"}
     command = [sys.executable, "-S", str(HANDLER), "check"]
@@ -296,7 +296,7 @@ def test_no_configuration(tmp_path: Path) -> None:
     assert result.returncode == 4 and [word for word in words if word not in result.stderr] == []
 
 
-def test_poll_beside_another_one(ca: DemoCA, desk: Desk) -> None:
+def test_a_poll_beside_another_one_may_be_tried_again(ca: DemoCA, desk: Desk) -> None:
     """It may be tried again: another exit code than that of an order that waits."""
     desk.configure(hold(ca).options(), total_timeout="5")
     (desk.directory / "www.csr").write_text(csr_pem(["www.example"]))
@@ -351,7 +351,7 @@ CODES: dict[str, tuple[dict[str, str | None], str, int]] = {
 
 
 @pytest.mark.parametrize("case", CODES)
-def test_exit_codes_of_an_enrolment(case: str, ca: DemoCA, desk: Desk) -> None:
+def test_exit_codes_tell_how_an_enrolment_ended(case: str, ca: DemoCA, desk: Desk) -> None:
     """A script can act on them; --json tells the same in words."""
     changes, words, code = CODES[case]
     desk.configure(ca.options(), **changes)
@@ -391,7 +391,7 @@ def test_every_failure_is_told_in_json(words: str, ca: DemoCA, desk: Desk) -> No
         (("poll", "../x"), 1),
     ],
 )
-def test_exit_codes(arguments: tuple[str, ...], code: int, ca: DemoCA, desk: Desk) -> None:
+def test_exit_codes_come_without_a_traceback(arguments: tuple[str, ...], code: int, ca: DemoCA, desk: Desk) -> None:
     """No command, a wrong one, --help, --version, a CSR or an order that is not there: a code each, no traceback."""
     desk.configure(ca.options())
     result = desk(*arguments)
@@ -399,7 +399,7 @@ def test_exit_codes(arguments: tuple[str, ...], code: int, ca: DemoCA, desk: Des
     assert "Traceback" not in result.stderr
 
 
-def test_sections_of_several_cas(make_ca: Callable[..., DemoCA], desk: Desk) -> None:
+def test_sections_of_several_cas_have_to_be_named(make_ca: Callable[..., DemoCA], desk: Desk) -> None:
     """`--section CAhandler:second` enrols at the second CA alone; no section, or one that is not there: an error."""
     first, second = make_ca(), make_ca()
     desk.configure(first.options())
