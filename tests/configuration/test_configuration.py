@@ -75,7 +75,7 @@ def test_options_stand_in_the_order_of_the_file(command: Commands) -> None:
     assert not {"-openssl_bin", "-tmp_dir"} & set(line)
 
 
-def test_what_the_handler_adds(command: Commands) -> None:
+def test_the_handler_adds_what_a_short_section_lacks(command: Commands) -> None:
     """A short section: openssl gets time limits, file names, a subject and an empty -config as well."""
     line = command(SECTION)
     assert (value_of(line, "-msg_timeout"), value_of(line, "-total_timeout")) == ("5", "10")
@@ -86,14 +86,14 @@ def test_what_the_handler_adds(command: Commands) -> None:
     assert "-san_nodefault" in line and "-batch" in line and "-sans" not in line
 
 
-def test_overrides_of_defaults(command: Commands) -> None:
+def test_configured_values_override_the_defaults(command: Commands) -> None:
     """cmp_cmd and both time limits are configured: openssl gets these, and not the handler's own."""
     line = command(SECTION, cmd="cr", msg_timeout="3", total_timeout="30")
     values = [value_of(line, f"-{option}") for option in ("cmd", "popo", "msg_timeout", "total_timeout")]
     assert values == ["cr", "0", "3", "30"]
 
 
-def test_no_proof_at_all(command: Commands) -> None:
+def test_no_proof_at_all_is_sent_or_refused(command: Commands) -> None:
     """OpenSSL 3.5 and later refuse that themselves, without saying so."""
     fault = command.handler(SECTION, popo="-1").handler_check()
     if fault is None:
@@ -129,7 +129,7 @@ def test_what_the_handler_sets_is_ignored_with_a_warning(command: Commands, capl
         assert any(f"cmp_{key} " in warning and "ignored" in warning for warning in warnings), key
 
 
-def test_distinguished_names(command: Commands) -> None:
+def test_distinguished_names_get_the_notation_of_openssl(command: Commands) -> None:
     """Each option with a name gets openssl's notation; test_names.py has every way of writing one."""
     for key in ("recipient", "issuer", "expect_sender"):
         assert value_of(command(SECTION, **{key: "O=Demo\\, Inc., CN=a/b"}), f"-{key}") == "/O=Demo, Inc./CN=a\\/b"
@@ -403,7 +403,9 @@ def test_openssl_is_asked_once(
 
 
 @pytest.mark.parametrize("fault", FOUND_BY_OPENSSL)
-def test_what_openssl_finds(fault: str, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_openssl_finds_is_said_by_check_and_enrolment(
+    fault: str, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A check and an enrolment say the same, with what to do; the enrolment ends before anything is sent."""
     monkeypatch.chdir(tmp_path)
     make_files(Path("pki"))
@@ -532,7 +534,7 @@ def test_a_slip_is_one_error(
     assert handler.handler_check() is None
 
 
-def test_a_file_below_a_closed_directory(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_below_a_closed_directory_cannot_be_read(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     """/etc/ssl/private: nobody but root knows what is in it. Simulated, for root may run the tests, too."""
     stat_of: Callable[..., os.stat_result] = os.stat
 
@@ -547,7 +549,9 @@ def test_a_file_below_a_closed_directory(handlers: Handlers, monkeypatch: pytest
         assert f"/closed/ca.pem cannot be read by {user}" in str(handlers(SECTION, **changes).handler_check())
 
 
-def test_pass_phrases_of_pkcs12(handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pass_phrases_of_pkcs12_are_named_by_their_entry(
+    handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hint names the entry that opens the file: another one for the RA's, for TLS, and for what is trusted."""
     monkeypatch.chdir(tmp_path)
     make_files(Path("pki"))
@@ -583,7 +587,7 @@ def test_the_faults_of_check_are_the_faults_of_enroll(command: Commands) -> None
     ],
     ids=["missing", "no section", "no header", "key given twice", "garbage"],
 )
-def test_broken_configuration_file(
+def test_a_broken_configuration_file_is_told_on_one_line(
     configuration: str | None, words: list[str], command: Commands, tmp_path: Path
 ) -> None:
     """No file, no section, no header, a key given twice, or garbage: check and enrolment say so on one line."""
@@ -596,7 +600,7 @@ def test_broken_configuration_file(
     assert not command.log.exists()
 
 
-def test_no_configuration_file_named(monkeypatch: pytest.MonkeyPatch, handlers: Handlers) -> None:
+def test_the_variable_is_named_if_no_configuration_file_is(monkeypatch: pytest.MonkeyPatch, handlers: Handlers) -> None:
     """ACME_SRV_CONFIGFILE is not set: check and enrolment name this variable."""
     monkeypatch.delenv("ACME_SRV_CONFIGFILE")
     with CAhandler() as handler:
@@ -604,7 +608,7 @@ def test_no_configuration_file_named(monkeypatch: pytest.MonkeyPatch, handlers: 
         assert "ACME_SRV_CONFIGFILE" in str(handler.enroll(CSR)[0])
 
 
-def test_default_binary_with_a_warning(
+def test_the_default_binary_is_run_with_a_warning(
     command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No cmp_openssl_bin, or an empty one: the first openssl on PATH is run, and one warning names its path."""
@@ -670,7 +674,9 @@ def test_a_secret_that_changes_is_read_again(
     assert enrol(right) is None
 
 
-def test_a_server_that_gives_up_root(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_gives_up_root_gets_another_directory(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has asked handler_check() before: the directory of the other user is not what was kept for root."""
     section = handlers(ca.options(), tmp_dir=None).section
     before = cmp_ca_handler._settings(section).directory
@@ -680,7 +686,7 @@ def test_a_server_that_gives_up_root(ca: DemoCA, handlers: Handlers, monkeypatch
     assert before != after and after.endswith("cmp_ca_handler-65534")
 
 
-def test_working_directory_that_is_gone(
+def test_a_working_directory_that_is_gone_stops_no_enrolment(
     ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the process: where all paths of the section are whole ones, nobody needs it."""
@@ -691,7 +697,9 @@ def test_working_directory_that_is_gone(
     assert handlers(ca.options()).enroll(CSR)[0] is None
 
 
-def test_a_certificate_that_expires_meanwhile(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_expires_meanwhile_is_found(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing has changed but the time: what is said of the certificate of the RA is not what was said last month."""
     handler = handlers(ca.options("certificate"))
     assert handler.handler_check() is None
@@ -701,7 +709,7 @@ def test_a_certificate_that_expires_meanwhile(ca: DemoCA, handlers: Handlers, mo
 
 
 @pytest.mark.parametrize("openssl", [*BINARIES, "no library"])
-def test_openssl_that_cannot_start(
+def test_an_openssl_that_cannot_start_is_quoted(
     openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken openssl.cnf, or library, is not a binary without CMP: what it says is what helps."""
@@ -736,7 +744,7 @@ def test_transactions_are_private(command: Commands) -> None:
     assert modes and set(modes) == {"drwx------"}
 
 
-def test_default_directory(ca: DemoCA, handlers: Handlers, own: Path) -> None:
+def test_the_default_directory_is_made_for_its_owner_alone(ca: DemoCA, handlers: Handlers, own: Path) -> None:
     """No cmp_tmp_dir: an enrolment makes the directory for its owner alone, and leaves nothing in it."""
     handler = handlers(ca.options(), tmp_dir=None)
     assert handler.handler_check() is None
@@ -746,7 +754,7 @@ def test_default_directory(ca: DemoCA, handlers: Handlers, own: Path) -> None:
     assert os.listdir(own) == []
 
 
-def test_default_directory_that_is_a_link(command: Commands, own: Path, tmp_path: Path) -> None:
+def test_a_default_directory_that_is_a_link_is_refused(command: Commands, own: Path, tmp_path: Path) -> None:
     """Somebody has put a link in its place: check and enrolment refuse it, and write nothing behind it."""
     (tmp_path / "target").mkdir()
     own.symlink_to(tmp_path / "target")
@@ -756,7 +764,9 @@ def test_default_directory_that_is_a_link(command: Commands, own: Path, tmp_path
     assert os.listdir(tmp_path / "target") == []
 
 
-def test_default_directory_of_somebody_else(command: Commands, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_default_directory_of_somebody_else_is_refused(
+    command: Commands, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another user has made it: check and enrolment refuse it, and openssl is not run."""
     own.mkdir()
     if os.geteuid() == 0:
@@ -770,7 +780,9 @@ def test_default_directory_of_somebody_else(command: Commands, own: Path, monkey
 
 
 @every_binary
-def test_a_root_that_the_answer_brings(openssl: str, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_trust_in_a_root_that_the_answer_brings_is_told(
+    openssl: str, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """OpenSSL 4.0 has an option to trust it. That undoes cmp_trusted, and is said; older ones do not know it."""
     fault = handlers({**SECTION, "cmp_openssl_bin": openssl}, ta_in_ip_extracerts="True").handler_check()
     with caplog.at_level(logging.WARNING):
@@ -783,7 +795,7 @@ def test_a_root_that_the_answer_brings(openssl: str, handlers: Handlers, caplog:
 
 @needs_root
 @pytest.mark.parametrize("link", ["of theirs", "in their directory"])
-def test_a_link_that_somebody_else_can_change(link: str, command: Commands, tmp_path: Path) -> None:
+def test_a_link_that_somebody_else_can_change_is_refused(link: str, command: Commands, tmp_path: Path) -> None:
     """Where cmp_tmp_dir leads elsewhere, whoever can change the link chooses where requests are written."""
     theirs, target = tmp_path / "theirs", tmp_path / "target"
     for directory in (theirs, target):
@@ -796,7 +808,7 @@ def test_a_link_that_somebody_else_can_change(link: str, command: Commands, tmp_
     assert os.listdir(target) == []
 
 
-def test_a_link_into_a_directory_of_everybody(command: Commands, tmp_path: Path) -> None:
+def test_a_link_into_a_directory_of_everybody_is_refused(command: Commands, tmp_path: Path) -> None:
     """Our own link, but where it leads to somebody else can put another directory."""
     (tmp_path / "open" / "target").mkdir(parents=True, mode=0o700)
     (tmp_path / "open").chmod(0o777)
@@ -807,7 +819,7 @@ def test_a_link_into_a_directory_of_everybody(command: Commands, tmp_path: Path)
     assert os.listdir(tmp_path / "open" / "target") == []
 
 
-def test_a_link_that_goes_up_behind_a_link(command: Commands, tmp_path: Path) -> None:
+def test_a_link_that_goes_up_behind_a_link_is_followed_to_the_real_one(command: Commands, tmp_path: Path) -> None:
     """`..` in a link is the directory above the real one, not above the link that leads there."""
     for name in ("real", "real/inner", "real/work"):
         (tmp_path / name).mkdir(mode=0o700)
@@ -819,7 +831,7 @@ def test_a_link_that_goes_up_behind_a_link(command: Commands, tmp_path: Path) ->
         assert f"{tmp_path}/real/work can be written by every local user" in str(text)
 
 
-def test_a_link_of_our_own(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_link_of_our_own_is_accepted(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """cmp_tmp_dir leads over a link to a private directory: the certificate is issued."""
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -873,7 +885,7 @@ def test_an_unwise_setting_is_warned_of(
 
 
 @pytest.mark.parametrize("key", ["CMP_EXPECT_SENDER", "cmp-expect-sender", "Cmp_Expect_Sender", "cmpexpect_sender"])
-def test_a_key_that_would_be_ignored(key: str, command: Commands) -> None:
+def test_a_key_that_would_be_ignored_is_an_error(key: str, command: Commands) -> None:
     """cmp_expect_sender in capitals or with a hyphen: an error that gives the right spelling."""
     command.handler(SECTION)
     with command.handlers.config.open("a") as file:
@@ -884,7 +896,9 @@ def test_a_key_that_would_be_ignored(key: str, command: Commands) -> None:
 
 
 @every_binary
-def test_half_of_tls_in_the_address(openssl: str, handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_of_tls_in_the_address_is_told(
+    openssl: str, handlers: Handlers, capsys: pytest.CaptureFixture[str]
+) -> None:
     """OpenSSL 3.0 wants -tls_used for https://; 3.5 switches TLS on by itself, and trusts anybody."""
     section = {**SECTION, "cmp_server": "https://127.0.0.1:1", "cmp_openssl_bin": openssl}
     handlers(section)
@@ -894,7 +908,9 @@ def test_half_of_tls_in_the_address(openssl: str, handlers: Handlers, capsys: py
 
 
 @every_binary
-def test_no_proof_of_possession(openssl: str, handlers: Handlers, pair: Pair, mock: Callable[..., Mock]) -> None:
+def test_no_proof_of_possession_asks_for_no_key_of_the_ca(
+    openssl: str, handlers: Handlers, pair: Pair, mock: Callable[..., Mock]
+) -> None:
     """`-popo -1` works with 3.0; 3.5 wants to save a key that the CA makes."""
     server = mock(pair.certificate, "-accept_raverified", openssl=openssl)
     handler = handlers(server.options(), openssl_bin=openssl, popo="-1")
@@ -943,7 +959,7 @@ def test_timeouts_fit_each_other(
         assert (value_of(line, "-msg_timeout"), value_of(line, "-total_timeout")) == used
 
 
-def test_no_timeouts(ca: DemoCA, command: Commands, handlers: Handlers) -> None:
+def test_no_timeouts_are_handed_to_openssl(ca: DemoCA, command: Commands, handlers: Handlers) -> None:
     """For servers whose HTTP header comes in pieces: openssl gets no time-out, and the handler ends it."""
     line = command(SECTION, msg_timeout="0", total_timeout="0")
     assert (value_of(line, "-msg_timeout"), value_of(line, "-total_timeout")) == ("0", "0")
@@ -953,7 +969,7 @@ def test_no_timeouts(ca: DemoCA, command: Commands, handlers: Handlers) -> None:
 
 @binaries
 @pytest.mark.parametrize("format", ["pem", "der", "p12"])
-def test_formats_of_credentials(
+def test_all_formats_of_credentials_are_read(
     format: str, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """openssl finds out by itself what is in a file."""
@@ -979,12 +995,12 @@ def test_formats_of_credentials(
 
 @binaries
 @pytest.mark.parametrize("form", ["PEM", "P12"])
-def test_form_of_the_key(form: str, openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_the_form_of_the_key_stops_no_enrolment(form: str, openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """openssl applies it to the public key of the request, too."""
     assert handlers(ca.options(), openssl_bin=openssl, keyform=form).enroll(CSR)[0] is None
 
 
-def test_keys_without_underscores(
+def test_keys_without_underscores_count(
     command: Commands, handlers: Handlers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """openssl of 2019 spells its options so. The handler's own keys are no exception: none is ignored in silence."""
@@ -999,7 +1015,7 @@ def test_keys_without_underscores(
     assert "cmp_tls_host: not used, the connection is plain HTTP" in findings(handlers, capsys)[1]
 
 
-def test_pre_releases() -> None:
+def test_pre_releases_count_from_3_0_on() -> None:
     """Those of 3.0 could not yet convert a CSR, later ones can."""
     for version, converts in (
         ("OpenSSL 3.0.0-alpha9-dev ", False),
