@@ -132,7 +132,7 @@ def test_an_option_exists_since_the_version_of_the_page() -> None:
             assert (first <= version <= last) == (key in has), (key, version)
 
 
-def test_protected_keys() -> None:
+def test_the_page_lists_all_protected_keys() -> None:
     """configuration.md lists what a profile may not set: all of it, but for what no configuration can set either."""
     section = (
         prose(ROOT / "docs" / "configuration.md").partition("What no profile may set:")[2].partition("\nWhich ")[0]
@@ -196,7 +196,7 @@ def test_examples_have_keys_that_exist(example: Path, known: set[str]) -> None:
     assert keys <= known
 
 
-def test_no_path_of_a_machine() -> None:
+def test_no_page_names_a_path_of_a_machine() -> None:
     """Paths are neutral."""
     for page in PAGES:
         found = re.search(r"/(?:root|home|work|Users)/|/tmp/(?!request\.der|signer\.pem)\w", page.read_text())

@@ -64,7 +64,7 @@ def test_the_demo_tells_the_whole_story(arguments: list[str], said: list[str], t
     assert left == sorted(["project", "project/examples", *(f"project/{file}" for file in files), "tmp"])
 
 
-def test_demo_for_a_reader_who_has_seen_enough(tmp_path: Path) -> None:
+def test_the_demo_ends_quietly_for_a_reader_who_has_seen_enough(tmp_path: Path) -> None:
     """`demo.py | head`."""
     command: list[str | Path] = [sys.executable, "-B", ROOT / "examples" / "demo.py"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -157,7 +157,9 @@ STATES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", STATES)
-def test_states_of_the_demo_ca(case: str, watched: WatchedCA, handlers: Handlers) -> None:
+def test_the_demo_ca_passes_through_its_states_and_keeps_nothing(
+    case: str, watched: WatchedCA, handlers: Handlers
+) -> None:
     """From New to the end; and at the end neither a transaction nor a request at the desk is left."""
     settings, verdict, states = STATES[case]
     for name, value in settings.items():

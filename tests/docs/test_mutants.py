@@ -61,27 +61,27 @@ def test_every_mutant_is_another_program() -> None:
         b'NAMES = {("~" + "one"): 1}',
     ],
 )
-def test_what_is_changed(line: bytes) -> None:
+def test_a_mutant_changes_one_thing_in_one_line(line: bytes) -> None:
     """Each line is one of the small program's with one comparison, operator, constant or return changed."""
     source = mutants.Source(TEXT)
     assert line in [source.mutated(mutant).splitlines()[mutant.line - 1] for mutant in source.mutants()]
 
 
-def test_what_is_left_alone() -> None:
+def test_mutants_leave_texts_and_annotations_alone() -> None:
     """Docstrings, annotations, f-strings, and what a log line or an exception says."""
     changed = {mutant.line for mutant in mutants.Source(TEXT).mutants()}
     assert not {1, 2, 4, 11, 13, 14} & changed
     assert {mutant.kind for mutant in mutants.Source(TEXT).mutants() if mutant.line == 19} == {"return"}
 
 
-def test_who_runs_it() -> None:
+def test_a_mutant_knows_the_statements_that_run_it() -> None:
     """The statement in a function; of what stands outside, the statements that use its name."""
     drawn = mutants.draw(mutants.Source(TEXT), 1, 1000)
     assert {mutant.statements for mutant in drawn if mutant.line == 15} == {frozenset({15})}
     assert {mutant.statements for mutant in drawn if mutant.line == 6} == {frozenset({15, 19})}
 
 
-def test_the_handler_that_notes(tmp_path: Path) -> None:
+def test_the_handler_notes_each_statement_once_for_each_test(tmp_path: Path) -> None:
     """Each statement once for each test, by the line that it has in the true handler."""
     program = mutants.noting(TEXT, f"{tmp_path}/note-") + "\ncheck(1)\ncheck(1)\n"
     environment = {"PYTEST_CURRENT_TEST": "tests/test_a.py::test_b (call)"}

@@ -118,7 +118,7 @@ def test_ci_counts_what_passed_only_at_the_second_try(failing: list[str], count:
     assert [name for name in names if "test_x" in name or "test_y" in name] == names and len(names) == count
 
 
-def test_ci_and_a_broken_windows_module(ci: Path) -> None:
+def test_a_broken_windows_module_ends_ci(ci: Path) -> None:
     """What cannot say what it needs ends the run before the first test."""
     (ci / "tests" / "windows.py").write_text("syntax error\n")
     done = run_ci(ci)
