@@ -58,7 +58,9 @@ def loading(way: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[d
 
 @pytest.mark.xdist_group("installed")
 @pytest.mark.parametrize("way", ["installed", "both keys", "copied", "handler_file"])
-def test_loaded_in_each_way(way: str, ca: DemoCA, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_handler_is_loaded_in_each_way(
+    way: str, ca: DemoCA, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The recommended ways under gunicorn with threads, and no request fails while the file is being loaded.
 
     A file named by its path is loaded without a lock (by acme2certifier 0.45 and on, its own handlers too): with
@@ -195,7 +197,7 @@ class Front:
 
 
 @needs("nginx")
-def test_https_in_front(ca: DemoCA, tmp_path: Path) -> None:
+def test_certbot_orders_with_https_in_front(ca: DemoCA, tmp_path: Path) -> None:
     """certbot orders through the site of the page; without its X-Forwarded-Proto clients are sent to http://."""
     port = free_port()
     named = {"DEFAULT": {"debug": "False", "server_name": f"localhost:{port}"}}

@@ -63,7 +63,7 @@ def test_certbot_orders_renews_and_revokes(ca: DemoCA, tmp_path: Path) -> None:
 
 
 @needs("lego")
-def test_lego_and_renewal_information(make_ca: Callable[..., DemoCA], tmp_path: Path) -> None:
+def test_renewal_information_is_found_for_an_order_of_lego(make_ca: Callable[..., DemoCA], tmp_path: Path) -> None:
     """The host takes the second certificate of the bundle for the issuer, and finds ours again by it."""
     ca = make_ca(JunkCA)  # extraCerts that begin with anything but the issuer
     with Host(tmp_path, {**BY_PATH, **ca.options("certificate")}) as host:
@@ -118,7 +118,7 @@ def test_pending_order_is_finished_by_the_hosts_poller(ca: DemoCA, tmp_path: Pat
 
 
 @needs("lego")
-def test_pending_order_that_the_ca_refuses(ca: DemoCA, tmp_path: Path) -> None:
+def test_a_pending_order_that_the_ca_refuses_is_logged_once(ca: DemoCA, tmp_path: Path) -> None:
     """lego's order waits, and the CA refuses it: the poller logs the reason once, and nothing is left."""
     ca.hold = True
     ca.check_after = 1
@@ -134,7 +134,7 @@ def test_pending_order_that_the_ca_refuses(ca: DemoCA, tmp_path: Path) -> None:
 
 
 @needs("lego")
-def test_rejected_order(ca: DemoCA, tmp_path: Path) -> None:
+def test_a_rejected_order_has_its_reason_in_the_log(ca: DemoCA, tmp_path: Path) -> None:
     """A CA that refuses at once: lego gets serverInternal, and the log has the CA's reason."""
     ca.reject, ca.status_text = "badCertTemplate", "names under example.com only"
     with Host(tmp_path, {**BY_PATH, **ca.options()}) as host:
@@ -203,7 +203,7 @@ def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., A
 
 
 @pytest.mark.parametrize("module", [str(HANDLER), "cmp_ca_handler"], ids=["a module each", "one module for all"])
-def test_several_cas_at_once(
+def test_several_cas_at_once_keep_their_options_apart(
     module: str,
     make_ca: Callable[..., DemoCA],
     registry: Callable[..., Any],

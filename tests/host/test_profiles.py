@@ -83,7 +83,7 @@ def test_header_that_is_not_allowed_changes_nothing(ca: DemoCA, tmp_path: Path) 
 
 
 @needs("lego")
-def test_header_that_is_allowed_in_an_older_release(ca: DemoCA, tmp_path: Path) -> None:
+def test_a_header_that_is_allowed_in_an_older_release_names_the_profile(ca: DemoCA, tmp_path: Path) -> None:
     """acme2certifier 0.45, and lego with an allowed User-Agent: the request has the profile it names."""
     order = {"header_info_list": '["HTTP_USER_AGENT"]', "allowed_header_values": '["lead", "gold"]'}
     save_request(ca, tmp_path / "request.der")
@@ -98,7 +98,7 @@ def test_header_that_is_allowed_in_an_older_release(ca: DemoCA, tmp_path: Path) 
 
 
 @needs("lego")
-def test_path_of_an_account(ca: DemoCA, tmp_path: Path) -> None:
+def test_each_account_has_its_own_path(ca: DemoCA, tmp_path: Path) -> None:
     """Each account's requests go to its own path at the CMP server; so do its revocations."""
     profiles: dict[str, dict[str, object]] = {
         "north": {"cmp_path": "north/pkix/"},
@@ -125,7 +125,7 @@ def test_path_of_an_account(ca: DemoCA, tmp_path: Path) -> None:
 
 
 @needs("lego")
-def test_path_of_an_account_whose_order_waits(ca: DemoCA, tmp_path: Path) -> None:
+def test_the_path_of_an_account_stays_while_its_order_waits(ca: DemoCA, tmp_path: Path) -> None:
     """The poller finishes a transaction at the address where it began."""
     ca.hold = True
     ca.check_after = 1
@@ -192,7 +192,7 @@ def test_attributes_set_by_force_have_no_effect(ca: DemoCA, handlers: Handlers) 
     assert not os.path.exists("/nonexistent")
 
 
-def test_numbers_and_switches_in_a_profile(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_numbers_and_switches_in_a_profile_reach_openssl(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """JSON has them without quotes; a list of them reaches the handler as one of its values."""
 
     def choose(_: object, chosen: types.SimpleNamespace, *__: object) -> None:
@@ -207,7 +207,7 @@ def test_numbers_and_switches_in_a_profile(ca: DemoCA, handlers: Handlers, tmp_p
     assert " -days 30 " in log.read_text() and " -ignore_keyusage " in log.read_text()
 
 
-def test_a_fraction_in_a_profile(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_fraction_in_a_profile_is_an_error(ca: DemoCA, handlers: Handlers) -> None:
     """A profile sets 30.5 days: an error names the entry, and no certificate of the configured time is issued."""
 
     def choose(_: object, chosen: types.SimpleNamespace, *__: object) -> None:
@@ -221,7 +221,7 @@ def test_a_fraction_in_a_profile(ca: DemoCA, handlers: Handlers) -> None:
     assert ca.messages == []
 
 
-def test_the_hosts_function_stumbles(ca: DemoCA, handlers: Handlers) -> None:
+def test_an_error_is_ordinary_where_the_hosts_function_stumbles(ca: DemoCA, handlers: Handlers) -> None:
     """acme2certifier raises IndexError at an empty list in a profile, or at a header without "=": an ordinary error."""
     handler = handlers(ca.options())
     handler._helper = types.ModuleType("helper")
