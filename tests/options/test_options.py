@@ -225,7 +225,7 @@ def test_every_key_arrives_as_its_flag(programs_there: list[str], ca_directory: 
         assert counts["arrives"] > 80 * len(programs_there)
 
 
-def test_an_option_of_openssl_4_1(
+def test_an_option_of_openssl_4_1_is_taken_with_a_warning(
     ca: DemoCA, handlers: Handlers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`-nonmatched_error_nonces` takes refusals that belong to another request: a warning, and no profile sets it."""
@@ -722,7 +722,9 @@ def configured(pki: Pki, attempt: Try, server: str) -> dict[str, str | None]:
 
 @binaries
 @pytest.mark.parametrize("option", HOLDS_OFF)
-def test_right_and_wrong_party(option: str, openssl: str, pki: Pki, handlers: Handlers, tcp_server: TcpServer) -> None:
+def test_each_option_tells_the_right_party_from_the_wrong(
+    option: str, openssl: str, pki: Pki, handlers: Handlers, tcp_server: TcpServer
+) -> None:
     """The right one: issued, and revoked. The wrong one: refused, and nothing is kept."""
     for attempt in TRIES:
         if attempt.option == option:
@@ -833,7 +835,7 @@ def test_p10cr_says_nothing_at_each_order(
     assert [r.getMessage() for r in caplog.records if "option is ignored" in r.getMessage()] == []
 
 
-def test_no_file_beside_decides(pki: Pki, handlers: Handlers, tcp_server: TcpServer) -> None:
+def test_no_file_beside_decides_an_order(pki: Pki, handlers: Handlers, tcp_server: TcpServer) -> None:
     """Where the signer's certificate cannot be saved, the order goes on."""
     able = [path for path in BINARIES if "srvcertout" in help_of(path)]  # 3.0 has it not
     if not able:
@@ -861,7 +863,7 @@ PROXIES: dict[str, tuple[dict[str, str], bool, str]] = {
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_proxy_of_the_environment(
+def test_a_proxy_of_the_environment_is_warned_of(
     name: str, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A warning says what openssl does, and there is none where it uses no proxy."""
