@@ -78,7 +78,7 @@ old_releases = pytest.mark.parametrize("old_openssl", RELEASES, indirect=True)
 
 
 @old_releases
-def test_old_cmpossl(
+def test_an_old_cmpossl_gets_its_own_options_and_enrols(
     old_openssl: tuple[str, Path], request: pytest.FixtureRequest, ca: DemoCA, handlers: Handlers
 ) -> None:
     """It knows no -csr for `ir`: names go by -sans, time limits in its own spelling, and it is issued."""
@@ -100,7 +100,7 @@ def test_old_cmpossl(
 
 
 @old_releases
-def test_old_cmpossl_and_p10cr(old_openssl: tuple[str, Path], ca: DemoCA, handlers: Handlers) -> None:
+def test_an_old_cmpossl_sends_the_csr_by_p10cr(old_openssl: tuple[str, Path], ca: DemoCA, handlers: Handlers) -> None:
     """cmp_cmd `p10cr`: the CSR goes by -csr, and it is issued."""
     path, log = old_openssl
     assert len(enrolled(handlers(ca.options(), openssl_bin=path, cmd="p10cr"), csr_pem(["a.b"], "a.b"))) == 3
@@ -108,7 +108,7 @@ def test_old_cmpossl_and_p10cr(old_openssl: tuple[str, Path], ca: DemoCA, handle
 
 
 @old_releases
-def test_what_an_old_cmpossl_cannot_carry(
+def test_what_an_old_cmpossl_cannot_carry_is_told(
     old_openssl: tuple[str, Path], ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A must-staple extension is left out with a warning; a subject with a line break is an error."""

@@ -159,7 +159,9 @@ def test_nginx_wants_a_certificate(ca: DemoCA, start: Start, enrol: Enrol, check
 
 
 @needs("nginx")
-def test_nginx_without_a_ca_behind_it(ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]) -> None:
+def test_nginx_without_a_ca_behind_it_is_told(
+    ca: DemoCA, start: Start, enrol: Enrol, check: Callable[..., str]
+) -> None:
     """nginx answers 502: enrolment and `check` say that a proxy cannot reach the CMP server."""
     section = nginx(start, ca)
     ca.stop()
@@ -222,7 +224,7 @@ def test_second_server_takes_over(ca: DemoCA, second: DemoCA, start: Start, enro
 
 @needs("nginx")
 @pytest.mark.parametrize("repeats", [False, True], ids=["default", "non_idempotent"])
-def test_lost_answer_and_a_second_server(
+def test_a_lost_answer_costs_a_second_certificate_if_nginx_repeats(
     repeats: bool, ca: DemoCA, proxy: Proxy, second: DemoCA, start: Start, enrol: Enrol
 ) -> None:
     """nginx does not repeat what it has sent, unless it is told to: then the certificate is issued twice."""
@@ -239,7 +241,9 @@ def test_lost_answer_and_a_second_server(
 
 
 @needs("nginx")
-def test_order_that_waits_and_a_second_server(ca: DemoCA, second: DemoCA, start: Start, handlers: Handlers) -> None:
+def test_an_order_that_waits_is_lost_at_a_second_server(
+    ca: DemoCA, second: DemoCA, start: Start, handlers: Handlers
+) -> None:
     """The second does not know the transaction: the order is lost."""
     ca.hold = True
     handler = handlers({**ca.options(), **two_servers(start, ca.server, second), "cmp_total_timeout": "3"})
@@ -308,7 +312,7 @@ def test_squid_may_be_the_proxy(
 
 
 @needs("squid")
-def test_squid_of_the_environment(
+def test_squid_is_used_if_the_environment_names_it(
     squid: str, ca: DemoCA, make_ca: Callable[..., DemoCA], check: Callable[..., str]
 ) -> None:
     """As openssl has it: for TLS both variables must be set."""
@@ -332,7 +336,7 @@ def test_tinyproxy_may_be_the_proxy(openssl: str, ca: DemoCA, start: Start, enro
 
 @needs("tinyproxy")
 @pytest.mark.parametrize("openssl", BINARIES)
-def test_tinyproxy_with_tls(openssl: str, make_ca: Callable[..., DemoCA], start: Start, enrol: Enrol) -> None:
+def test_tinyproxy_passes_on_tls(openssl: str, make_ca: Callable[..., DemoCA], start: Start, enrol: Enrol) -> None:
     """What is in TLS, it passes on as it is."""
     port = start("tinyproxy", TINYPROXY, ["-d", "-c", "{file}"])
     section = {**make_ca(tls=True).options(), "cmp_proxy": f"127.0.0.1:{port}", "cmp_openssl_bin": openssl}
@@ -341,7 +345,7 @@ def test_tinyproxy_with_tls(openssl: str, make_ca: Callable[..., DemoCA], start:
 
 
 @binaries
-def test_a_header_in_pieces(openssl: str, ca: DemoCA, tcp_server: TcpServer, enrol: Enrol) -> None:
+def test_a_header_in_pieces_needs_no_timeouts(openssl: str, ca: DemoCA, tcp_server: TcpServer, enrol: Enrol) -> None:
     """What tinyproxy does in one answer of ten, always: a server of our own, for tinyproxy cannot be told to."""
 
     def serve(connection: socket.socket) -> None:

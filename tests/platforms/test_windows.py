@@ -43,7 +43,7 @@ def openssl_2019(tmp_path: Path) -> str:
     return script(tmp_path / "openssl-2019", STAND_IN.format(cases=cases, openssl=OPENSSL, help=names))
 
 
-def test_binary_of_2019(openssl_2019: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_binary_of_2019_gets_its_own_spelling(openssl_2019: str, ca: DemoCA, handlers: Handlers) -> None:
     """Keys with underscores: the binary gets its own spelling, and the certificate is issued."""
     options = {"implicit_confirm": "True", "unprotected_errors": "True", "msg_timeout": "4", "ignore_keyusage": "True"}
     _, *issuers = enrolled(handlers(ca.options(), openssl_bin=openssl_2019, **options), csr_pem(["a.example"]))
@@ -52,7 +52,9 @@ def test_binary_of_2019(openssl_2019: str, ca: DemoCA, handlers: Handlers) -> No
     assert handlers.left() == []
 
 
-def test_messages_of_2019(openssl_2019: str, ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_of_2019_get_their_hint(
+    openssl_2019: str, ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """A wrong secret: `CMP ERROR` gets its hint, and no line of the log ends with a carriage return."""
     error = handlers(ca.options(), openssl_bin=openssl_2019, secret="another-one").enroll(csr_pem(["a.example"]))[0]
     assert error
@@ -77,14 +79,16 @@ def test_binary_of_2019_waits(openssl_2019: str, make_ca: Callable[..., DemoCA],
     assert len({m.transaction for m in ca.messages}) == 1
 
 
-def test_names_of_options_in_either_direction(openssl_2019: str, handlers: Handlers) -> None:
+def test_names_of_options_work_in_either_spelling(openssl_2019: str, handlers: Handlers) -> None:
     """With underscores or without, whichever the binary has."""
     for name in ("implicitconfirm", "implicit_confirm", "disableconfirm", "unprotectederrors"):
         for binary in (openssl_2019, OPENSSL):
             assert handlers(SECTION, openssl_bin=binary, **{name: "True"}).handler_check() is None, (name, binary)
 
 
-def test_name_that_only_the_binary_knows(handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_without_underscores_are_treated_as_those_with_them(
+    handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """Keys without underscores at an openssl of today: taken, refused or ignored as those with them are."""
     assert handlers(SECTION, policycheck="True", verifydepth="3").handler_check() is None
     assert "-srv_ref" in str(handlers(SECTION, srvref="1").handler_check())
@@ -92,7 +96,7 @@ def test_name_that_only_the_binary_knows(handlers: Handlers, caplog: pytest.LogC
     assert "cmp_san_nodefault is set by the handler itself" in caplog.text
 
 
-def test_secret_under_another_name(handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_secret_under_another_name_is_not_shown(handlers: Handlers, capsys: pytest.CaptureFixture[str]) -> None:
     """`cmp_tlskeypass` in place of cmp_tls_keypass: `check` does not show its value."""
     handlers(SECTION, tlskeypass="hush-hush", tlskey=str(handlers.config), tlscert=str(handlers.config))
     main(["--config", str(handlers.config), "check"])
@@ -101,12 +105,12 @@ def test_secret_under_another_name(handlers: Handlers, capsys: pytest.CaptureFix
     assert "env:CMP_CA_HANDLER_TLS_KEYPASS" in said.out + said.err or "(hidden)" in said.out
 
 
-def test_profile_and_another_name(handlers: Handlers) -> None:
+def test_a_profile_sets_nothing_more_under_another_name(handlers: Handlers) -> None:
     """What a profile must not set, it must not set under another spelling either."""
     assert handlers(SECTION, msgtimeout="2", path="a/")._profile_entries() == ["cmp_server", "cmp_path", "cmp_profile"]
 
 
-def test_names_of_options_when_converted(openssl_2019: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_options_get_underscores_when_converted(openssl_2019: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A line in the old spelling, by a binary of today or of 2019: keys with underscores."""
     words = ["cmp", "-cmd", "ir", "-server", "10.0.0.1:80", "-implicitconfirm", "-totaltimeout", "20", "-newkey", "k"]
     for program in (OPENSSL, openssl_2019):
@@ -115,7 +119,7 @@ def test_names_of_options_when_converted(openssl_2019: str, capsys: pytest.Captu
         assert {"cmp_implicit_confirm: True", "cmp_total_timeout: 20"} <= set(lines)
 
 
-def test_binary_that_takes_only_a_private_key(handlers: Handlers, tmp_path: Path) -> None:
+def test_a_binary_that_takes_only_a_private_key_is_refused(handlers: Handlers, tmp_path: Path) -> None:
     """The Ubuntu binary of September 2019 cannot serve an RA. This is a stand-in with its help text."""
     newkey = " -newkey val           Private key for the requested certificate. Default is that of -key"
     options = "printf '%s\\n' ' -cmd val   A' ' -server val   A' '" + newkey + "'"
@@ -127,7 +131,7 @@ def test_binary_that_takes_only_a_private_key(handlers: Handlers, tmp_path: Path
     assert handlers(SECTION, openssl_bin=program).enroll(csr_pem(["a.b"]))[0] == f"configuration error: {fault}"
 
 
-def test_openssl_without_its_configuration_file(
+def test_openssl_enrols_without_its_configuration_file(
     ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As in a slim container, and with most programs for Windows."""
