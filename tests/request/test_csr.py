@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes] | bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_anything_is_sent(case: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_bad_csr_is_refused_before_anything_is_sent(case: str, ca: DemoCA, handlers: Handlers) -> None:
     """Each CSR of the table REFUSED: one error line with the reason, no message, no file."""
     made, words = REFUSED[case]
     der = made() if callable(made) else made
@@ -355,7 +355,7 @@ class Reader(NamedTuple):
 
 
 @pytest.mark.parametrize("case", UNSEEN)
-def test_refused_because_acme2certifier_does_not_read_it(case: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_csr_whose_names_acme2certifier_does_not_read_is_refused(case: str, ca: DemoCA, handlers: Handlers) -> None:
     """A CSR whose names acme2certifier gives up on: nobody has checked them, so nothing is sent."""
     handler = handlers(ca.options())
     handler._helper = Reader()  # type: ignore[assignment]
@@ -373,7 +373,7 @@ UNLOADABLE = {
 
 
 @pytest.mark.parametrize("case", UNLOADABLE)
-def test_csr_that_acme2certifier_cannot_load(case: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_csr_that_acme2certifier_cannot_load_is_refused(case: str, ca: DemoCA, handlers: Handlers) -> None:
     """A CSR on which acme2certifier fails: the error says so, and nothing is sent."""
     handler = handlers(ca.options())
     handler._helper = Reader()  # type: ignore[assignment]
@@ -406,7 +406,7 @@ def test_weak_possession_is_real(case: str, tmp_path: Path) -> None:
         ("DNS", ["IP", "email", "URI", "otherName", "dirName", "RID"]),
     ],
 )
-def test_kinds_of_names(kinds: str | None, refused: list[str], wire: Wire) -> None:
+def test_kinds_of_names_are_sent_if_they_are_allowed(kinds: str | None, refused: list[str], wire: Wire) -> None:
     """A CSR with one of seven kinds of names: sent if cmp_san_types allows the kind, else refused with the name."""
     every = {
         "DNS": write_der(0x82, b"*.a.example"),
@@ -428,7 +428,9 @@ def test_kinds_of_names(kinds: str | None, refused: list[str], wire: Wire) -> No
 
 
 @pytest.mark.parametrize("value, word", [("URL", "URI"), ("DNS, othername, dir", "dirName"), ("", "")])
-def test_unknown_kind_of_names(value: str, word: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_an_unknown_kind_of_names_is_a_configuration_error(
+    value: str, word: str, ca: DemoCA, handlers: Handlers
+) -> None:
     """A misspelt or empty cmp_san_types: check and enrolment list the kinds, and suggest the nearest."""
     handler = handlers(ca.options(), san_types=value)
     error = str(handler.handler_check())
@@ -474,7 +476,9 @@ class Blind(NamedTuple):
 @pytest.mark.parametrize(
     "seen, sent", [([], False), (["DNS:a.example"], False), (["DNS:a.example", "DNS:b.example"], True)]
 )
-def test_names_that_acme2certifier_does_not_see(seen: list[str], sent: bool, ca: DemoCA, handlers: Handlers) -> None:
+def test_names_that_acme2certifier_does_not_see_are_refused(
+    seen: list[str], sent: bool, ca: DemoCA, handlers: Handlers
+) -> None:
     """acme2certifier reads none or one of the CSR's two names: refused; both: issued."""
     handler = handlers(ca.options())
     handler._helper = Blind(seen, cmp_ca_handler._load_config)  # type: ignore[assignment]
@@ -527,7 +531,7 @@ KEYS += ["rsa-pss -pkeyopt rsa_keygen_bits:2048"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_csr_of_openssl(form: str, wire: Wire, tmp_path: Path) -> None:
+def test_a_csr_of_openssl_reaches_the_ca_as_it_is(form: str, wire: Wire, tmp_path: Path) -> None:
     """What ACME clients make with `openssl req` reaches the CA as it is."""
     der = made_by(OPENSSL, tmp_path, KEYS[1], *FORMS[form])
     assert wire(wire.handler(san_types=None), base64url(der)) == with_lonely_name(in_csr(der))
@@ -535,7 +539,7 @@ def test_csr_of_openssl(form: str, wire: Wire, tmp_path: Path) -> None:
 
 @binaries
 @pytest.mark.parametrize("key", KEYS)
-def test_kinds_of_keys(key: str, openssl: str, wire: Wire, tmp_path: Path) -> None:
+def test_all_kinds_of_keys_reach_the_ca(key: str, openssl: str, wire: Wire, tmp_path: Path) -> None:
     """RSA, elliptic curves, Edwards curves, PSS: the key and all the rest reach the CA as they are."""
     der = made_by(OPENSSL, tmp_path, key, *FORMS["usual extensions"])
     assert wire(wire.handler(openssl_bin=openssl, san_types=None), base64url(der)) == in_csr(der)
@@ -546,7 +550,7 @@ NEWEST = BINARIES[-1]  # the machine's own comes first, which may be any; of the
 
 @pytest.mark.skipif(not BINARIES[1:], reason="OpenSSL 3.5 is not there")
 @pytest.mark.parametrize("key", ["ml-dsa-44", "ml-dsa-65", "slh-dsa-sha2-128f"])
-def test_keys_after_the_quantum_computer(key: str, wire: Wire, tmp_path: Path) -> None:
+def test_keys_after_the_quantum_computer_reach_the_ca(key: str, wire: Wire, tmp_path: Path) -> None:
     """With an openssl that knows them."""
     der = made_by(NEWEST, tmp_path, key, *FORMS["usual extensions"])
     assert wire(wire.handler(openssl_bin=NEWEST, san_types=None), base64url(der)) == in_csr(der)
@@ -554,7 +558,7 @@ def test_keys_after_the_quantum_computer(key: str, wire: Wire, tmp_path: Path) -
 
 @needs("keytool")
 @pytest.mark.parametrize("algorithm", ["RSA", "EC"])
-def test_csr_of_keytool(algorithm: str, wire: Wire, tmp_path: Path) -> None:
+def test_a_csr_of_keytool_reaches_the_ca_as_it_is(algorithm: str, wire: Wire, tmp_path: Path) -> None:
     """Java sends extensions of its own accord, and a subject of PrintableStrings and UTF8Strings."""
     keytool = programs.find("keytool")
     store = ["-keystore", "store.p12", "-storepass", "password", "-alias", "a"]
@@ -569,7 +573,7 @@ def test_csr_of_keytool(algorithm: str, wire: Wire, tmp_path: Path) -> None:
 
 
 @needs("certtool")
-def test_csr_of_gnutls(wire: Wire, tmp_path: Path) -> None:
+def test_a_csr_of_gnutls_reaches_the_ca(wire: Wire, tmp_path: Path) -> None:
     """With a challengePassword, and a basicConstraints that says CA:FALSE."""
     lines = ["cn = a.example", "dns_name = a.example", "ip_address = 192.0.2.1", "email = a@a.example"]
     lines += ["signing_key", "tls_www_server", "challenge_password = secret"]
@@ -640,7 +644,7 @@ HONEST: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("form", HONEST)
-def test_honest_csr(form: str, wire: Wire) -> None:
+def test_an_honest_csr_reaches_the_ca(form: str, wire: Wire) -> None:
     """Unusual, but every reader reads it alike: all of it reaches the CA."""
     expected = with_lonely_name(in_csr_of_any_attribute(HONEST[form]))
     if expected.subject == sequence():
@@ -944,7 +948,7 @@ class Client(NamedTuple):
 
 
 @pytest.mark.e2e
-def test_in_acme2certifier(ca: DemoCA, tmp_path: Path) -> None:
+def test_attacks_are_refused_in_acme2certifier(ca: DemoCA, tmp_path: Path) -> None:
     """The attacks that a real acme2certifier lets through are refused; a CSR of certreq is issued."""
     section = {"handler_module": str(HANDLER), **ca.options()}
     with Host(tmp_path, section, {"Certificate": {"csr_binding_strict": "True", "enrollment_timeout": "60"}}) as host:

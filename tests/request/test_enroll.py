@@ -29,7 +29,7 @@ def public_key(owner: x509.Certificate | x509.CertificateSigningRequest) -> byte
 @every_binary
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_every_kind(
+def test_every_kind_of_access_is_enrolled(
     authentication: str, tls: bool, openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers
 ) -> None:
     """By secret or certificate, over http or https: leaf and issuers in order, both names, nothing left."""
@@ -55,7 +55,7 @@ def test_tls_without_a_client_certificate_is_no_warning(
     assert [r.getMessage() for r in caplog.records if r.levelno > logging.INFO] == []
 
 
-def test_tls_server_that_is_not_trusted(make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
+def test_a_tls_server_that_is_not_trusted_gets_no_message(make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
     """A TLS server that cmp_tls_trusted does not cover: the error says so, and the CA gets no message."""
     ca = make_ca(tls=True)
     error = handlers(ca.options(), tls_trusted=str(ca.directory / "stranger.pem")).enroll(as_host(csr_pem(["a.b"])))[0]
@@ -64,7 +64,7 @@ def test_tls_server_that_is_not_trusted(make_ca: Callable[..., DemoCA], handlers
 
 
 @binaries
-def test_tls_in_a_configuration_file(
+def test_a_fault_of_tls_in_a_configuration_file_has_its_hint(
     openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
 ) -> None:
     """The options of TLS stand in openssl's own file, and the server's certificate is not trusted: that is no CA that
@@ -91,7 +91,7 @@ FORMS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_a_csr(form: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_all_forms_of_a_csr_are_enrolled(form: str, ca: DemoCA, handlers: Handlers) -> None:
     """base64url, base64 or PEM, with other line ends or another label: the certificate has the CSR's key."""
     pem = csr_pem(["a.example"])
     certificate = enrolled(handlers(ca.options()), FORMS[form](pem))[0]
@@ -100,7 +100,9 @@ def test_forms_of_a_csr(form: str, ca: DemoCA, handlers: Handlers) -> None:
 
 @pytest.mark.parametrize("command, exchanges", [("cr", ["cr", "certConf"]), ("p10cr", ["p10cr", "certConf"])])
 @binaries
-def test_other_request_types(openssl: str, command: str, exchanges: list[str], ca: DemoCA, handlers: Handlers) -> None:
+def test_other_request_types_are_sent_and_confirmed(
+    openssl: str, command: str, exchanges: list[str], ca: DemoCA, handlers: Handlers
+) -> None:
     """cmp_cmd `cr` or `p10cr`: this request and a certConf reach the CA, and the chain is whole."""
     handler = handlers(ca.options(), cmd=command, openssl_bin=openssl)
     assert len(enrolled(handler, csr_pem(["a.example"], "a.example"))) == 3
@@ -122,7 +124,7 @@ DOCUMENT = {
 }
 
 
-def test_configuration_of_the_document(
+def test_the_configuration_of_the_document_is_enrolled(
     make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The document's section, at another port: enrolled, and openssl gets the document's own command line."""
@@ -165,7 +167,7 @@ def test_nothing_is_left(
     assert (handlers.left(), os.listdir(temporary)) == ([], [])
 
 
-def test_many_at_once(ca: DemoCA, handlers: Handlers) -> None:
+def test_many_at_once_each_get_their_own_certificate(ca: DemoCA, handlers: Handlers) -> None:
     """Twenty orders in as many threads: each gets the certificate for its own name and key."""
     names = [f"host{i}.example" for i in range(20)]
     csrs = [csr_pem([name]) for name in names]
@@ -178,7 +180,7 @@ def test_many_at_once(ca: DemoCA, handlers: Handlers) -> None:
     assert handlers.left() == []
 
 
-def test_one_log_line_per_certificate(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_certificate_is_logged_in_one_line(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     """An order that is issued: one line with subject, serial number, issuer, chain and seconds."""
     caplog.set_level(logging.INFO)
     leaf = enrolled(handlers(ca.options()), csr_pem(["a.example"]))[0]

@@ -102,7 +102,9 @@ def test_request_equals_csr(extensions: str, wire: Wire) -> None:
 @pytest.mark.parametrize(
     "subject, expected", [("Build server", []), ("a.example", ["a.example"]), ("intranet", ["intranet"])]
 )
-def test_no_names_of_the_registration_authority(subject: str, expected: list[str], openssl: str, wire: Wire) -> None:
+def test_no_names_of_the_registration_authority_are_added(
+    subject: str, expected: list[str], openssl: str, wire: Wire
+) -> None:
     """Only the CN, where it may be a host's: clients look at subjectAltNames alone."""
     der = csr_der(name_der([[(CN, UTF8, subject)]]), [])
     names = [extension_der(x509.SubjectAlternativeName([x509.DNSName(name)])) for name in expected]
@@ -147,7 +149,7 @@ SUBJECTS: dict[str, Subject] = {
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_subject_byte_for_byte(subject: str, wire: Wire) -> None:
+def test_the_subject_is_sent_byte_for_byte(subject: str, wire: Wire) -> None:
     """Whatever stands in it, and in whichever type of string."""
     der = csr_der(name_der(SUBJECTS[subject]), [DNS])
     for openssl in ENDS:
@@ -169,7 +171,7 @@ subjects = st.lists(st.lists(attributes(), min_size=1, max_size=3), min_size=1, 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(subject=subjects, extensions=st.sampled_from(sorted(EXTENSIONS)))
-def test_any_subject(subject: Subject, extensions: str, wire: Wire) -> None:
+def test_any_subject_is_sent_as_it_is(subject: Subject, extensions: str, wire: Wire) -> None:
     """Subjects drawn at random, with each set of extensions."""
     der = csr_der(name_der(subject), EXTENSIONS[extensions])
     assert wire(wire.handler(), base64url(der)) == in_csr(der)
@@ -194,7 +196,9 @@ LONG = "x" * 60 + ".example"
     ],
     ids=["first name", "wildcard", "too long", "address", "none wanted", "configured", "slash form"],
 )
-def test_empty_subject(names: list[str], configured: str | None, expected: Subject, wire: Wire) -> None:
+def test_an_empty_subject_is_filled_or_its_names_are_critical(
+    names: list[str], configured: str | None, expected: Subject, wire: Wire
+) -> None:
     """It takes the first name, or what is configured; else the names are marked as critical."""
     extension = x509.SubjectAlternativeName([x509.DNSName(n) for n in names]) if names else IP_ONLY
     der = csr_der(name_der([]), [extension_der(extension)])
@@ -204,7 +208,7 @@ def test_empty_subject(names: list[str], configured: str | None, expected: Subje
         assert wire(wire.handler(openssl_bin=openssl, subject=configured), base64url(der)) == right, openssl
 
 
-def test_names_of_an_empty_subject_that_gets_one(wire: Wire) -> None:
+def test_names_are_not_critical_if_an_empty_subject_gets_one(wire: Wire) -> None:
     """instant-acme marks them as critical, for its CSR has no subject: with one they are not."""
     der = csr_der(name_der([]), [extension_der(IP_ONLY, critical=True)])
     right = in_csr(der)._replace(subject=name_der([[(CN, UTF8, "fixed")]]), extensions=[extension_der(IP_ONLY)])
@@ -226,7 +230,7 @@ def test_configured_subject_is_for_empty_ones_only(wire: Wire) -> None:
     assert wire(wire.handler(subject="CN=fixed"), base64url(der)) == in_csr(der)
 
 
-def test_recipient_on_the_wire(wire: Wire) -> None:
+def test_the_recipient_has_the_right_types_of_strings_on_the_wire(wire: Wire) -> None:
     """A country is a PrintableString, everything else a UTF8String; test_names.py has every way of writing a name."""
     wire(wire.handler(recipient="C=DE, O=Demo\\, Inc., CN=a/b"), csr_pem(["a.example"]))
     recipient = read_der(wire.saved.read_bytes()).parts()[0].parts()[2]
