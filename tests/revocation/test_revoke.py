@@ -69,7 +69,9 @@ class Noting:
 
 @binaries
 @pytest.mark.parametrize("kind", ["secret", "certificate", "tls"])
-def test_revoked_once(openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers) -> None:
+def test_a_certificate_is_revoked_once(
+    openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers
+) -> None:
     """The CRL has the certificate with its reason, and no other; a second time it is alreadyRevoked."""
     ca = make_ca(tls=kind == "tls")
     handler = handlers(ca.options("certificate" if kind == "certificate" else "secret"), openssl_bin=openssl)
@@ -137,7 +139,7 @@ NO_REASONS = [
 ]
 
 
-def test_unknown_reason(ca: DemoCA, handlers: Handlers) -> None:
+def test_an_unknown_reason_is_a_bad_one(ca: DemoCA, handlers: Handlers) -> None:
     """What ACME does not know is a bad reason, and the CA is not asked."""
     handler = handlers(ca.options())
     certificate = enrolled(handler)
@@ -150,7 +152,7 @@ def test_unknown_reason(ca: DemoCA, handlers: Handlers) -> None:
     assert handlers.left() == []
 
 
-def test_every_form_of_a_certificate(ca: DemoCA, handlers: Handlers) -> None:
+def test_every_form_of_a_certificate_is_revoked(ca: DemoCA, handlers: Handlers) -> None:
     """base64, base64url or PEM: the CRL has the certificate."""
     handler = handlers(ca.options())
     for form in ("base64", "base64url", "PEM"):
@@ -160,7 +162,7 @@ def test_every_form_of_a_certificate(ca: DemoCA, handlers: Handlers) -> None:
         assert crl_entry(ca, certificate) is not None, form
 
 
-def test_not_a_certificate(ca: DemoCA, handlers: Handlers) -> None:
+def test_what_is_not_a_certificate_is_malformed(ca: DemoCA, handlers: Handlers) -> None:
     """What cannot be read as one is malformed, and the CA is not asked."""
     handler = handlers(ca.options())
     good = enrolled(handler)
@@ -186,7 +188,9 @@ def test_not_a_certificate(ca: DemoCA, handlers: Handlers) -> None:
 
 
 @pytest.mark.parametrize("stranger", ["of another CA", "unknown to the CA"])
-def test_certificate_that_the_ca_has_not_issued(stranger: str, ca: DemoCA, handlers: Handlers, pair: Pair) -> None:
+def test_a_certificate_that_the_ca_has_not_issued_gets_the_hint(
+    stranger: str, ca: DemoCA, handlers: Handlers, pair: Pair
+) -> None:
     """A certificate of another CA, or one that this CA does not know: serverInternal, with badCertId and its hint."""
     handler = handlers(ca.options())
     path = ca.directory / "stranger.pem" if stranger == "of another CA" else pair.certificate
@@ -197,7 +201,9 @@ def test_certificate_that_the_ca_has_not_issued(stranger: str, ca: DemoCA, handl
     assert handlers.left() == []
 
 
-def test_revocation_while_the_ca_is_away(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_revocation_while_the_ca_is_away_can_be_repeated(
+    ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nobody answers: serverInternal, also in the log; when the CA is back, it is revoked."""
     handler = handlers(ca.options(), msg_timeout="2", total_timeout="3")
     certificate = enrolled(handler)
@@ -212,7 +218,7 @@ def test_revocation_while_the_ca_is_away(ca: DemoCA, handlers: Handlers, caplog:
     assert handlers.left() == []
 
 
-def test_exit_code_of_a_wrapper(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_the_exit_code_of_a_wrapper_is_no_yes(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """A program around openssl that ends with 0 whatever happens: openssl's errors count."""
     program = tmp_path / "openssl"
     program.write_text(f'#!/bin/sh\n{OPENSSL} "$@"\nexit 0\n')
@@ -276,7 +282,7 @@ INVALID = {
 
 @binaries
 @pytest.mark.parametrize("fault", INVALID)
-def test_certificate_that_openssl_calls_invalid(
+def test_a_certificate_that_openssl_calls_invalid_is_told_so(
     fault: str,
     openssl: str,
     ca: DemoCA,
@@ -301,7 +307,7 @@ def test_certificate_that_openssl_calls_invalid(
     assert handlers.left() == []
 
 
-def test_certificate_that_openssl_cannot_read(ca: DemoCA, pair: Pair, handlers: Handlers) -> None:
+def test_a_certificate_that_openssl_cannot_read_is_blamed_itself(ca: DemoCA, pair: Pair, handlers: Handlers) -> None:
     """Its times are no times: it is said that openssl cannot read it, and not that the configuration is wrong."""
     der = x509.load_pem_x509_certificate(pair.certificate.read_bytes()).public_bytes(Encoding.DER)
     broken = base64.b64encode(der.replace(b"\x17\x0d", b"\x0c\x0d")).decode()
