@@ -46,7 +46,7 @@ def test_an_empty_credential_leaves_it_to_the_variable(
 
 
 @pytest.mark.parametrize("form", ["demo:secret", "pass:demo:secret", "env:TEST_SECRET", "file:secret.txt"])
-def test_sources_of_a_secret(
+def test_all_sources_of_a_secret_keep_it_out_of_the_arguments(
     form: str,
     make_ca: Callable[..., DemoCA],
     handlers: Handlers,
@@ -86,7 +86,7 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("case", REFERENCES)
-def test_a_variable_holds_a_reference_as_it_cannot_be(
+def test_a_variable_with_a_reference_as_it_cannot_be_is_an_error(
     case: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `docker run --env-file`, or reading a file, leaves around a reference: an error that names the entry."""
@@ -149,7 +149,7 @@ def test_the_secret_is_nowhere(
     assert word not in str(error)
 
 
-def test_a_secret_in_place_of_its_variable(handlers: Handlers) -> None:
+def test_a_secret_in_place_of_its_variable_is_not_shown(handlers: Handlers) -> None:
     """What is set as the variable's name, and does not look like one, may be the secret: it is not shown."""
     fault = str(handlers(SECTION, secret=None, secret_variable="HUSHASECRET").handler_check())
     assert (
@@ -157,7 +157,7 @@ def test_a_secret_in_place_of_its_variable(handlers: Handlers) -> None:
     )
 
 
-def test_what_is_masked(handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_openssl_gets_is_masked(handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever openssl gets, wherever it comes from, and what only looks like a secret."""
     (tmp_path / "secret").write_text("from a file\nmore\n")
     monkeypatch.setenv("KEYPASS", "from a variable")
@@ -169,7 +169,7 @@ def test_what_is_masked(handlers: Handlers, tmp_path: Path, monkeypatch: pytest.
     assert cmp_ca_handler._hide(text, hidden) == "a ***, FROM a *** http://***@127.0.0.1:1 pin-value=***&x"
 
 
-def test_masked_before_cut() -> None:
+def test_a_secret_is_masked_before_the_text_is_cut() -> None:
     """The longest one first, also where its blanks are not those that were configured, and before the text is cut."""
     assert cmp_ca_handler._hide("a long secret", ["long", "long secret"]) == "a ***"
     assert cmp_ca_handler._hide("two blanks", ["two  blanks"]) == "***"
@@ -177,7 +177,9 @@ def test_masked_before_cut() -> None:
     assert text.endswith("x ***")
 
 
-def test_secret_in_an_answer(ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_secret_in_an_answer_is_masked(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
     """A CA that writes the secret and a line as of openssl into its text: it is masked, and makes no line."""
     details = nested(f"the secret is {ca.secret}\nCMP error: forged".encode(), 0x30, 0x0C)
     body = nested(nested(REJECTED, 0x30) + details, 0xB7, 0x30)
@@ -194,7 +196,7 @@ def test_secret_in_an_answer(ca: DemoCA, handlers: Handlers, proxy: Proxy, caplo
 
 @pytest.mark.parametrize("between", [" ", "\n  "], ids=["one line", "block"])
 @pytest.mark.parametrize("entry", ["key", "tls_key"])
-def test_the_content_of_a_key(
+def test_the_content_of_a_key_is_not_shown(
     entry: str, between: str, ca: DemoCA, desk: Desk, handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The private key itself in the place of its path, on one line or as an indented block: the error says what to
@@ -215,7 +217,7 @@ def test_the_content_of_a_key(
 
 
 @pytest.mark.parametrize("quoted", [False, True])
-def test_secret_in_a_line_without_a_colon(
+def test_a_secret_in_a_line_without_a_colon_is_masked(
     quoted: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """openssl shows the reason of a pollRep in a line of INFO: whole lines are masked, whatever they look like."""
@@ -234,7 +236,7 @@ def test_secret_in_a_line_without_a_colon(
 
 
 @pytest.mark.parametrize("where", ["_load_config", "_settings", "_read_csr", "_begin"])
-def test_text_of_an_unexpected_exception(
+def test_the_text_of_an_unexpected_exception_is_not_shown(
     where: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody knows what is in it: the type and the line must do."""
@@ -250,7 +252,7 @@ def test_text_of_an_unexpected_exception(
 
 @binaries
 @pytest.mark.parametrize("password", ["hush@tiger", "hush/tiger"])
-def test_password_of_a_proxy(
+def test_the_password_of_a_proxy_is_not_shown(
     password: str,
     openssl: str,
     ca: DemoCA,
@@ -269,7 +271,7 @@ def test_password_of_a_proxy(
 
 
 @pytest.mark.parametrize("user", ["tok3n", "user:xyz"])
-def test_user_of_a_proxy_without_a_scheme(
+def test_the_user_of_a_proxy_without_a_scheme_is_not_shown(
     user: str,
     ca: DemoCA,
     desk: Desk,
@@ -327,7 +329,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_secret_in_a_broken_section(case: str, desk: Desk) -> None:
+def test_a_secret_in_a_broken_section_is_not_shown(case: str, desk: Desk) -> None:
     """A colon that is missing, a line that begins with a blank: the secret is a part of something that is no secret."""
     for before in ("cmp_ref: 1", "cmp_tmp_dir: work", "cmp_openssl_bin: openssl", "cmp_trusted: x.pem"):
         lines = ["[CAhandler]", "cmp_server: 127.0.0.1:9", before, BROKEN[case], ""]
@@ -338,7 +340,7 @@ def test_a_secret_in_a_broken_section(case: str, desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("secret", ["hush-a-secret", 'hush,a+"secret'])
-def test_a_secret_in_the_names_of_a_certificate(
+def test_a_secret_in_the_names_of_a_certificate_is_masked(
     secret: str, make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CA that puts the shared secret into the subject: the log does not show it, nor with the escapes of a name."""

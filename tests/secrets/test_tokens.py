@@ -207,7 +207,7 @@ def test_provider_says_why(
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def test_credentials_of_systemd(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_credentials_of_systemd_are_read(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """As LoadCredential= makes them, but for the file system: read-only, in a directory that nobody can write."""
     directory = tmp_path / "credentials"
     directory.mkdir(0o700)
