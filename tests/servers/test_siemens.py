@@ -40,7 +40,7 @@ def root(ca: DemoCA) -> Path:
 @pytest.mark.parametrize("command", ["ir", "cr"])
 @pytest.mark.parametrize("way", WAYS)
 @binaries
-def test_every_kind_at_siemens(
+def test_every_kind_is_enrolled_at_siemens(
     openssl: str, way: str, command: str, ra: SiemensRa, root: Path, handlers: Handlers
 ) -> None:
     """`ir` and `cr`, by secret or signature, the answers protected by the RA or the CA: issued, with both names."""
@@ -54,7 +54,7 @@ def test_every_kind_at_siemens(
 
 @pytest.mark.parametrize("certificate", ["ra-ec", "ra-rsa"])
 @binaries
-def test_certificate_of_the_ra_at_siemens(
+def test_each_certificate_of_the_ra_enrols_at_siemens(
     openssl: str, certificate: str, ra: SiemensRa, root: Path, handlers: Handlers
 ) -> None:
     """Our certificate has an EC or RSA key: issued."""
@@ -64,14 +64,14 @@ def test_certificate_of_the_ra_at_siemens(
 
 @pytest.mark.parametrize("mutual", [False, True], ids=["one-way", "mutual"])
 @binaries
-def test_tls_at_siemens(openssl: str, mutual: bool, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_tls_enrols_at_siemens(openssl: str, mutual: bool, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
     """TLS with and without a certificate of ours: issued."""
     handler = handlers({**ra.options("secret"), **ra.tls(mutual=mutual)}, openssl_bin=openssl)
     assert len(enrolled(handler, csr_pem(["www.example.com"]), root)) == 3
 
 
 @binaries
-def test_tls_without_our_certificate(openssl: str, ra: SiemensRa, handlers: Handlers) -> None:
+def test_tls_without_our_certificate_names_cmp_tls_cert(openssl: str, ra: SiemensRa, handlers: Handlers) -> None:
     """An RA that wants a certificate in TLS, and gets none: the error names cmp_tls_cert."""
     options = {**ra.options("secret"), **ra.tls(mutual=True)}
     error = refused(handlers(options, tls_cert=None, tls_key=None, openssl_bin=openssl))
@@ -80,7 +80,9 @@ def test_tls_without_our_certificate(openssl: str, ra: SiemensRa, handlers: Hand
 
 @pytest.mark.parametrize("implicit", [False, True])
 @binaries
-def test_confirmation(openssl: str, implicit: bool, ca: DemoCA, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_a_confirmation_is_sent_unless_it_is_implicit(
+    openssl: str, implicit: bool, ca: DemoCA, ra: SiemensRa, root: Path, handlers: Handlers
+) -> None:
     """Without cmp_implicit_confirm the CA behind the RA gets a certConf, with it none."""
     before = len(ca.messages)
     options = {"implicit_confirm": str(implicit), "openssl_bin": openssl}
@@ -90,7 +92,7 @@ def test_confirmation(openssl: str, implicit: bool, ca: DemoCA, ra: SiemensRa, r
 
 @pytest.mark.parametrize("kind", ["rsa:2048", "ec:P-384", "ed25519"])
 @binaries
-def test_kinds_of_keys_at_siemens(
+def test_kinds_of_keys_are_enrolled_at_siemens(
     openssl: str, kind: str, ra: SiemensRa, root: Path, handlers: Handlers, tmp_path: Path
 ) -> None:
     """CSRs with RSA, P-384 and Ed25519 keys: issued."""
@@ -98,7 +100,7 @@ def test_kinds_of_keys_at_siemens(
 
 
 @binaries
-def test_every_extension_of_the_csr(
+def test_every_extension_of_the_csr_is_in_the_certificate(
     openssl: str, ra: SiemensRa, root: Path, handlers: Handlers, tmp_path: Path
 ) -> None:
     """Must-staple and both kinds of key usage in the CSR: the certificate has them."""
@@ -109,44 +111,44 @@ def test_every_extension_of_the_csr(
         assert leaf.extensions.get_extension_for_oid(extension.oid).value == extension.value
 
 
-def test_wrong_secret_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+def test_a_wrong_secret_at_siemens_names_cmp_secret(ra: SiemensRa, handlers: Handlers) -> None:
     """An RA that knows another secret: the error names cmp_secret."""
     error = refused(handlers(ra.options("secret"), secret="another"))
     assert "cmp_secret" in error, error
 
 
-def test_unknown_reference(ra: SiemensRa, handlers: Handlers) -> None:
+def test_an_unknown_reference_is_not_authorized(ra: SiemensRa, handlers: Handlers) -> None:
     """An RA that does not know cmp_ref: the error has its notAuthorized and its text."""
     error = refused(handlers(ra.options("secret"), ref="nobody"))
     assert "notAuthorized" in error and "no shared secret is provided" in error, error
 
 
-def test_unknown_certificate_of_the_ra(ra: SiemensRa, handlers: Handlers) -> None:
+def test_an_unknown_certificate_of_the_ra_names_cmp_cert(ra: SiemensRa, handlers: Handlers) -> None:
     """An RA that does not trust our certificate: signerNotTrusted, and the error names cmp_cert."""
     error = refused(handlers(ra.options("signed", "stranger")))
     assert "signerNotTrusted" in error and "cmp_cert" in error, error
 
 
-def test_ra_without_rights_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+def test_an_ra_without_rights_is_refused_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
     """An RA whose inventory gives our certificate no rights: the error has its text."""
     error = refused(handlers(ra.options("signed", "no-rights")))
     assert "request refused by external inventory" in error, error
 
 
-def test_forbidden_name(ra: SiemensRa, handlers: Handlers) -> None:
+def test_a_forbidden_name_is_refused(ra: SiemensRa, handlers: Handlers) -> None:
     """An RA whose inventory forbids the name: the error has badCertTemplate and its text."""
     error = refused(handlers(ra.options("secret")), csr_pem(["www.forbidden.example"]))
     assert "badCertTemplate" in error and "request refused by external inventory" in error, error
 
 
-def test_unknown_path(ra: SiemensRa, handlers: Handlers) -> None:
+def test_an_unknown_path_names_cmp_path(ra: SiemensRa, handlers: Handlers) -> None:
     """A cmp_path that the RA does not have: the error names cmp_path."""
     error = refused(handlers(ra.options("secret"), path="nowhere"))
     assert "check cmp_path" in error, error
 
 
 @binaries
-def test_profile(openssl: str, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_a_profile_reaches_the_ra(openssl: str, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
     """certProfile reaches the RA: this one refuses one profile. OpenSSL before 3.3 cannot send it, and says so."""
     if version(openssl) < (3, 3):
         assert "cmp_profile" in refused(handlers(ra.options("signed"), profile="tls", openssl_bin=openssl))
@@ -191,7 +193,9 @@ def test_sender_of_the_ca_does_not_fit_an_answer_of_the_ra(openssl: str, ra: Sie
 
 
 @binaries
-def test_revocation_at_siemens(openssl: str, ca: DemoCA, ra: SiemensRa, root: Path, handlers: Handlers) -> None:
+def test_every_reason_revokes_at_siemens(
+    openssl: str, ca: DemoCA, ra: SiemensRa, root: Path, handlers: Handlers
+) -> None:
     """Every reason: revoked; two that the CA grants with modifications are an error; twice is alreadyRevoked."""
     handler = handlers(ra.options("signed"), openssl_bin=openssl)
     for reason in REASONS:
@@ -207,7 +211,7 @@ def test_revocation_at_siemens(openssl: str, ca: DemoCA, ra: SiemensRa, root: Pa
     assert (code, kind) == (400, "urn:ietf:params:acme:error:alreadyRevoked")
 
 
-def test_revocation_of_an_unknown_certificate_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+def test_revocation_of_an_unknown_certificate_fails_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
     """A certificate that the CA has not issued: serverInternal, with a reason."""
     handler = handlers(ra.options("signed"))
     stranger = [ra.pki.made["stranger"][1][0]]
@@ -216,7 +220,7 @@ def test_revocation_of_an_unknown_certificate_at_siemens(ra: SiemensRa, handlers
 
 
 @binaries
-def test_check_connect_at_siemens(
+def test_check_connect_finds_no_error_at_siemens(
     openssl: str, ra: SiemensRa, handlers: Handlers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`check --connect` of a right configuration finds no error."""
@@ -224,7 +228,7 @@ def test_check_connect_at_siemens(
     assert cmp_ca_handler.main(["--config", str(handlers.config), "check", "--connect"]) == 0, capsys.readouterr()
 
 
-def test_a_hundred_enrolments_from_eight_threads_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
+def test_a_hundred_enrolments_from_eight_threads_succeed_at_siemens(ra: SiemensRa, handlers: Handlers) -> None:
     """All of them get a certificate, and nothing is left."""
     assert len(enrol_many(handlers(ra.options("signed")), 100, 8)) == 100
     assert handlers.left() == []

@@ -26,7 +26,7 @@ def leaf_of(chain: Path, root: Path) -> x509.Certificate:
     return leaf
 
 
-def test_certbot_to_the_demo_ca(tmp_path: Path) -> None:
+def test_certbot_orders_renews_and_revokes_at_the_demo_ca(tmp_path: Path) -> None:
     """Order, renewal, revocation."""
     with DemoCA(tmp_path / "ca") as ca, SiemensRa(tmp_path / "ra", demo_upstream(ca)) as ra:
         section = {"handler_module": str(HANDLER), **ra.options("signed")}
@@ -46,7 +46,7 @@ def test_certbot_to_the_demo_ca(tmp_path: Path) -> None:
         assert list(host.work.iterdir()) == []
 
 
-def test_certbot_to_xipki(tmp_path: Path) -> None:
+def test_certbot_orders_at_xipki(tmp_path: Path) -> None:
     """The RA hands XiPKI a PKCS #10 request, for it takes no CMP answer from it: docs/cmp-servers.md.
 
     The CSR of certbot's own has no CN, and Java refuses a certificate without a subject; so certbot gets a CSR to send.
