@@ -154,7 +154,7 @@ with cmp_ca_handler.CAhandler() as handler:
 
 
 @pytest.mark.parametrize("how", ["ignored", "reaped"])
-def test_exit_status_that_gets_lost(how: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_an_exit_status_that_gets_lost_counts_as_a_failure(how: str, ca: DemoCA, handlers: Handlers) -> None:
     """Python's subprocess calls it 0, which would be a yes."""
     certificate = str(enroll(handlers(ca.options()))[2])
     handlers(ca.options(), secret="wrong")
@@ -195,7 +195,7 @@ with cmp_ca_handler.CAhandler(False, logger) as handler:
 """
 
 
-def test_host_that_forks_during_an_enrolment(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_host_that_forks_during_an_enrolment_does_not_block_its_poll(ca: DemoCA, handlers: Handlers) -> None:
     """The child inherits the lock."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -210,7 +210,7 @@ def test_host_that_forks_during_an_enrolment(ca: DemoCA, handlers: Handlers) -> 
     check_issued(result, csr)
 
 
-def test_system_configuration_of_openssl(
+def test_the_system_configuration_of_openssl_counts_only_if_named(
     ca: DemoCA, handlers: Handlers, proxy: Proxy, wait: Wait, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its section `cmp` counts only for who names it: here it lets an unprotected error message reject."""
@@ -225,7 +225,7 @@ def test_system_configuration_of_openssl(
         assert "an unverified answer says: rejection" in str(error)
 
 
-def test_directories_that_are_made(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_directories_that_are_made_are_for_their_owner_alone(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """A cmp_tmp_dir with three levels to be made, and umask 0: each is for its owner alone."""
     handler = handlers(ca.options(), tmp_dir=str(tmp_path / "a/b/c"))
     before = os.umask(0)
@@ -237,7 +237,7 @@ def test_directories_that_are_made(ca: DemoCA, handlers: Handlers, tmp_path: Pat
 
 
 @pytest.mark.parametrize("whose", ["another user", "every local user"])
-def test_parent_directory_of_others(
+def test_a_parent_directory_of_others_is_refused(
     whose: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever can rename in it can put another key into a request."""
@@ -257,7 +257,9 @@ def test_parent_directory_of_others(
     assert ca.messages == []
 
 
-def test_a_directory_where_everybody_can_put_something(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_directory_where_everybody_can_put_something_is_refused(
+    ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """cmp_tmp_dir: /tmp itself. A link that another user puts there led the sweep to files of acme2certifier's user."""
     shared, precious = tmp_path / "tmp", tmp_path / "precious"
     shared.mkdir()
@@ -285,7 +287,9 @@ def test_warnings_of_the_log_are_those_of_check(
         assert warning in check
 
 
-def test_endless_output(ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_openssl_of_endless_output_is_ended(
+    ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A fake: openssl itself ends."""
     openssl = tmp_path / "openssl"
     noise = f"yes {handlers.work}"
@@ -300,7 +304,7 @@ def test_endless_output(ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypa
 # --- The ACME client
 
 
-def test_csr_within_a_csr(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_csr_within_a_csr_is_not_read(ca: DemoCA, handlers: Handlers) -> None:
     """One text, two CSRs: base64url may spell PEM, and the host, which ignores blanks, reads what is around it."""
     victim = as_host(csr_pem(["victim.example"])).replace("-", "+").replace("_", "/")
     pem = f"-----BEGIN CERTIFICATE REQUEST-----{victim}-----END"
@@ -318,7 +322,7 @@ def test_csr_within_a_csr(ca: DemoCA, handlers: Handlers) -> None:
     assert names.get_values_for_type(x509.DNSName) == ["mine.example"]
 
 
-def test_explicit_curve(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_an_explicit_curve_is_refused(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """With a generator of one's own, the private key of any public point is known."""
     options = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -pkeyopt ec_param_enc:explicit -nodes -keyout key.pem"
     command = [OPENSSL, "req", "-new", "-subj", "/CN=a.example", *options.split()]
@@ -328,7 +332,7 @@ def test_explicit_curve(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["serial", "object identifier"])
-def test_certificate_that_floods_the_log(
+def test_a_certificate_to_revoke_does_not_flood_the_log(
     what: str, ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A certificate to revoke whose serial number has 60,000 bytes, or whose issuer is endless: short log lines."""
@@ -347,7 +351,9 @@ def test_certificate_that_floods_the_log(
     assert not any(len(line) > 1000 or re.search("[0-9.]{100}", line) for line in lines)
 
 
-def test_profile_with_keys_of_the_handler(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_with_keys_of_the_handler_stops_no_poll(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A fake helper: it sets attributes as the host's did before it refused to set some of these."""
     keys = "logger poll section config_error debug _helper _config".split()
     section = {**hold(ca).options(), "cmp_openssl_bin": OPENSSL, "cmp_tmp_dir": str(handlers.work)}
@@ -367,7 +373,7 @@ def test_profile_with_keys_of_the_handler(ca: DemoCA, handlers: Handlers, monkey
 
 
 @every_binary
-def test_profile_named_off(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_profile_named_off_is_no_switch(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """A cmp_profile `off` is the name of a profile, and no switch; before OpenSSL 3.3 it is an error."""
     request = tmp_path / "request.der"
     save_request(ca, request)
@@ -382,7 +388,7 @@ def test_profile_named_off(openssl: str, ca: DemoCA, handlers: Handlers, tmp_pat
 
 
 @pytest.mark.parametrize("configured", [True, False])
-def test_forged_issuer(
+def test_a_forged_issuer_is_passed_over(
     configured: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has the name and the key identifier of the issuer, and stands in extraCerts, which nothing protects."""
@@ -399,7 +405,7 @@ def test_forged_issuer(
     assert ("passed over a certificate" in caplog.text) is not configured
 
 
-def test_ladder_of_names(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_ladder_of_names_is_not_in_the_chain(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """Thirty forged certificates in cmp_untrusted, upward from the issuing CA's name: none is in the chain."""
     ladder = [issuing_ca(ca).subject, *(name(f"rung {number}") for number in range(30))]
     certificates = [x509.load_der_x509_certificate(forge(KEY, *pair)) for pair in zip(ladder, ladder[1:])]
@@ -411,7 +417,7 @@ def test_ladder_of_names(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None
     assert [certificate.subject for certificate in bundle[1:]] == [issuing_ca(ca).subject, issuing_ca(ca).issuer]
 
 
-def test_a_ca_that_wants_no_pause(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_ca_that_wants_no_pause_is_asked_a_few_times_only(ca: DemoCA, handlers: Handlers) -> None:
     """checkAfter 0 would let openssl poll a thousand times a second: it is asked some times, and the order waits."""
     ca.hold, ca.check_after = True, 0
     csr = csr_pem(["a.example"])
@@ -428,7 +434,7 @@ def test_a_ca_that_wants_no_pause(ca: DemoCA, handlers: Handlers) -> None:
     assert handlers.left() == []
 
 
-def test_forged_second_answer(proxy: Proxy, wait: Wait) -> None:
+def test_a_forged_second_answer_leaves_the_order_waiting(proxy: Proxy, wait: Wait) -> None:
     """The first one, that the CA has not decided, was its own: what it says stays true."""
     answers: list[bytes] = []
 
@@ -445,7 +451,7 @@ def test_forged_second_answer(proxy: Proxy, wait: Wait) -> None:
     waiting.finish()
 
 
-def test_killed_with_a_forged_answer(ca: DemoCA, handlers: Handlers, wait: Wait) -> None:
+def test_an_order_killed_with_a_forged_answer_is_issued(ca: DemoCA, handlers: Handlers, wait: Wait) -> None:
     """The files are as they are when the worker dies after openssl has saved the answer and before it refuses it."""
     waiting = wait()
     last = max((handlers.work / waiting.identifier).glob("[0-9]*.der"))
@@ -477,7 +483,7 @@ def test_nothing_of_a_stranger_is_kept(ca: DemoCA, handlers: Handlers, proxy: Pr
     assert sum(trace.size for trace in found.traces) < 100_000
 
 
-def test_many_texts_and_lines(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_many_texts_and_lines_cost_a_bounded_number_of_calls(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """11,000 texts, and 22,000 lines in a stranger's certificate: the handler's work for them, counted in calls."""
     chain = [stranger("y\n" * 22_000, sender_of(ca, "certificate"))]
     proxy.spoil = lambda _, forward: signed(forward(), error_body(*["x"] * 11_000), PROXY_KEY, chain)
@@ -506,13 +512,13 @@ cmp_ca_handler.Message("", 23, texts=texts[0], details=texts[1]).words([])
 """
 
 
-def test_long_texts() -> None:
+def test_long_texts_are_read_in_time() -> None:
     """An answer of 100 kB that nobody has protected: the work for it grows no faster than it does."""
     subprocess.run([sys.executable, "-c", LONG], cwd=ROOT, check=True, timeout=60)
 
 
 @binaries
-def test_names_of_a_tls_server(
+def test_names_of_a_tls_server_choose_no_hint(
     openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer, tmp_path: Path
 ) -> None:
     """They hold lines of openssl's that say that it has not even begun, and what the first hint of all looks for."""
@@ -534,7 +540,7 @@ def test_names_of_a_tls_server(
     assert handler.failure == "unauthentic"
 
 
-def test_a_time_beyond_the_calendar(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_time_beyond_the_calendar_hides_no_order(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """A CA that wants to be asked in the year 146,000,000,000 stops no poll, and hides no order that waits."""
     hold(ca)
 
@@ -553,7 +559,9 @@ def test_a_time_beyond_the_calendar(ca: DemoCA, handlers: Handlers, proxy: Proxy
 
 @binaries
 @pytest.mark.parametrize("waits", [False, True])
-def test_certificate_in_ber(waits: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_certificate_in_ber_costs_no_chain(
+    waits: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """In extraCerts, with a name that only openssl can read: it does not cost the chain that is configured."""
     data, *rest = read_der(forge(KEY, name("x"), name("x"))).parts()
     fields = [field.whole for field in data.parts()]
@@ -568,7 +576,7 @@ def test_certificate_in_ber(waits: bool, openssl: str, ca: DemoCA, handlers: Han
     assert issuing_ca(ca) in bundle_certificates(str(bundle))[1:]
 
 
-def test_certificate_with_two_lists_of_names(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_certificate_with_two_lists_of_names_is_refused(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """The last one holds what was asked for. Who reads the first one sees another name."""
     csr = csr_pem(["a.example"], key=KEY)
     (issued, *_) = bundle_certificates(enroll(handlers(ca.options()), csr)[1])
@@ -590,7 +598,7 @@ def test_certificate_with_two_lists_of_names(ca: DemoCA, handlers: Handlers, pro
     assert "the CA issued something else than the CSR asked for" in error
 
 
-def test_poll_for_another_order(wait: Wait) -> None:
+def test_a_poll_for_another_order_is_refused(wait: Wait) -> None:
     """A poll with another CSR than the order's is refused; one with its own CSR gets the certificate."""
     waiting = wait()
     waiting.ca.approve("all")
@@ -600,7 +608,7 @@ def test_poll_for_another_order(wait: Wait) -> None:
 
 @pytest.mark.parametrize("expected", [True, False])
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_answer_signed_by_an_ordinary_certificate(
+def test_cmp_expect_sender_refuses_an_ordinary_certificate(
     authentication: str, expected: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
     """Only cmp_expect_sender, as in the demo CA's section, says that it is not the CA's. Without it, it is believed."""
@@ -626,7 +634,7 @@ def test_answer_signed_by_an_ordinary_certificate(
 # --- A local user, and what else is not ours
 
 
-def test_list_of_what_anybody_can_make(ca: DemoCA, handlers: Handlers) -> None:
+def test_list_shows_nothing_of_what_anybody_can_make(ca: DemoCA, handlers: Handlers) -> None:
     """A directory that others can write to: no name in it reaches the terminal."""
     handler = handlers(ca.options())
     order = handlers.work / "\x1b[2Jforged"
@@ -639,7 +647,7 @@ def test_list_of_what_anybody_can_make(ca: DemoCA, handlers: Handlers) -> None:
     assert str(handler.poll("name", "x", "")[0]) in listed.stderr
 
 
-def test_list_beside_a_poll(ca: DemoCA, handlers: Handlers) -> None:
+def test_list_beside_a_poll_passes_over_half_an_order(ca: DemoCA, handlers: Handlers) -> None:
     """An order that is finished while it is looked at: half of its directory is gone."""
     handlers(ca.options())
     (handlers.work / ("a" * 32)).mkdir(mode=0o700, parents=True)
@@ -649,7 +657,7 @@ def test_list_beside_a_poll(ca: DemoCA, handlers: Handlers) -> None:
 
 
 @needs_root
-def test_configuration_of_somebody_else(tmp_path: Path) -> None:
+def test_a_configuration_of_somebody_else_is_not_read_unasked(tmp_path: Path) -> None:
     """The tool runs in a directory such as /tmp: the file there says which program is to be run."""
     (tmp_path / "evil").write_text(f"#!/bin/sh\ntouch {tmp_path}/proof\n")
     (tmp_path / "evil").chmod(0o755)
@@ -664,7 +672,7 @@ def test_configuration_of_somebody_else(tmp_path: Path) -> None:
 
 @binaries
 @pytest.mark.parametrize("profile", ["-config", "-section", "-verbosity"])
-def test_profile_that_is_an_option(profile: str, openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_profile_that_is_an_option_is_refused(profile: str, openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """An HTTP header may choose any profile, and openssl looks for these three words among all, values included."""
     error = str(enroll(handlers(ca.options(), openssl_bin=openssl, profile=profile))[0])
     assert re.search("cmp_profile: (begins with a hyphen|needs OpenSSL 3.3)", error)

@@ -107,7 +107,7 @@ BAD_CSRS: dict[str, tuple[Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CSRS)
-def test_bad_csr(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+def test_a_bad_csr_is_one_error(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
     """Each broken CSR of the table: one error with the reason, and the CA gets no message."""
     csr, words = BAD_CSRS[name]
     fault(handlers(ca.options()), csr, *words)
@@ -115,7 +115,7 @@ def test_bad_csr(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> Non
 
 
 @pytest.mark.parametrize("form", ["PEM", "base64url"])
-def test_certificate_for_a_csr(form: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+def test_a_certificate_in_place_of_a_csr_is_refused(form: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
     """The host hands over a certificate, in PEM or base64url: an error that names the CSR, nothing is sent."""
     pem = (ca.directory / "root.pem").read_text()
     fault(handlers(ca.options()), pem if form == "PEM" else as_host(pem), "CSR")
@@ -204,7 +204,9 @@ SERVERS: dict[str, tuple[Serve, list[str]]] = {
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_bad_server(server: str, tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault) -> None:
+def test_a_bad_server_is_named_with_the_reason(
+    server: str, tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault
+) -> None:
     """A server that hangs, drips, floods or speaks something else than CMP: an error with address and reason."""
     serve, words = SERVERS[server]
     address = f"127.0.0.1:{tcp_server(serve)}"
@@ -212,7 +214,9 @@ def test_bad_server(server: str, tcp_server: Callable[[Serve], int], handlers: H
     fault(handlers(section, msg_timeout="1", total_timeout="2"), CSR, address, *words)
 
 
-def test_half_a_message(ca: DemoCA, tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault) -> None:
+def test_half_a_message_is_an_error_with_the_address(
+    ca: DemoCA, tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault
+) -> None:
     """A CA whose answer is cut in the middle: an error with its address."""
 
     def serve(connection: socket.socket) -> None:
@@ -223,7 +227,7 @@ def test_half_a_message(ca: DemoCA, tcp_server: Callable[[Serve], int], handlers
     fault(handlers({**ca.options(), "cmp_server": address}, msg_timeout="1", total_timeout="2"), CSR, address)
 
 
-def test_server_that_refuses(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+def test_a_server_that_refuses_connections_is_named(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
     """Nobody listens at the port: the error says so, and names cmp_server."""
     with nobody_at() as port:
         address = f"127.0.0.1:{port}"
@@ -232,7 +236,9 @@ def test_server_that_refuses(ca: DemoCA, handlers: Handlers, fault: Fault) -> No
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["TLS to a plain server", "plain to a TLS server"])
-def test_tls_on_one_side_only(tls: bool, make_ca: Callable[..., DemoCA], handlers: Handlers, fault: Fault) -> None:
+def test_tls_on_one_side_only_names_cmp_tls_used(
+    tls: bool, make_ca: Callable[..., DemoCA], handlers: Handlers, fault: Fault
+) -> None:
     """TLS to a plain server, or plain HTTP to a TLS server: the error names cmp_tls_used."""
     ca = make_ca(tls=tls)
     handler = handlers(
@@ -250,29 +256,33 @@ def test_tls_on_one_side_only(tls: bool, make_ca: Callable[..., DemoCA], handler
 
 # The second one is a word of openssl's own message, "wrong pbm value".
 @pytest.mark.parametrize("secret", ["not-the-secret", "wrong"])
-def test_wrong_secret(secret: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+def test_a_wrong_secret_names_its_entries(secret: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
     """A CA that knows another secret: the error names cmp_ref and cmp_secret."""
     fault(handlers(ca.options(), secret=secret), CSR, ca.server, "cmp_ref and cmp_secret")
 
 
-def test_wrong_reference(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+def test_a_wrong_reference_names_its_entries(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
     """A CA that does not know cmp_ref: the error names cmp_ref and cmp_secret."""
     fault(handlers(ca.options(), ref="9999"), CSR, ca.server, "cmp_ref and cmp_secret")
 
 
-def test_untrusted_signer(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+def test_an_untrusted_signer_names_cmp_trusted(ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
     """A CA whose signer cmp_trusted does not cover: the error names cmp_trusted."""
     stranger = str(ca.directory / "stranger.pem")
     fault(handlers(ca.options("certificate"), trusted=stranger), CSR, ca.server, "cmp_trusted")
 
 
-def test_unprotected_answer(mock: Callable[..., Mock], pair: Pair, handlers: Handlers, fault: Fault) -> None:
+def test_an_unprotected_answer_is_refused(
+    mock: Callable[..., Mock], pair: Pair, handlers: Handlers, fault: Fault
+) -> None:
     """A server that protects no answer: the error says so, and no certificate is handed out."""
     server = mock(pair.certificate, "-send_unprotected")
     fault(handlers(server.options()), pair.csr, f"127.0.0.1:{server.port}", "protect")
 
 
-def test_certificate_for_another_key(mock: Callable[..., Mock], pair: Pair, handlers: Handlers, fault: Fault) -> None:
+def test_a_certificate_for_another_key_is_refused(
+    mock: Callable[..., Mock], pair: Pair, handlers: Handlers, fault: Fault
+) -> None:
     """A server that always sends the same certificate: the error says that it is for another key."""
     server = mock(pair.certificate)
     fault(handlers(server.options()), CSR, f"127.0.0.1:{server.port}", "issued for another key")
@@ -297,7 +307,7 @@ HOSTILE = {
 @pytest.mark.parametrize(
     "text, authentication", [*((text, "secret") for text in HOSTILE), ("line breaks", "certificate")]
 )
-def test_hostile_rejection(
+def test_a_hostile_rejection_is_one_error_line(
     text: str, authentication: str, ca: DemoCA, handlers: Handlers, fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CA whose reason holds line breaks, control characters or lines as of openssl: still one error line."""
@@ -318,7 +328,9 @@ def test_hostile_rejection(
 
 
 @pytest.mark.parametrize("below", ["", "/sub/directory"], ids=["a file", "below a file"])
-def test_directory_that_is_a_file(below: str, ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path) -> None:
+def test_a_directory_that_is_a_file_is_named(
+    below: str, ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path
+) -> None:
     """cmp_tmp_dir is a file, or lies below one: the error names it, and nothing is sent."""
     (tmp_path / "file").touch()
     fault(handlers(ca.options(), tmp_dir=f"{tmp_path}/file{below}"), CSR, "cmp_tmp_dir", f"{tmp_path}/file", "not a d")
@@ -326,7 +338,9 @@ def test_directory_that_is_a_file(below: str, ca: DemoCA, handlers: Handlers, fa
 
 
 @pytest.mark.parametrize("name", ["a b", "a,b", "a\tb", "a\\b", "a\0b"])
-def test_directory_that_openssl_cannot_name(name: str, ca: DemoCA, handlers: Handlers, fault: Fault) -> None:
+def test_a_directory_that_openssl_cannot_name_is_refused(
+    name: str, ca: DemoCA, handlers: Handlers, fault: Fault
+) -> None:
     """cmp_tmp_dir has a blank, comma, tab, backslash or NUL: the error says so, and nothing is sent."""
     fault(handlers(ca.options(), tmp_dir=str(handlers.directory / name)), CSR, "cmp_tmp_dir", "blank", "comma")
     assert ca.messages == []
@@ -357,7 +371,7 @@ def enroll_in(prefix: list[str], directory: Path) -> tuple[str, str, str]:
 NOTHING = "(None, None, None)"
 
 
-def test_directory_that_cannot_be_written(
+def test_a_directory_that_cannot_be_written_is_named(
     ca: DemoCA, handlers: Handlers, record_property: Callable[[str, object], None]
 ) -> None:
     """cmp_tmp_dir without the right to write: the error names it, and nothing is sent."""
@@ -374,7 +388,9 @@ def test_directory_that_cannot_be_written(
 # Pages that the tmpfs has, and where they run out: in our own files, in openssl's responses, in its certificate
 @needs_root
 @pytest.mark.parametrize("pages", [1, 2, 3, 4, 5, 6])
-def test_full_disk(pages: int, ca: DemoCA, handlers: Handlers, record_property: Callable[[str, object], None]) -> None:
+def test_a_full_disk_is_named_and_nothing_is_left(
+    pages: int, ca: DemoCA, handlers: Handlers, record_property: Callable[[str, object], None]
+) -> None:
     """A file system with one to six pages: the error names cmp_tmp_dir, and nothing is left."""
     handlers(ca.options())
     handlers.work.mkdir()
@@ -391,7 +407,9 @@ def test_full_disk(pages: int, ca: DemoCA, handlers: Handlers, record_property: 
 # --- openssl killed in the middle -----------------------------------------------------------------------------------
 
 
-def test_openssl_that_crashes_at_its_end(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_an_openssl_that_crashes_at_its_end_costs_no_certificate(
+    ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """As OpenSSL 3.5 does with some providers, in its own clean-up: the certificate is issued and confirmed."""
     openssl = tmp_path / "openssl"
     openssl.write_text(f'#!/bin/sh\n{OPENSSL} "$@" || exit 1\nif [ "$1$2" = cmp-cmd ]; then kill -SEGV $$; fi\n')
@@ -403,7 +421,7 @@ def test_openssl_that_crashes_at_its_end(ca: DemoCA, handlers: Handlers, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["req", "cmp"])
-def test_openssl_killed_at_its_start(
+def test_an_openssl_killed_at_its_start_is_told_and_sends_nothing(
     command: str, ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path
 ) -> None:
     """`openssl req` or `openssl cmp` is killed: the error says signal 9, and nothing is sent."""
@@ -412,7 +430,9 @@ def test_openssl_killed_at_its_start(
     assert ca.messages == []
 
 
-def test_openssl_killed_while_it_waits(tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault) -> None:
+def test_an_openssl_killed_while_it_waits_is_told(
+    tcp_server: Callable[[Serve], int], handlers: Handlers, fault: Fault
+) -> None:
     """openssl is killed while a server lets it wait: the error says signal 9 and names the server."""
 
     def serve(connection: socket.socket) -> None:
@@ -427,7 +447,7 @@ def test_openssl_killed_while_it_waits(tcp_server: Callable[[Serve], int], handl
     fault(handlers(section), CSR, address, "killed by signal 9")
 
 
-def test_openssl_that_does_not_end(ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path) -> None:
+def test_an_openssl_that_does_not_end_is_killed(ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path) -> None:
     """One that ignores its own time limit is killed, and so is what it has started."""
     pids = tmp_path / "pids"
     body = f'[ "$1$2" = cmp-cmd ] || exec {OPENSSL} "$@"\nsleep 600 & echo $! >{pids}\necho $$ >>{pids}\nwait\n'
@@ -444,7 +464,7 @@ def ended(pid: str) -> bool:
     return True
 
 
-def test_fault_of_the_handler_itself(
+def test_a_fault_of_the_handler_itself_says_where(
     ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It says where, also deep down; and a secret in the text of an exception stays one."""
@@ -461,7 +481,9 @@ def test_fault_of_the_handler_itself(
     assert ca.secret not in caplog.text
 
 
-def test_helper_that_fails_without_a_configuration(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_helper_that_fails_does_not_hide_a_missing_configuration(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Profiles are read from the configuration: where there is none, that is what is wrong."""
     handler = handlers({})
     handler.config_error = "cannot read acme_srv.cfg"
@@ -475,14 +497,14 @@ def broken_helper(*_: object) -> str:
     raise KeyError("CAhandler")
 
 
-def test_damaged_header_of_a_saved_message(tmp_path: Path) -> None:
+def test_a_saved_message_with_a_damaged_header_is_none(tmp_path: Path) -> None:
     """Nothing in it is no reason for an exception: it is no message."""
     header = write_der(0x30, b"\x02\x01\x02" + write_der(0xA4, b"") * 3)
     (tmp_path / "001.der").write_bytes(write_der(0x30, header + write_der(0xB7, b"")))
     assert cmp_ca_handler._saved_message(str(tmp_path / "001.der")) is None
 
 
-def test_key_of_three_parts(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_key_of_three_parts_is_refused(ca: DemoCA, handlers: Handlers) -> None:
     """A CSR whose SubjectPublicKeyInfo has a third part: it is no PKCS #10 request."""
     request = read_der(base64.b64decode("".join(csr_pem(["a.example"]).splitlines()[1:-1])))
     information, *rest = request.parts()
@@ -494,7 +516,9 @@ def test_key_of_three_parts(ca: DemoCA, handlers: Handlers) -> None:
     assert error == "not a usable CSR: it is not a PKCS #10 request"
 
 
-def test_without_poll(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_order_is_issued_without_select_poll(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """eventlet takes select.poll() away from the whole process."""
     monkeypatch.delattr("select.poll")
     assert handlers(ca.options()).enroll(csr_pem(["a.example"]))[0] is None

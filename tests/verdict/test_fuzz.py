@@ -441,7 +441,7 @@ ARGUMENTS |= st.text(max_size=60) | st.binary(max_size=60) | st.none() | st.inte
 ARGUMENTS |= st.builds(lambda text, changes: changed(text.encode(), changes), st.sampled_from(CSRS), CHANGES)
 
 
-def test_any_csr(fresh: Arena) -> None:
+def test_any_csr_ends_in_a_verdict(fresh: Arena) -> None:
     """Whatever a client of ACME can send."""
 
     @cases(150, 0.35)
@@ -531,7 +531,7 @@ def usable(changes: dict[str, str | None]) -> dict[str, str | None]:
     return result
 
 
-def test_any_configuration(fresh: Arena) -> None:
+def test_any_configuration_with_a_fault_issues_nothing(fresh: Arena) -> None:
     """Whatever stands in the [CAhandler] section."""
 
     @cases(150, 0.25)
@@ -631,7 +631,7 @@ def test_protection_can_be_made_anew(fresh: Arena) -> None:
 
 
 @pytest.mark.parametrize("status", range(8))
-def test_the_ca_repeats_the_secret(fresh: Arena, status: int) -> None:
+def test_a_secret_that_the_ca_repeats_is_not_shown(fresh: Arena, status: int) -> None:
     """And forges lines; by every PKIStatus, for OpenSSL words each in another way. Found by a long run."""
     fresh.server.set(Trick(0, "rejection", text=f"you are {Arena.secret}{FORGED}", status=status).alter)
     assert fresh.enroll(CSRS[1]) == "failed"
@@ -659,7 +659,7 @@ def recorded(arena: Arena) -> list[bytes]:
     return found
 
 
-def test_any_response(fresh: Arena, recorded: list[bytes]) -> None:
+def test_any_response_ends_in_a_verdict(fresh: Arena, recorded: list[bytes]) -> None:
     """Whatever a CA, or somebody in between, can answer: altered in flight, or played back from another time."""
 
     @cases(150, 0.25)
@@ -683,7 +683,7 @@ REVOKED |= st.builds(lambda der, changes: as_base64url(changed(der, changes)), C
 REVOKED |= st.sampled_from(CSRS) | st.text(max_size=30)
 
 
-def test_any_revocation(fresh: Arena) -> None:
+def test_any_revocation_ends_in_a_code(fresh: Arena) -> None:
     """Whatever a client can send to be revoked, and for whatever reason."""
 
     @cases(50, 0.05)
@@ -782,7 +782,9 @@ def damage(directory: Path, damages: list[Any]) -> None:
             path.write_bytes(changed(path.read_bytes(), changes) if how == "change" else content)
 
 
-def test_saved_transaction(fresh: Arena, pending: tuple[Path, str, str], recorded: list[bytes]) -> None:
+def test_any_saved_transaction_ends_in_a_verdict(
+    fresh: Arena, pending: tuple[Path, str, str], recorded: list[bytes]
+) -> None:
     """Whatever has become of the files of a transaction in the meantime, and whatever the CA answers then."""
     saved, identifier, server = pending
     assert {"csr.pem", "waiting", "001.der", "002.der"} <= set(os.listdir(saved))
@@ -927,7 +929,7 @@ def leaf_of(bundle: str) -> bytes:
     return base64.b64decode(bundle.split("-----")[2])
 
 
-def test_a_ca_that_says_everything(fresh: Arena, recorded: list[bytes]) -> None:
+def test_a_ca_that_says_everything_ends_no_order_unauthentically(fresh: Arena, recorded: list[bytes]) -> None:
     """At each step, protected or not. What it takes back by no authentic word, it can still fulfil afterwards."""
     fresh.enroll(CSRS[0])
     other = leaf_of(fresh.bundle)
@@ -1042,7 +1044,7 @@ TRICKS_ON_THE_WAY = st.tuples(
 )
 
 
-def test_a_man_in_the_middle(fresh: Arena, pending: tuple[Path, str, str]) -> None:
+def test_a_man_in_the_middle_ends_no_order(fresh: Arena, pending: tuple[Path, str, str]) -> None:
     """He replaces, repeats, drops and delays messages, and gives openssl lines to print.
 
     Nothing of it ends an order that waits, and when he is gone, the CA can finish it; unless an answer of the CA's was

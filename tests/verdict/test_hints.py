@@ -90,7 +90,7 @@ badAlg badTime badDataFormat badRecipientNonce badSenderNonce transactionIdInUse
 systemFailure wrongAuthority""".split()
 
 
-def test_reason_of_the_ca(ca: DemoCA, handlers: Handlers) -> None:
+def test_each_reason_of_the_ca_has_its_hint(ca: DemoCA, handlers: Handlers) -> None:
     """Each failInfo that an administrator can do something about has its hint."""
     handler = handlers(ca.options())
     for reason in REASONS:
@@ -104,14 +104,14 @@ def test_text_of_the_ca_chooses_no_hint(ca: DemoCA, handlers: Handlers) -> None:
     assert error_of(handlers(ca.options())).endswith(f"'{ca.status_text}' ({hint('badTime')})")
 
 
-def test_approval_of_the_ca(ca: DemoCA, handlers: Handlers) -> None:
+def test_an_approval_of_the_ca_has_its_hint(ca: DemoCA, handlers: Handlers) -> None:
     """EJBCA has no failInfo for it: of a text, this one word counts."""
     ca.reject, ca.status_text = "badRequest", "The request needs an Approval; wrong pbm value"
     assert error_of(handlers(ca.options())).endswith(f"({hint('approval')})")
 
 
 @pytest.mark.parametrize("more", ["errorCode", "errorDetails"])
-def test_the_ca_says_more(more: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_ca_that_says_more_gets_no_hint(more: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """A CA may say signerNotTrusted and mean something else: what it says about it is not contradicted by a hint."""
     details = {
         "errorCode": bytes.fromhex("02021267"),
@@ -149,7 +149,7 @@ def test_an_unexpected_header_is_named(
     assert error.endswith(f"; an unverified answer says: rejection, 'INVALIDCERT' ({hint(words)})")
 
 
-def test_what_an_answer_is_made_of(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_what_an_answer_is_made_of_chooses_the_hint(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """A yes without protection, one with PBMAC1, an error without transaction: openssl's words alone would mislead."""
     pbm, pbmac1 = bytes.fromhex("06092a864886f67d07420d"), bytes.fromhex("06092a864886f70d01050e")
     error = error_body("cannot read that")
@@ -166,7 +166,7 @@ def test_what_an_answer_is_made_of(ca: DemoCA, handlers: Handlers, proxy: Proxy)
 
 
 @every_binary
-def test_check_after(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_an_unusable_check_after_ends_no_order(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """openssl is ended as soon as there is such an answer, at times before it says anything: then the order waits."""
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
     identifier = begin(handler, CSR)
@@ -188,7 +188,7 @@ def test_ended_is_not_killed(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> No
 
 
 @every_binary
-def test_certificate_that_is_refused(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_certificate_that_is_refused_has_its_own_hint(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """It is about the certificate that was issued, not about the one that signs the CA's answers."""
     stranger = str(ca.directory / "stranger.pem")
     error = error_of(handlers(ca.options(), out_trusted=stranger, openssl_bin=openssl))
@@ -200,7 +200,7 @@ def test_certificate_that_is_refused(openssl: str, ca: DemoCA, handlers: Handler
     ("trusted", "words"),
     [("root.pem", "unable to get local issuer certificate"), ("sub.pem", "unable to get issuer certificate")],
 )
-def test_signer_behind_an_intermediate(
+def test_a_signer_behind_an_intermediate_has_its_hint(
     trusted: str, words: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
     """The CA sends the signer's certificate alone, and only one of those above it is configured."""
@@ -216,7 +216,9 @@ def test_signer_behind_an_intermediate(
 
 @every_binary
 @pytest.mark.parametrize("kind", ["RSA", "EC"])
-def test_a_signer_that_was_renewed(kind: str, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_signer_that_was_renewed_is_told_by_cmp_srvcert(
+    kind: str, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """cmp_srvcert holds the signer's certificate with another key than the one that signs: the hint names the entry,
     and not what openssl has tried with it.
     """
@@ -227,7 +229,7 @@ def test_a_signer_that_was_renewed(kind: str, openssl: str, ca: DemoCA, handlers
 
 
 @binaries
-def test_another_sender_at_a_poll(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_another_sender_at_a_poll_is_unauthentic(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """An answer by another holder of a certificate of that CA: the error says so, also where openssl only warns."""
     section = {**ca.options("certificate"), "cmp_server": proxy.server}
     handler = handlers(section, openssl_bin=openssl, **SHORT)
@@ -252,7 +254,7 @@ def make_key(path: Path, *kind: str, openssl: str = OPENSSL) -> str:
 @binaries
 @pytest.mark.parametrize("kind", [["RSA"], ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]], ids=["RSA", "EC"])
 @pytest.mark.parametrize("whose", ["", "tls_"])
-def test_key_that_does_not_belong_to_the_certificate(
+def test_a_key_that_does_not_belong_to_the_certificate_has_its_hint(
     whose: str, kind: list[str], openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
 ) -> None:
     """cmp_key or cmp_tls_key of another certificate, RSA or EC: the hint for that."""
@@ -265,7 +267,7 @@ def test_key_that_does_not_belong_to_the_certificate(
 
 
 @every_binary
-def test_pass_phrase_of_the_tls_key(
+def test_a_wrong_pass_phrase_of_the_tls_key_has_its_hint(
     openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, tmp_path: Path
 ) -> None:
     """A wrong cmp_tls_keypass: the hint for the private key of TLS."""
@@ -285,7 +287,9 @@ def is_3_0(openssl: str) -> bool:
 
 
 @every_binary
-def test_ed25519_key_of_the_ra(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_an_ed25519_key_of_the_ra_has_its_hint_with_openssl_3_0(
+    openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """OpenSSL 3.0 cannot sign with it and gets the hint; later versions can, so the CA has the last word."""
     key, certificate = make_key(tmp_path / "ra.key", "ED25519"), str(tmp_path / "ra.pem")
     command = [OPENSSL, "req", "-x509", "-key", key, "-subj", "/CN=ra", "-out", certificate]
@@ -296,7 +300,9 @@ def test_ed25519_key_of_the_ra(openssl: str, ca: DemoCA, handlers: Handlers, tmp
 
 
 @every_binary
-def test_csr_of_a_newer_kind(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_csr_of_a_newer_kind_has_its_hint_with_openssl_3_0(
+    openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """A CSR with an ML-DSA key: the hint with OpenSSL 3.0, and none with later versions."""
     command = [
         BINARIES[-1],
@@ -335,7 +341,7 @@ CODES = [303, 307, 308, 400, 401, 402, 403, 404, 405, 407, 408, 410, 413, 415, 4
 
 
 @pytest.mark.parametrize("openssl", ENDS)
-def test_status_code(openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer) -> None:
+def test_each_status_code_has_its_hint(openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer) -> None:
     """Each code of an HTTP server has its hint; every version says it in the same words."""
     for code in CODES if openssl == ENDS[0] else (404, 503):
         address = http_server(tcp_server, f"{code} No", "text/html")
@@ -345,7 +351,7 @@ def test_status_code(openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: T
 
 @binaries
 @pytest.mark.parametrize("kind", ["application/pkixcmp;charset=UTF-8", "text/html", ""])
-def test_content_type(
+def test_a_wrong_content_type_has_its_hint(
     kind: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, tcp_server: TcpServer
 ) -> None:
     """A charset behind the type is refused by OpenSSL 3.0 and no later one."""
@@ -412,7 +418,7 @@ def test_http_server_chooses_no_hint(
 
 
 @binaries
-def test_the_name_of_a_sender(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_the_name_of_a_sender_chooses_no_hint(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """openssl says whose certificate is missing: a name that holds the words of another hint does not choose it."""
     hints = []
     for common_name in ("nobody", "approval"):
@@ -424,7 +430,9 @@ def test_the_name_of_a_sender(openssl: str, ca: DemoCA, handlers: Handlers, prox
 
 
 @binaries
-def test_a_proxy_that_wants_a_password(openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer) -> None:
+def test_a_proxy_that_wants_a_password_has_its_hint(
+    openssl: str, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer
+) -> None:
     """The answer to CONNECT is 407 or 403: the hint for that, not one about a CMP server that is away."""
     for status in (407, 403):
         address = http_server(tcp_server, f"{status} No", "text/html")
@@ -434,7 +442,7 @@ def test_a_proxy_that_wants_a_password(openssl: str, ca: DemoCA, handlers: Handl
 
 
 @binaries
-def test_a_signer_that_is_out_of_date(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_signer_that_is_out_of_date_has_its_hint(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """The CA's answers are signed with a certificate that has expired: the hint says so."""
     later = str(int(time.time()) + 40 * 365 * 86400)
     error = error_of(handlers(ca.options("certificate"), openssl_bin=openssl, attime=later))
@@ -443,7 +451,7 @@ def test_a_signer_that_is_out_of_date(openssl: str, ca: DemoCA, handlers: Handle
 
 @binaries
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_names_in_a_certificate(
+def test_names_in_a_certificate_make_no_verdict(
     authentication: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
     """A stranger's certificate puts lines into openssl's text: they make no verdict, and take no hint away."""

@@ -34,7 +34,9 @@ def from_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "test")
 
 
-def test_issued_and_revoked(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_issued_and_revoked_are_logged_in_one_line_each(
+    ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """Subject, serial, end of validity, and the transaction under which the CA has logged it."""
     handler = handlers(ca.options())
     _, bundle, certificate, _ = handler.enroll(as_host(csr_pem(["a.example"], "a.example")))
@@ -60,7 +62,7 @@ def test_issued_and_revoked(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCa
     assert pairs(line) == {**kept, "reason": "superseded"}
 
 
-def test_refusal_in_the_log(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refusal_is_one_line_in_the_log(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
     """A CA that refuses an order: one line with class, subject, server, transaction and the CA's reason."""
     ca.reject = "badCertTemplate"
     assert handlers(ca.options()).enroll(as_host(csr_pem(["a.example"])))[0]
@@ -99,7 +101,9 @@ def test_what_waits_is_no_failure_in_the_log(ca: DemoCA, handlers: Handlers, cap
     assert found == {"class": "refused", **about, "transaction": transaction}
 
 
-def test_configuration_error_in_the_log(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_configuration_error_is_one_line_in_the_log(
+    ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """Before the CSR is read nobody knows the subject, but it is a failure all the same."""
     assert handlers(ca.options(), trsted="x").enroll(as_host(csr_pem(["a.example"])))[0]
     (line,) = lines(caplog, alert())

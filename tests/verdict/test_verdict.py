@@ -57,7 +57,7 @@ def with_protection(answer: bytes, body: bytes) -> bytes:
 
 @every_binary
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_text_that_swallows_lines(
+def test_a_text_that_swallows_lines_ends_no_order(
     authentication: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
     """A text that openssl's own lines hold, too: what says that it did not accept the message must not disappear."""
@@ -76,7 +76,9 @@ def test_text_that_swallows_lines(
 
 @every_binary
 @pytest.mark.parametrize("attack", ["unprotected", "wrong MAC", "unknown signer", "ordinary certificate"])
-def test_refusal_by_somebody_else(attack: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_refusal_by_somebody_else_ends_no_order(
+    attack: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """Whatever is configured, and however little openssl says, only an authentic refusal ends an order that waits."""
     changes = {"openssl_bin": openssl, "verbosity": "3", "unprotected_errors": "True", **SHORT}
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, **changes)
@@ -113,7 +115,9 @@ def as_answer(recorded: bytes, directory: Path) -> bytes:
 
 
 @pytest.mark.parametrize("how", ["unprotected", "tampered"])
-def test_still_waiting_says_somebody_else(how: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_still_waiting_is_not_believed_from_somebody_else(
+    how: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """With the nonce of our request, which he sees. Were it kept as the CA's, no later poll could go on from it."""
     answers: list[bytes] = []
     proxy.spoil_next("pollReq", note(answers))
@@ -129,7 +133,9 @@ def test_still_waiting_says_somebody_else(how: str, ca: DemoCA, handlers: Handle
 
 
 @binaries
-def test_already_revoked_says_somebody_else(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_already_revoked_is_not_believed_from_somebody_else(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """acme2certifier would take the certificate for revoked."""
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, unprotected_errors="True")
     certificate = str(handler.enroll(as_host(csr_pem(["a.example"])))[2])
@@ -144,7 +150,7 @@ def test_already_revoked_says_somebody_else(openssl: str, ca: DemoCA, handlers: 
 
 @binaries
 @pytest.mark.parametrize("what", ["order", "order by p10cr", "order that waits", "revocation"])
-def test_mutual_tls_with_another_root(
+def test_mutual_tls_with_another_root_does_not_hide_the_no_of_the_ca(
     what: str, openssl: str, make_ca: Callable[..., DemoCA], handlers: Handlers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A client certificate in TLS of another root than the server's, which openssl calls an error at each run: the
@@ -201,12 +207,12 @@ POLL_REP, PKI_CONF = answer(26), answer(19)
         ([REFUSES], 0),
     ],
 )
-def test_order_of_answers(answers: list[cmp_ca_handler.Message], usable: int) -> None:
+def test_answers_out_of_order_are_not_used(answers: list[cmp_ca_handler.Message], usable: int) -> None:
     """What comes out of turn is not the CA's answer to what was asked, so it is not replayed."""
     assert cmp_ca_handler._usable(answers) == answers[:usable]
 
 
-def test_run_that_proves_nothing() -> None:
+def test_a_run_that_was_ended_or_cut_proves_nothing() -> None:
     """Where openssl did not end by itself, or not all it said is here, the line that matters may be missing."""
     text = f"CMP error: {FORGED}\n"
     run = cmp_ca_handler.Run(1, text, cmp_ca_handler._lines(text))
@@ -216,7 +222,7 @@ def test_run_that_proves_nothing() -> None:
         assert not unproven.only(cmp_ca_handler.AFTER_ACCEPTANCE), unproven
 
 
-def test_openssl_that_ends_when_it_should_be_ended() -> None:
+def test_an_openssl_that_ends_when_it_should_be_ended_proves_nothing() -> None:
     """Between a look at its answers and its end it may say more, which nobody reads: no line is missing for sure."""
 
     def asleep() -> bool:
@@ -227,7 +233,7 @@ def test_openssl_that_ends_when_it_should_be_ended() -> None:
     assert run.code == cmp_ca_handler.ASLEEP and not run.complete()
 
 
-def test_last_words_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_words_after_the_time_count_as_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine pauses; then the program has ended, and the time is up: what it has said meanwhile nobody reads."""
     go = tmp_path / "go"
     paused: list[bool] = []
@@ -244,7 +250,7 @@ def test_last_words_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (run.code, run.output, run.cut, run.complete()) == (1, "", True, False)
 
 
-def test_more_output_than_is_kept() -> None:
+def test_more_output_than_is_kept_is_cut() -> None:
     """A certificate's details can be longer than what is kept, and openssl's own lines come last."""
     size = cmp_ca_handler.MAX_OUTPUT
     for length, cut in ((size, False), (size + 1, True)):
@@ -295,7 +301,9 @@ def test_an_order_that_waits_finishes(
 
 
 @binaries
-def test_a_crash_after_the_certificate(openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_crash_after_the_certificate_costs_no_certificate(
+    openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """An openssl that crashes when it has the certificate: the order is issued all the same."""
     csr = csr_pem(["a.example"])
     handler = handlers(ca.options(), openssl_bin=wrapped(tmp_path, openssl, CRASH))
@@ -306,7 +314,7 @@ def test_a_crash_after_the_certificate(openssl: str, ca: DemoCA, handlers: Handl
 
 @binaries
 @pytest.mark.parametrize("implicit", [True, False])
-def test_certificate_that_cannot_be_saved(
+def test_a_certificate_that_cannot_be_saved_is_issued_by_the_next_poll(
     implicit: bool, openssl: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
 ) -> None:
     """The CA has issued, so its answer is not thrown away."""
@@ -335,7 +343,9 @@ def test_certificate_that_cannot_be_saved(
     ],
     ids=lambda c: "-".join(*c.items()),
 )
-def test_waiting_with(changes: dict[str, str], openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_waiting_ends_in_a_certificate_with_any_of_these_options(
+    changes: dict[str, str], openssl: str, ca: DemoCA, handlers: Handlers
+) -> None:
     """Options that change what openssl sends or prints: the order waits for two polls, and the third gets it."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), openssl_bin=openssl, **SHORT, **changes)
@@ -347,7 +357,7 @@ def test_waiting_with(changes: dict[str, str], openssl: str, ca: DemoCA, handler
     assert handlers.left() == []
 
 
-def test_an_openssl_that_saves_requests_and_no_answers(
+def test_an_openssl_that_saves_no_answers_sends_its_requests(
     ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
 ) -> None:
     """The gate before a request is opened by looking at the answers: without these there must be none."""
@@ -370,7 +380,9 @@ def test_an_openssl_that_saves_requests_and_no_answers(
 
 
 @every_binary
-def test_waiting_with_more_than_the_status(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_waiting_with_more_than_the_status_is_still_waiting(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """CertResponse may end with rspInfo, an OCTET STRING where the certificate would be (RFC 4210, 5.3.4)."""
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
 
@@ -385,7 +397,7 @@ def test_waiting_with_more_than_the_status(openssl: str, ca: DemoCA, handlers: H
     check_issued(handler.poll("name", identifier, ""), csr)
 
 
-def test_confirmation_with_a_hash_algorithm() -> None:
+def test_a_confirmation_with_a_hash_algorithm_is_read() -> None:
     """RFC 9480 adds hashAlg to the certConf, for certificates whose signature names no hash, such as Ed25519's."""
     parts = write_der(0x04, bytes(32)) + integer(0)
     algorithm = write_der(0xA0, bytes.fromhex("300b0609608648016503040203"))
@@ -395,7 +407,7 @@ def test_confirmation_with_a_hash_algorithm() -> None:
             assert cmp_ca_handler._body(cmp_ca_handler.CERTCONF, content)["status"] == status
 
 
-def test_certificate_beside_a_private_key() -> None:
+def test_a_certificate_beside_a_private_key_is_found() -> None:
     """In a CertifiedKeyPair both may have the tag [0] (RFC 4210, 5.3.4): the first is the certificate."""
     pair = write_der(0x30, write_der(0xA0, b"certificate") + write_der(0xA0, b"key"))
     response = write_der(0x30, integer(0) + write_der(0x30, integer(0)) + pair)
@@ -404,7 +416,9 @@ def test_certificate_beside_a_private_key() -> None:
 
 
 @every_binary
-def test_a_recorded_first_answer(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_recorded_first_answer_does_not_stop_an_order(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """OpenSSL 3.5 takes it: the next poll goes on from what was there before."""
     answers: list[bytes] = []
 
@@ -426,7 +440,7 @@ def test_a_recorded_first_answer(openssl: str, ca: DemoCA, handlers: Handlers, p
 
 
 @binaries
-def test_secret_that_is_wrong_for_a_while(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_secret_that_is_wrong_for_a_while_costs_no_answer(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """An answer of which nobody knows yet is not thrown away for it."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), openssl_bin=openssl, **SHORT)
@@ -440,7 +454,7 @@ def test_secret_that_is_wrong_for_a_while(openssl: str, ca: DemoCA, handlers: Ha
     check_issued(handlers(ca.options(), openssl_bin=openssl, **SHORT).poll("name", identifier, ""), csr)
 
 
-def test_the_thousandth_answer(ca: DemoCA, handlers: Handlers) -> None:
+def test_the_thousandth_answer_is_the_newest(ca: DemoCA, handlers: Handlers) -> None:
     """Its name is longer."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -490,7 +504,7 @@ CONFIRMATIONS: dict[str, Callable[[Forward], bytes | None]] = {
 
 @binaries
 @pytest.mark.parametrize("how", CONFIRMATIONS)
-def test_confirmation_that_is_not_confirmed(
+def test_a_confirmation_that_is_not_confirmed_costs_no_certificate(
     how: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The certificate is issued: after some polls it is handed out, with a warning."""
@@ -521,7 +535,7 @@ def test_confirmation_that_is_not_confirmed(
 
 
 @binaries
-def test_a_confirmation_that_a_proxy_repeats(
+def test_a_confirmation_that_a_proxy_repeats_costs_no_certificate(
     openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The client gets the answer to the second certConf, which is certConfirmed: its certificate is not lost."""
@@ -562,7 +576,9 @@ def test_no_certificate_is_not_always_a_rejection(case: str, ca: DemoCA, handler
 
 @binaries
 @pytest.mark.parametrize("held", [True, False])
-def test_no_to_the_first_confirmation(held: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_no_to_the_first_confirmation_ends_the_order(
+    held: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """A CA that answers certConf with an error: the order ends with its reason, and nothing is left."""
     ca.hold, ca.check_after = held, 3600
     handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
@@ -578,7 +594,9 @@ def test_no_to_the_first_confirmation(held: bool, openssl: str, ca: DemoCA, hand
     assert handlers.left() == []
 
 
-def test_confirmation_that_is_refused_for_a_moment(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_confirmation_that_is_refused_for_a_moment_is_sent_again(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """A CA that answers the first certConf with what passes, or somebody changed: the next poll confirms again."""
     csr = csr_pem(["a.example"])
     for openssl in BINARIES:
@@ -589,7 +607,9 @@ def test_confirmation_that_is_refused_for_a_moment(ca: DemoCA, handlers: Handler
             check_issued(handler.poll("name", begin(handler, csr), ""), csr)
 
 
-def test_a_yes_that_openssl_does_not_take(ca: DemoCA, pair: Pair, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_yes_that_openssl_does_not_take_ends_the_order(
+    ca: DemoCA, pair: Pair, handlers: Handlers, proxy: Proxy
+) -> None:
     """Authentic, but with another certReqId, or two certificates: it will never be taken, so the order ends."""
     certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
     der = certificate.public_bytes(serialization.Encoding.DER)
@@ -607,7 +627,9 @@ def test_a_yes_that_openssl_does_not_take(ca: DemoCA, pair: Pair, handlers: Hand
 
 
 @pytest.mark.parametrize("openssl", [path for path in BINARIES if version(path) >= (3, 5)])
-def test_certificate_that_openssl_cannot_confirm(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_certificate_that_openssl_cannot_confirm_waits(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """A CA that signs by Ed448, which has no hash for the certConf: the order waits for cmp_disable_confirm."""
     options, csr = {**hold(ca).options(), "cmp_server": proxy.server}, csr_pem(["a.example"], "a.example")
     handler = handlers(options, openssl_bin=openssl, **SHORT)
@@ -634,7 +656,7 @@ def test_certificate_that_openssl_cannot_confirm(openssl: str, ca: DemoCA, handl
 
 @binaries
 @pytest.mark.parametrize("words", [True, False])
-def test_certificate_that_is_not_trusted(
+def test_a_certificate_that_is_not_trusted_is_not_handed_out(
     words: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
 ) -> None:
     """By cmp_out_trusted. It is not handed out later either, when its refusal does not arrive at the CA."""
@@ -656,7 +678,9 @@ def test_certificate_that_is_not_trusted(
 
 @binaries
 @pytest.mark.parametrize("failure", ["badMessageCheck", "badTime", "badDataFormat", "systemUnavail"])
-def test_request_that_arrives_damaged(failure: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_poll_that_arrives_damaged_ends_no_order(
+    failure: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """A CA that cannot read a pollReq, which somebody may have changed, or cannot work now: the order waits on.
 
     After ir it is over.
@@ -682,7 +706,9 @@ def test_request_that_arrives_damaged(failure: str, openssl: str, ca: DemoCA, ha
 
 
 @pytest.mark.parametrize("openssl", [path for path in BINARIES if version(path) >= (3, 3)])
-def test_an_error_message_that_waits(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_an_error_message_that_waits_leaves_the_order_waiting(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """As the first answer of all. (An ip that waits may not follow it: to OpenSSL that is an unexpected status.)"""
     proxy.spoil_next("ir", lambda forward: saying(forward(), error_of(0, "later", status=3)))
     csr = csr_pem(["a.example"])
@@ -695,7 +721,9 @@ def test_an_error_message_that_waits(openssl: str, ca: DemoCA, handlers: Handler
 
 
 @binaries
-def test_a_flood(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flood_keeps_the_log_short(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of text, by the CA and by a stranger: the log stays short, and the order goes on."""
     csr = csr_pem(["a.example"])
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
@@ -744,7 +772,9 @@ def test_only_an_authentic_answer_revokes(
 
 
 @every_binary
-def test_a_first_answer_to_another_request(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_first_answer_to_another_request_is_refused(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """A recorded ip with a certificate for the same key, as a renewal has it: it is no part of this order."""
     csr = csr_pem(["a.example"])
     recorded: list[bytes] = []
