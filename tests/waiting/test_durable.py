@@ -90,10 +90,10 @@ class Disk:
 
 @needs_root
 @needs("mkfs.ext4")
-def test_power_failure(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_power_failure_loses_no_order(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """After each call the power fails: the next process finds what the last one has promised."""
     if not Path("/dev/loop-control").exists():
-        pytest.skip("this machine has no loop devices: test_power_failure_at_every_step has to do")
+        pytest.skip("this machine has no loop devices: test_a_power_failure_at_every_step_loses_no_order has to do")
     disk = Disk(tmp_path)
     handlers.work = disk.mounted / "work"
     csr = csr_pem(["durable.example"])
@@ -169,7 +169,7 @@ def newest_nonce(files: dict[str, bytes], directory: Path) -> bytes:
     return usable[-1].nonces[0]
 
 
-def test_power_failure_at_every_step(
+def test_a_power_failure_at_every_step_loses_no_order(
     ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without root, after every fsync, rename and deletion: a model of a disk, and the real handler."""
@@ -232,7 +232,9 @@ def hook(event, arguments):
 KILLED_POLLER = KILLED_AT + POLLER.replace("with cmp_ca", "sys.addaudithook(hook)\nwith cmp_ca")
 
 
-def test_poll_killed_at_every_step(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poll_killed_at_every_step_loses_no_order(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL before a file that poll() makes, renames or deletes, or before a process."""
     steps = [*range(1, 12), 14, 18, 22, *range(25, 32), 36, 40, 1000]  # between 12 and 24 it verifies the chain
     hold(ca).check_after = 0  # nobody sleeps
@@ -265,7 +267,7 @@ def test_poll_killed_at_every_step(ca: DemoCA, handlers: Handlers, monkeypatch: 
         assert "issued" in os.listdir(handlers.work / name)
 
 
-def test_file_size_limit(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_file_size_limit_leaves_the_order_as_it_was(ca: DemoCA, handlers: Handlers) -> None:
     """A limit of 0 bytes, so nothing can be written: the order is as it was."""
     csr = csr_pem(["limited.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -287,7 +289,9 @@ def test_file_size_limit(ca: DemoCA, handlers: Handlers) -> None:
 
 @needs_root
 @pytest.mark.parametrize("option", ["size=1m", "nr_inodes=64"])
-def test_full_disk_with_another_writer(option: str, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_full_disk_with_another_writer_loses_no_order(
+    option: str, ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
     """Blocks or inodes run out in the middle of twenty polls, after each has looked whether there is room."""
     small = tmp_path / "small"
     small.mkdir()
@@ -353,7 +357,7 @@ def test_result_is_handed_out_for_a_day(ca: DemoCA, handlers: Handlers) -> None:
     assert "no transaction" in str(handler.poll("name", identifier, "")[0])
 
 
-def test_killed_between_the_result_and_the_end(
+def test_an_order_killed_between_the_result_and_the_end_is_swept(
     ca: DemoCA, handlers: Handlers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A poller that was killed when `issued` and `waiting` were there: swept after a day, and no order that waits."""
@@ -370,7 +374,7 @@ def test_killed_between_the_result_and_the_end(
     assert not (handlers.work / identifier).exists()
 
 
-def test_a_damaged_result(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_damaged_result_is_an_error(ca: DemoCA, handlers: Handlers) -> None:
     """Half a result on a broken disk is an error that says so, and no certificate."""
     handler = handlers(hold(ca).options(), **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
@@ -379,7 +383,7 @@ def test_a_damaged_result(ca: DemoCA, handlers: Handlers) -> None:
     assert "internal" not in str(error) and rest == [None, None, identifier, False]
 
 
-def test_allowed_kinds_that_have_changed(ca: DemoCA, handlers: Handlers) -> None:
+def test_allowed_kinds_that_have_changed_count_for_new_orders_only(ca: DemoCA, handlers: Handlers) -> None:
     """cmp_san_types is for new orders: one that waits, and one that has its certificate, keep what was allowed."""
     names = [x509.DNSName("a.example"), x509.UniformResourceIdentifier("urn:a")]
     csr = csr_pem([], extensions=[x509.SubjectAlternativeName(names)])
@@ -390,7 +394,9 @@ def test_allowed_kinds_that_have_changed(ca: DemoCA, handlers: Handlers) -> None
         check_issued(handler.poll("name", identifier, as_host(csr)), csr)
 
 
-def test_a_lock_whose_file_cannot_be_renamed(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_whose_file_cannot_be_renamed_is_let_go(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A killed enrolment on a disk that is away for a moment: the next poll is not told that another one is at work."""
     handler = handlers(hold(ca).options(), **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
@@ -442,7 +448,7 @@ FAULTS: dict[str, tuple[Callable[[subprocess.Popen[str], Path], object], bool]] 
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_in_enroll(fault: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_fault_in_enroll_loses_no_order(fault: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """The certificate at once, or an order that waits, and gets it by its poll: never an error."""
     csr = csr_pem(["fault.example"])
     options = {**ca.options(), "cmp_server": proxy.server}
@@ -471,7 +477,9 @@ def test_fault_in_enroll(fault: str, ca: DemoCA, handlers: Handlers, proxy: Prox
 # --- A slow CA, and odd ideas of checkAfter
 
 
-def test_slow_ca(make_ca: Callable[..., DemoCA], handlers: Handlers, tcp_server: TcpServer) -> None:
+def test_held_orders_of_a_slow_ca_are_finished(
+    make_ca: Callable[..., DemoCA], handlers: Handlers, tcp_server: TcpServer
+) -> None:
     """2.5 seconds for each answer, with every version of openssl, and held orders: all are finished."""
 
     def finish(openssl: str, check_after: int) -> tuple[Any, str, int]:
@@ -503,7 +511,7 @@ def test_slow_ca(make_ca: Callable[..., DemoCA], handlers: Handlers, tcp_server:
 
 
 @binaries
-def test_check_after_zero(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_check_after_zero_is_asked_a_few_times_only(openssl: str, ca: DemoCA, handlers: Handlers) -> None:
     """A CA that says 0 seconds each time: a call asks a few times only, and the approved order is issued."""
     ca.hold, ca.check_after = True, 0
     csr = csr_pem(["now.example"])
@@ -535,7 +543,9 @@ def with_check_after(answer: bytes, value: int, ca: DemoCA) -> bytes:
 @pytest.mark.parametrize(
     "value", [-1, -(1 << 80), 1 << 31, 1 << 60, 1 << 63, 1 << 200], ids="-1 -2^80 2^31 2^60 2^63 2^200".split()
 )
-def test_check_after_out_of_range(value: int, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_check_after_out_of_range_ends_no_order(
+    value: int, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """openssl can go on from a pollRep of up to 1.8e16 seconds only. The others are kept, and the order is not lost."""
     csr = csr_pem(["odd.example"])
     options = {**hold(ca).options("certificate"), "cmp_server": proxy.server}
@@ -574,7 +584,9 @@ with open(sys.argv[2], "w") as file:
 """
 
 
-def test_standard_descriptors_closed(ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path) -> None:
+def test_the_lock_passes_to_openssl_with_standard_descriptors_closed(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path
+) -> None:
     """The lock must pass to openssl, whatever number it gets: killed, the poll is still in progress."""
     csr = csr_pem(["closed.example"])
     options = {**hold(ca).options(), "cmp_server": proxy.server}
@@ -631,7 +643,7 @@ def test_killed_enrolment_is_named(
 
 
 @pytest.mark.parametrize("seconds", [-7200, 7200])
-def test_clock_jump(seconds: int, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_clock_jump_makes_no_order_late(seconds: int, ca: DemoCA, handlers: Handlers) -> None:
     """The clock was set between an answer and its poll: the order is due at its time, or at once, never later."""
     csr = csr_pem(["clock.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -648,7 +660,7 @@ def test_clock_jump(seconds: int, ca: DemoCA, handlers: Handlers) -> None:
     check_issued(handler.poll("name", identifier, ""), csr)
 
 
-def test_relative_directory(
+def test_a_relative_directory_stays_when_the_process_changes_its_own(
     ca: DemoCA, handlers: Handlers, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread of the host changes the directory of the process while the CA works."""
@@ -676,7 +688,9 @@ def test_relative_directory(
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_flock_fails(failing: int, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_order_is_lost_when_flock_fails(
+    failing: int, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file system without locks, or whose lock server goes away. Only a fake: no such file system is at hand."""
     csr = csr_pem(["lock.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -785,7 +799,9 @@ def test_any_locale_will_do(
     assert handlers.left() == []
 
 
-def test_an_answer_that_cannot_be_read_now(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_cannot_be_read_now_leaves_the_order_waiting(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The CA has answered, and the process has no descriptor left to read it: the order waits all the same."""
     handler, csr = handlers(hold(ca).options(), **SHORT), csr_pem(["a.example"])
 
@@ -800,7 +816,7 @@ def test_an_answer_that_cannot_be_read_now(ca: DemoCA, handlers: Handlers, monke
     check_issued(handler.poll("name", identifier, ""), csr)
 
 
-def test_the_disk_is_full_for_the_next_request(
+def test_a_disk_full_for_the_next_request_leaves_the_order_waiting(
     ca: DemoCA, handlers: Handlers, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """openssl has taken the certificate; its certConf gets no answer, and is not on the disk: the order waits."""

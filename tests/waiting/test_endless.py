@@ -37,7 +37,9 @@ NUMBERS = {
 
 @pytest.mark.parametrize("authentic", [False, True], ids=["unprotected", "protected"])
 @pytest.mark.parametrize("number", NUMBERS)
-def test_number_larger_than_any(number: str, authentic: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_number_larger_than_any_is_an_ordinary_failure(
+    number: str, authentic: bool, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """A number of thousands of digits, from the CA or from anybody: an ordinary failure, and nothing waits."""
 
     def spoil(request: str, forward: Forward) -> bytes:
@@ -54,7 +56,7 @@ def test_number_larger_than_any(number: str, authentic: bool, ca: DemoCA, handle
     assert handlers.left() == []
 
 
-def test_number_while_an_order_waits(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_number_larger_than_any_ends_no_order_that_waits(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """The same in answer to a poll, from nobody: the order is asked about again, and issued."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), server=proxy.server, **SHORT)
@@ -69,7 +71,7 @@ def test_number_while_an_order_waits(ca: DemoCA, handlers: Handlers, proxy: Prox
 
 @binaries
 @pytest.mark.parametrize("when", ["ir", "pollReq", "certConf"])
-def test_signer_at_which_openssl_loops(
+def test_a_signer_at_which_openssl_loops_ends_no_order_that_waits(
     when: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenSSL prints a signer with a very long authorityCertIssuer for ever: that answer is not the CA's.

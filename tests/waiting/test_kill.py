@@ -118,7 +118,7 @@ def test_an_order_survives_a_kill(step: Step, victim: str, ca: DemoCA, handlers:
     assert handlers.left() == []
 
 
-def test_killed_at_each_confirmation(
+def test_an_order_killed_at_each_confirmation_waits_for_a_pkiconf(
     ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An openssl that was killed has not found the CA silent: the certificate is not handed out without a pkiConf."""
@@ -142,7 +142,7 @@ def test_killed_at_each_confirmation(
 
 
 @binaries
-def test_machine_that_pauses_while_openssl_sleeps(
+def test_a_machine_that_pauses_while_openssl_sleeps_loses_no_answer(
     openssl: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than openssl has time, in enroll(): it is killed, the CA's answer stays, and with it its nonce."""
@@ -163,7 +163,9 @@ def test_machine_that_pauses_while_openssl_sleeps(
 
 
 @binaries
-def test_recording_while_the_clock_is_set_back(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_recording_while_the_clock_is_set_back_is_not_kept(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """An earlier pollRep comes in place of the CA's answer, which then looks older than its request: it is not kept."""
     recorded: list[bytes] = []
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
@@ -187,7 +189,7 @@ def test_recording_while_the_clock_is_set_back(openssl: str, ca: DemoCA, handler
 
 @binaries
 @pytest.mark.parametrize("recording", ["certificate for the same key", "another order's pollRep", "earlier pollRep"])
-def test_killed_while_somebody_sends_a_recording(
+def test_a_recording_sent_to_a_killed_poll_is_thrown_away(
     recording: str, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
     """The poller is killed, then openssl gets what the CA has said elsewhere: the next poll throws that away."""
@@ -226,7 +228,9 @@ def test_killed_while_somebody_sends_a_recording(
 
 
 @binaries
-def test_two_polls_in_a_row_are_killed(openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_no_order_is_lost_when_two_polls_in_a_row_are_killed(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """Both at the certConf: the second one has made the request for the saved certificate anew, which says nothing."""
     csr = csr_pem(["twice.example"])
     handler = handlers({**hold(ca).options(), "cmp_server": proxy.server}, openssl_bin=openssl, **SHORT)
@@ -249,7 +253,7 @@ def test_two_polls_in_a_row_are_killed(openssl: str, ca: DemoCA, handlers: Handl
     assert requests(ca)["ir"] == 1
 
 
-def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:
+def test_only_what_nobody_needs_is_swept(ca: DemoCA, handlers: Handlers) -> None:
     """Older than an hour, not waiting for the CA, not locked, and one of ours."""
     options = hold(ca).options()
     csr = csr_pem(["waiting.example"])
@@ -278,7 +282,7 @@ def test_what_is_swept(ca: DemoCA, handlers: Handlers) -> None:
     check_issued(handlers(options, **SHORT).poll("name", identifier, ""), csr)
 
 
-def test_sweep_of_an_enrolment_that_begins_to_wait(ca: DemoCA, handlers: Handlers) -> None:
+def test_the_sweep_leaves_an_enrolment_that_begins_to_wait(ca: DemoCA, handlers: Handlers) -> None:
     """The sweep saw `enrolling`, then it was renamed to `waiting` and let go, then the sweep got its lock."""
     csr = csr_pem(["waiting.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -305,7 +309,9 @@ def test_sweep_names_what_is_allowed_here_alone(
     assert 'subject="URI:spiffe://a.example/x"' in line or "subject=URI:spiffe://a.example/x" in line
 
 
-def test_sweep_of_a_question(ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_sweep_of_a_question_asks_nobody_to_revoke(
+    ca: DemoCA, handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
     """A `check --connect` or `cacerts` that was killed has revoked nothing, and nobody has to revoke again."""
     handler = handlers(ca.options())
     settings = cmp_ca_handler._settings(handler.section)
@@ -320,7 +326,7 @@ def test_sweep_of_a_question(ca: DemoCA, handlers: Handlers, caplog: pytest.LogC
     assert handlers.left() == [] and "revoke" not in caplog.text
 
 
-def test_sweep_of_a_revocation(
+def test_the_sweep_of_a_revocation_says_to_revoke_again(
     ca: DemoCA, pair: Pair, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing was issued in it, so nobody has to look for a certificate at the CA."""
@@ -382,7 +388,7 @@ def fill(directory: Path, spare: int) -> Path:
 @needs_root
 @pytest.mark.parametrize("spare", [0, 4096, 20480, 65536])
 @pytest.mark.parametrize("call", ["enroll", "poll"])
-def test_disk_full(call: str, spare: int, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_full_disk_loses_no_order(call: str, spare: int, ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """However far it gets: an error or a later poll, and what was pending before is finished when there is room."""
     csr, other = csr_pem(["pending.example"]), csr_pem(["other.example"])
     with tmpfs(tmp_path / "small", "4m") as small:
@@ -430,7 +436,7 @@ with cmp_ca_handler.CAhandler() as handler:
 """
 
 
-def test_descriptors_exhausted(ca: DemoCA, handlers: Handlers) -> None:
+def test_exhausted_descriptors_lose_no_order(ca: DemoCA, handlers: Handlers) -> None:
     """With no descriptor to spare, with one, with two, ...: an error, nothing lost, and what is left is swept."""
     csr = csr_pem(["pending.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -503,7 +509,9 @@ ACCIDENTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], bool]
 @pytest.mark.parametrize(
     "accident", [pytest.param(name, marks=needs_root) if name == "another user's" else name for name in ACCIDENTS]
 )
-def test_directory_between_enroll_and_poll(accident: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_a_directory_changed_between_enroll_and_poll_loses_no_order(
+    accident: str, ca: DemoCA, handlers: Handlers
+) -> None:
     """cmp_tmp_dir is removed, replaced, given away or dated otherwise: an error at most, then the certificate."""
     happen, put_right, works = ACCIDENTS[accident]
     csr = csr_pem(["pending.example"])
@@ -522,7 +530,9 @@ def test_directory_between_enroll_and_poll(accident: str, ca: DemoCA, handlers: 
     assert handlers.left() == []
 
 
-def test_directory_deleted_during_an_enrolment(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_directory_deleted_during_an_enrolment_leaks_no_descriptor(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """An error, and no descriptor stays open: of a worker that runs for months, they are the first thing to run out."""
 
     def delete(forward: Callable[[], bytes]) -> bytes:
@@ -539,7 +549,7 @@ def test_directory_deleted_during_an_enrolment(ca: DemoCA, handlers: Handlers, p
 
 
 @needs_root
-def test_read_only(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
+def test_a_read_only_file_system_loses_no_order(ca: DemoCA, handlers: Handlers, tmp_path: Path) -> None:
     """The file system becomes read-only while an order waits: errors that say so, and later the certificate."""
     csr = csr_pem(["pending.example"])
     with tmpfs(tmp_path / "small", "4m") as small:

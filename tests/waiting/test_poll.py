@@ -59,7 +59,7 @@ def tree(directory: Path) -> dict[str, tuple[int, bytes]]:
     [(path, kind) for path in BINARIES for kind in ("secret", "certificate")] + [(OPENSSL, "tls")],
     ids=lambda value: Path(value).name,
 )
-def test_finished_by_another_process(
+def test_an_order_is_finished_by_another_process(
     openssl: str, kind: str, make_ca: Callable[..., DemoCA], handlers: Handlers
 ) -> None:
     """An order that waits is approved: a poll in another process gets the certificate, and so does the next one."""
@@ -96,7 +96,9 @@ def test_finished_by_another_process(
 
 
 @binaries
-def test_openssls_own_server(openssl: str, mock: Callable[..., Mock], pair: Pair, handlers: Handlers) -> None:
+def test_openssls_own_server_finishes_what_openssl_knows_to_wait_for(
+    openssl: str, mock: Callable[..., Mock], pair: Pair, handlers: Handlers
+) -> None:
     """Against the server of every version. From 3.5 on it delays the answer to certConf as well."""
     running = [mock(pair.certificate, "-poll_count", "2", "-check_after", "3600", openssl=path) for path in BINARIES]
     each = [handlers(server.options(), openssl_bin=openssl, keep_alive="0", **SHORT) for server in running]
@@ -124,7 +126,7 @@ def test_openssls_own_server(openssl: str, mock: Callable[..., Mock], pair: Pair
 
 
 @pytest.mark.parametrize("cmd", ["cr", "p10cr"])
-def test_other_requests(cmd: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_other_requests_that_wait_are_issued(cmd: str, ca: DemoCA, handlers: Handlers) -> None:
     """An order by `cr` or `p10cr` that waits: one request, one certConf, and the certificate."""
     csr = csr_pem(["a.example"], "a.example")
     handler = handlers(hold(ca).options(), cmd=cmd, **SHORT)
@@ -136,7 +138,7 @@ def test_other_requests(cmd: str, ca: DemoCA, handlers: Handlers) -> None:
     assert handlers.left() == []
 
 
-def test_implicit_confirmation(ca: DemoCA, handlers: Handlers) -> None:
+def test_implicit_confirmation_of_an_order_that_waits_sends_no_certconf(ca: DemoCA, handlers: Handlers) -> None:
     """An order that waits with cmp_implicit_confirm: issued, and no certConf is sent."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), implicit_confirm="True", **SHORT)
@@ -173,7 +175,7 @@ def test_not_asked_before_its_time(ca: DemoCA, handlers: Handlers) -> None:
     check_issued(handler.poll("name", identifier, ""), csr)
 
 
-def test_fifty_at_once(ca: DemoCA, handlers: Handlers) -> None:
+def test_fifty_at_once_each_get_their_own_certificate(ca: DemoCA, handlers: Handlers) -> None:
     """Fifty orders that wait, polled by four threads in another order: each gets its own certificate."""
     handler = handlers(hold(ca).options(), **SHORT)
     csrs = [csr_pem([f"n{number}.example"]) for number in range(50)]
@@ -194,7 +196,9 @@ def test_fifty_at_once(ca: DemoCA, handlers: Handlers) -> None:
 
 @pytest.mark.parametrize("text", ["not in this life", "the sender does not match expected sender"])
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_refused_after_waiting(authentication: str, text: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_an_order_refused_after_waiting_ends_with_the_reason(
+    authentication: str, text: str, ca: DemoCA, handlers: Handlers
+) -> None:
     """A CA that refuses an order that waits, in whatever words: the poll has them, and nothing is left."""
     handler = handlers(hold(ca).options(authentication), **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
@@ -208,7 +212,7 @@ def test_refused_after_waiting(authentication: str, text: str, ca: DemoCA, handl
 
 
 @pytest.mark.parametrize("authentication", ["secret", "certificate"])
-def test_forgotten_by_the_ca(authentication: str, ca: DemoCA, handlers: Handlers) -> None:
+def test_an_order_forgotten_by_the_ca_ends_as_rejected(authentication: str, ca: DemoCA, handlers: Handlers) -> None:
     """A CA that no longer knows the order: the poll ends it as rejected, and no second ir is sent."""
     handler = handlers(hold(ca).options(authentication), **SHORT)
     identifier = begin(handler, csr_pem(["a.example"]))
@@ -244,7 +248,7 @@ def http_error(status: str) -> Callable[[socket.socket], None]:
     + [http_error(status) for status in ("404 Not Found", "500 Internal Server Error", "503 Service Unavailable")],
     ids="refused closed silent 404 500 503".split(),
 )
-def test_ca_away(
+def test_a_ca_that_is_away_ends_no_order(
     serve: Callable[[socket.socket], None] | None, ca: DemoCA, handlers: Handlers, tcp_server: TcpServer
 ) -> None:
     """A CA that is away, silent, or answers with an HTTP error: the order waits on, and the next poll gets it."""
@@ -264,7 +268,7 @@ def test_ca_away(
 
 
 @pytest.mark.parametrize("request_name", ["pollReq", "certConf"])
-def test_connection_lost_before_the_ca_got_the_request(
+def test_a_connection_lost_before_the_ca_got_the_request_ends_no_order(
     request_name: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
 ) -> None:
     """A pollReq or certConf that is lost on its way: the order waits, and is issued once."""
@@ -289,7 +293,9 @@ def lose(forward: Callable[[], bytes]) -> None:
     forward()
 
 
-def test_answer_to_a_poll_lost(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_lost_answer_to_a_poll_ends_the_order_at_openssls_server(
+    ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """OpenSSL's server, unlike others, does not take a request twice, nor another one with an older nonce.
 
     So the CA's no ends it: an answer that nobody has seen holds the nonce that it expects next.
@@ -306,7 +312,7 @@ def test_answer_to_a_poll_lost(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> 
 
 @binaries
 @pytest.mark.parametrize("held", [False, True])
-def test_answer_to_the_confirmation_lost(
+def test_a_lost_answer_to_the_confirmation_costs_no_certificate(
     held: bool, openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The CA has issued, and counts the certificate as confirmed: it is handed out, with a warning."""
@@ -327,7 +333,7 @@ def test_answer_to_the_confirmation_lost(
     assert handlers.left() == []
 
 
-def test_ca_away_before_the_confirmation(
+def test_a_ca_away_before_the_confirmation_gets_it_later(
     ca: DemoCA, handlers: Handlers, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CA that is away has not left the confirmation without an answer: it gets it when it is back, however late."""
@@ -351,7 +357,9 @@ def test_ca_away_before_the_confirmation(
     [("secret", how) for how in ("garbage", "empty", "cut short")]
     + [(kind, how) for kind in ("secret", "certificate") for how in ("tampered", "unprotected", "replayed")],
 )
-def test_wrong_answer(authentication: str, how: str, ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_wrong_answer_ends_no_order(
+    authentication: str, how: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
     """Somebody else than the CA answers a poll: an error, and the next poll has the CA's own answer."""
     answers: list[bytes] = []
     proxy.spoil_next("pollReq", note(answers))
@@ -370,7 +378,7 @@ def test_wrong_answer(authentication: str, how: str, ca: DemoCA, handlers: Handl
     assert handlers.left() == []
 
 
-def test_forged_rejection(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_a_forged_rejection_ends_no_order(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """A no without the CA's protection ends nothing."""
     csr = csr_pem(["a.example"])
     handler = handlers({**hold(ca).options("certificate"), "cmp_server": proxy.server}, **SHORT)
@@ -399,7 +407,7 @@ BAD_IDENTIFIERS: list[Any] = ["", None, 7, "0" * 32, "unknown", ".", "..", "../x
 BAD_IDENTIFIERS += ["x" * 10_000, "{}/", "{}\n", "{}/../{}"]  # {}: one that is good
 
 
-def test_bad_identifier(ca: DemoCA, handlers: Handlers) -> None:
+def test_a_bad_identifier_changes_nothing(ca: DemoCA, handlers: Handlers) -> None:
     """What is no order of this directory is an error, on one line, and nothing is changed."""
     handler = handlers(hold(ca).options(), **SHORT)
     good = begin(handler, csr_pem(["a.example"]))
@@ -412,7 +420,7 @@ def test_bad_identifier(ca: DemoCA, handlers: Handlers) -> None:
         assert tree(handlers.directory) == before, ascii(bad)
 
 
-def test_one_poll_at_a_time(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
+def test_one_poll_runs_at_a_time(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> None:
     """The second one says so and changes nothing, whether it is in the same process or in another."""
     hold(ca).check_after = 1
     options = {**ca.options(), "cmp_server": proxy.server}
@@ -443,7 +451,9 @@ def test_one_poll_at_a_time(ca: DemoCA, handlers: Handlers, proxy: Proxy) -> Non
     assert handlers.left() == []
 
 
-def test_finished_between_open_and_lock(ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_order_finished_between_open_and_lock_is_left_as_it_is(
+    ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """We have opened the lock file; the poll that holds it finishes and deletes it; we get the lock of no file."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -489,7 +499,7 @@ def test_nobody_polls_what_is_being_deleted(ca: DemoCA, handlers: Handlers, monk
     assert handlers.left() == []
 
 
-def test_lock_of_a_killed_process(ca: DemoCA, handlers: Handlers) -> None:
+def test_the_lock_of_a_killed_process_is_let_go(ca: DemoCA, handlers: Handlers) -> None:
     """Another process holds the order's lock: `busy`; when it is killed, the next poll gets the certificate."""
     csr = csr_pem(["a.example"])
     handler = handlers(hold(ca).options(), **SHORT)
@@ -516,7 +526,9 @@ sys.stdin.read()
     assert handlers.left() == []
 
 
-def test_wrong_configuration(ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_configuration_at_a_poll_ends_no_order(
+    ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten wrong settings and a missing file at a poll: an error each, and the order waits until all is right."""
     csr = csr_pem(["a.example"])
     options = hold(ca).options()
@@ -565,7 +577,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def test_damaged_files(ca: DemoCA, handlers: Handlers) -> None:
+def test_damaged_files_give_no_wrong_certificate(ca: DemoCA, handlers: Handlers) -> None:
     """Every file of a transaction, damaged in every way: no exception, no wrong certificate, nothing outside."""
     options = hold(ca).options()
     handler = handlers(options, **SHORT)
