@@ -1965,9 +1965,9 @@ keyform ^(?!(PEM|P12|pem|p12)$) -> openssl applies it to the request's public ke
 def _check_text(option: str, value: str) -> None:
     """Raise CMPError where the configuration file has left something in a value, or openssl would misread it."""
     mine = {option, _option(option).kind}
-    unseen = [c for c in value if not c.isprintable() and c not in "\t\r\n" and not "\ud800" <= c <= "\udfff"]
+    unseen = next((c for c in value if not (c.isprintable() or c in "\t\r\n" or "\ud800" <= c <= "\udfff")), "")
     if unseen and not value.startswith("pass:"):
-        raise CMPError(f"holds a character that nobody sees, U+{ord(unseen[0]):04X}: type the value anew")
+        raise CMPError(f"holds a character that nobody sees, U+{ord(unseen):04X}: type the value anew")
     for names, fault, text in VALUE_FAULTS:
         if mine.isdisjoint(names.strip("!").split("/")) != names.startswith("!"):
             continue
@@ -1999,10 +1999,10 @@ def _check_file(name: str, content: str) -> None:
     labels = labels or [""] * (data[:1] != b"\x30")
     kinds = " and ".join(dict.fromkeys(PEM_KINDS.get(label, f"a {label.lower()}") for label in labels))
     wrong = labels and not any(label.endswith(content.upper()) for label in labels)
-    begun = sum(label.endswith("CERTIFICATE") for label in labels)
+    begun = sum(label.endswith("CERTIFICATE") for label in labels) if content == "certificate" else 0
     mark = rb"-----%s (?:[A-Z0-9]+ )?CERTIFICATE-----\s"
     whole = b"^(?:\xef\xbb\xbf)?" + mark % b"BEGIN" + rb"[A-Za-z0-9+/=\s]+^" + mark % b"END"
-    broken = begun - len(re.findall(whole, data + b"\n", re.M)) if content == "certificate" else 0
+    broken = begun - len(re.findall(whole, data + b"\n", re.M)) if begun else 0
     _raise_first(
         (not data.strip(), f"{shown} is empty"),
         (wrong, f"{shown} holds no {content}, but {kinds}"),
@@ -2356,7 +2356,8 @@ def _rehearse(settings: Settings, without: str = "") -> tuple[Run, bool]:
         if key and not os.path.isfile(key) and not key.startswith("file:"):
             left_out = (f"{kind}key", f"{kind}keypass", f"{kind}cert")
             options = {option: value for option, value in options.items() if option not in left_out}
-            options.update({} if kind else {"unprotected_requests": None})
+            if not kind:
+                options["unprotected_requests"] = None
     command = options.get("cmd") or "ir"
     options["cmd"] = {"p10cr": "ir", "rr": "genm"}.get(command, command)  # these two need more than the configuration
     _make_directory(settings)
@@ -3548,8 +3549,9 @@ def _handler_command(args: Any) -> int:
             names = ", ".join(_one_line(name) for name in handler._config if name.startswith("CAhandler:"))
             if args.section not in handler._config:
                 raise CMPError(f"the configuration has no section [{_one_line(args.section)}]")
-            handler.section.update(_our_entries(handler._config[args.section]))
-            if names and args.section == "CAhandler" and "cmp_server" not in handler.section:
+            if args.section != "CAhandler":  # that one is read
+                handler.section.update(_our_entries(handler._config[args.section]))
+            elif names and "cmp_server" not in handler.section:
                 raise CMPError(f"[CAhandler] has no cmp_server: name a section with --section: {names}")
         if args.command == "check":
             return _check_command(handler, path, args)
