@@ -1357,7 +1357,7 @@ def _openssl_cmp(
         transaction.logger.debug("running %s", " ".join(_one_line(word) or "''" for word in command))
     total = int(overrides.get("total_timeout") or settings.seconds("total_timeout"))
     limit = total + GRACE if total else NO_TIMEOUT  # 0 is none
-    run = _run([*command, *files], limit, settings.secrets, [transaction.lock], asleep)
+    run = _run([*command, *files], limit, settings.environment, [transaction.lock], asleep)
     # What openssl calls an error before it sends anything, and goes on, is none: say, that its own TLS certificate has
     # another root than the server's. Below the verbosity at which it says "sending", somebody else could say that.
     elsewhere = settings.options.get("config") or "section" in settings.options  # it may be set there
@@ -1595,7 +1595,7 @@ def _certificates(path: str) -> list[Certificate]:
     """The certificates in a PEM or DER file, if there is one; what is none is passed over."""
     if not os.path.isfile(path):
         return []
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         data = file.read()
     pem = rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END"
     found = []
@@ -1731,6 +1731,7 @@ OPTIONS = {
     for words, _, weak in [special.partition(", ")]
     for name in names.split()
 }
+NOTHING_SPECIAL = Option()
 OURS = frozenset(name for name, option in OPTIONS.items() if option.kind == "ours")
 ON, OFF = ("true", "yes", "on"), ("false", "no", "off")
 MSG_TIMEOUT, TOTAL_TIMEOUT = 5, 10  # seconds
@@ -1740,7 +1741,7 @@ EXPIRES_SOON = 30 * 86400  # seconds
 
 def _option(name: str) -> Option:
     """What is special of an option."""
-    return OPTIONS.get(name, Option())
+    return OPTIONS.get(name, NOTHING_SPECIAL)
 
 
 class Settings(NamedTuple):
@@ -1751,7 +1752,8 @@ class Settings(NamedTuple):
     own_directory: bool  # nobody configured it: a directory of ours under the system's temporary directory
     options: Mapping[str, str | None]  # openssl's option -> value; None for a switch
     secrets: Mapping[str, str]  # environment variables for openssl
-    hidden: Collection[str]  # what must appear nowhere (see `_hide`)
+    environment: Mapping[str, str] | None  # all of them; None: those of this process
+    hidden: Sequence[str]  # what must appear nowhere (see `_hide`)
     refuse_changes: bool  # revoke a certificate that is not what was asked for
     san_types: Sequence[str]  # the kinds of subjectAltNames that a CSR may have
     errors: Sequence[str] = ()
@@ -1811,7 +1813,8 @@ def _state(section: Mapping[str, str]) -> object:
             files += [name.removeprefix("file:").strip() for name in _file_list(option, text)]
         elif option == "openssl_bin":
             program = text or program
-    states = tuple((name, *_file_state(name)) for name in [*files, shutil.which(program) or ""])
+    program = program if os.path.isabs(program) and sys.platform != "win32" else shutil.which(program) or ""
+    states = tuple((name, *_file_state(name)) for name in [*files, program])
     here = os.stat(os.curdir)  # its path may be gone
     user = os.geteuid() if sys.platform != "win32" else 0  # a server may give up root
     return (tuple(section.items()), tuple(os.environ.items()), here.st_dev, here.st_ino, user, states)
@@ -1868,7 +1871,8 @@ def _read_section(section: Mapping[str, str]) -> Settings:
     # The process may change its own directory.
     directory = _openssl_path(_utf8(os.path.abspath(_default_directory() if own else section["cmp_tmp_dir"])))
     _add_defaults(options, binary)
-    settings = Settings(binary, directory, own, options, secrets, _hidden(secrets), refuse, san_types)
+    environment, hidden = {**os.environ, **secrets} if secrets else None, _hidden(secrets)
+    settings = Settings(binary, directory, own, options, secrets, environment, hidden, refuse, san_types)
     meant = re.findall(r"did you mean (cmp_\w+)\?", " ".join(errors))  # what else is said of these is untrue
     findings = [(text, fatal) for wrong, text, fatal in _findings(section, settings) if wrong]
     findings = [(text, fatal) for text, fatal in findings if not any(name in text for name in meant)]
@@ -2097,7 +2101,7 @@ def _attribute_type(kind: str, binary: Binary) -> str:
 
 # Where a secret could come out, and what keeps it in:
 #   openssl's arguments   `_read_value` puts `env:NAME` there; VALUE_FAULTS refuses PINs and passwords in other options
-#   openssl's environment `_start` adds `Settings.secrets` for that one process; its user and root can read it, and what
+#   openssl's environment `Settings.environment` is for its processes alone; its user and root can read it, and what
 #                         acme2certifier's own environment holds
 #   the log, errors       openssl's lines, the CA's texts, and names in its certificates pass `_hide`, each as a whole
 #                         (`_foreign`, `Transaction.warn`): it masks `Settings.hidden`, from four characters on, and
@@ -2276,10 +2280,17 @@ def _combination_findings(section: Mapping[str, str], settings: Settings) -> Ite
         yield so, text.replace("{}", ", ".join(names)), level == "error"
 
 
-def _hidden(secrets: Mapping[str, str]) -> Collection[str]:
-    """Secrets, and the passwords of proxies: openssl prints them, whatever is in them."""
+def _hidden(secrets: Mapping[str, str]) -> Sequence[str]:
+    """Secrets, and the passwords of proxies, in each spelling that a text may have, the longest first.
+
+    One of less than four characters would hide everything else.
+    """
     users = [re.sub(r"^\w+://", "", os.environ[name].rpartition("@")[0]) for name in _proxies()]
-    return {*secrets.values(), *(text for user in users for text in (f"{user}@", user.partition(":")[2]))} - {"", "@"}
+    spelled: set[str] = set()
+    for secret in [*secrets.values(), *(text for user in users for text in (f"{user}@", user.partition(":")[2]))]:
+        printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
+        spelled |= {secret, printed, _one_line(printed, len(printed) + 1), _escaped(printed)}
+    return sorted((text for text in spelled if len(text) > 3), key=len, reverse=True)
 
 
 def _proxies() -> list[str]:
@@ -2368,7 +2379,7 @@ def _rehearse(settings: Settings, without: str = "") -> tuple[Run, bool]:
             file.write(_pem(NOBODYS_KEY, "PUBLIC KEY"))
         request = ["-newkey", f"{directory}/pubkey.pem", "-subject", options.get("subject") or "/CN=check"]
         request += ["-certout", os.devnull, "-rspin", os.devnull, "-reqout", f"{directory}/request.der"]
-        run = _run(_command(settings._replace(options=options), request), secrets=settings.secrets)
+        run = _run(_command(settings._replace(options=options), request), environment=settings.environment)
         return run, os.path.exists(f"{directory}/request.der")
     finally:
         _delete(directory)
@@ -2516,20 +2527,20 @@ class Run(NamedTuple):
 def _run(
     argv: Sequence[str],
     limit: float = 10,
-    secrets: Mapping[str, str] = types.MappingProxyType({}),
+    environment: Mapping[str, str] | None = None,
     keep: Sequence[int] = (),
     asleep: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Run a program and collect what it says; kill it, with its process group, after `limit` seconds.
 
-    `secrets` are added to its environment, the file descriptors `keep` are inherited. `asleep` is asked from
-    time to time while the program says nothing: where it says yes, the program is ended as well.
+    It gets this `environment`, or ours, and inherits the file descriptors `keep`. `asleep` is asked from time to
+    time while the program says nothing: where it says yes, the program is ended as well.
     """
     if sys.platform != "win32" and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         raise CMPError("this process ignores SIGCHLD, so nobody can know how openssl ends: use another web server")
     output, chunk, ended, deadline = b"", b"-", False, time.monotonic() + limit
     try:
-        process, job = _start(argv, secrets, keep)
+        process, job = _start(argv, environment, keep)
     except (OSError, ValueError) as err:
         raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
     assert process.stdout is not None  # noqa: S101 - it is a pipe
@@ -2558,9 +2569,9 @@ def _run(
 def _lines(output: str) -> list[Line]:
     """openssl's lines. What is no message of its log (a certificate's details, say) gets the level debug."""
     lines: list[Line] = []
-    for line in output.split("\n"):
+    for line in filter(None, output.split("\n")):
         match = MESSAGE.match(line)
-        name, text = match.groups() if match else ("debug", QUEUE.sub(r"\1 \2", line))
+        name, text = match.groups() if match else ("debug", QUEUE.sub(lambda found: f"{found[1]} {found[2]}", line))
         text = text.strip()
         if text:
             level = logging.ERROR if text.startswith(OTHER_SENDER) else LEVELS.get(name.lower(), logging.ERROR)
@@ -2589,16 +2600,13 @@ def _foreign(text: str, secrets: Collection[str], limit: int = MAX_TEXT) -> str:
     return _one_line(_hide(text, secrets), limit)
 
 
-def _hide(text: str, secrets: Iterable[str]) -> str:
-    """`text`, which is not ours, without the secrets; one of less than four characters would hide everything else."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        printed = os.fsencode(secret).decode("utf-8", "replace")  # as a program's output is read: see _utf8()
-        for spelled in {secret, printed, _one_line(printed, len(printed) + 1), _escaped(printed)}:
-            if len(spelled) > 3:
-                text = text.replace(spelled, "***")
-    # What looks like one: the PIN of a token, the password of a proxy.
-    text = re.sub(r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret)) *= *[^;&?\s'\"]+", r"\1=***", text)
-    return re.sub(r"(//)[^/@\s'\"]+@", r"\1***@", text)
+def _hide(text: str, hidden: Iterable[str]) -> str:
+    """`text`, which is not ours, without what is hidden (see `_hidden`), and without what looks like a secret."""
+    for spelled in hidden:
+        text = text.replace(spelled, "***")
+    # The PIN of a token, the password of a proxy.
+    pin = r"(?i)((?:\b|_)(?:pin(?:-value)?|pass(?:word|phrase)?|secret)) *= *[^;&?\s'\"]+"
+    return re.sub(r"//[^/@\s'\"]+@", "//***@", re.sub(pin, lambda found: f"{found[1]}=***", text))
 
 
 def _one_line(text: str, limit: int = MAX_TEXT) -> str:
@@ -2643,20 +2651,23 @@ def _directory_fault(path: str, own: bool) -> str:
     name = _one_line(path, 100)
     if re.search(r"[\s,\\\0]", path):
         return f"cmp_tmp_dir {name}: openssl cannot use a name with a blank, a comma or a backslash"
-    real = os.path.realpath(path)
-    if own and os.path.islink(path):
+    way = dict(_way(path))
+    links = [place for place, info in way.items() if info and stat.S_ISLNK(info.st_mode)]
+    real = os.path.realpath(path) if links or sys.platform == "win32" else path
+    if own and path in links:
         return f"cmp_tmp_dir {path} is a symbolic link: set cmp_tmp_dir to a directory of your own"
     try:
         os.lstat(real)
     except OSError as err:
         if err.errno not in (errno.ENOENT, errno.ENOTDIR):  # a shared disk that is away
             return f"cmp_tmp_dir: {_explained(err)[1]}"
-    there = next(filter(os.path.lexists, _way(real)), real)  # what is missing will be made, if its parent lets us
+    # What is missing will be made, if its parent lets us.
+    there = next((place for place, info in _way(real) if info), real)
     if not os.path.isdir(there):
         return f"cmp_tmp_dir {_one_line(there, 100)} is not a directory"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    for place in dict.fromkeys([*_way(path), *(_way(real) if real != path else ())]):
-        who = _writable_by_others(place)
+    for place, info in {**way, **dict(_way(real) if real != path else ())}.items():
+        who = _writable_by_others(info)
         if who:
             return f"cmp_tmp_dir: {_one_line(place, 100)} {who}"
     if there == real and os.name == "posix" and os.stat(real).st_mode & 0o1002 == 0o1002:
@@ -2665,21 +2676,33 @@ def _directory_fault(path: str, own: bool) -> str:
     return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}" if user else ""
 
 
-def _way(path: str, depth: int = 0) -> Iterator[str]:
-    """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere."""
+def _way(path: str, depth: int = 0) -> Iterator[tuple[str, os.stat_result | None]]:
+    """The directory, those above it, and the same for each symbolic link on the way: all that can lead us elsewhere.
+
+    And what the system says of each, None where it is not there.
+    """
     here, below = os.path.abspath(path), ""
     while here != below:  # what is above the root is the root
-        yield here
-        if os.path.islink(here) and depth < 40:
+        info = _about_file(here)
+        yield here, info
+        if info and stat.S_ISLNK(info.st_mode) and depth < 40:
             yield from _way(os.path.join(os.path.dirname(here), os.readlink(here)), depth + 1)
         here, below = os.path.dirname(here), here
+
+
+def _about_file(path: str) -> os.stat_result | None:
+    """What the system says of a file, a directory or a link, None where there is none."""
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
 
 
 def _make_directory(settings: Settings) -> None:
     """Make cmp_tmp_dir, if it is not there. The directories above it are nobody else's either. Raises CMPError."""
     if os.path.isdir(settings.directory):
         return
-    for path in reversed([path for path in _way(settings.directory) if not os.path.isdir(path)]):
+    for path in reversed([path for path, _ in _way(settings.directory) if not os.path.isdir(path)]):
         with contextlib.suppress(FileExistsError):  # somebody may have been quicker
             os.mkdir(path, 0o700)
         with contextlib.suppress(OSError):  # who may write into a directory need not be allowed to open it
@@ -2694,13 +2717,9 @@ def _openssl_path(path: str) -> str:
     return path.replace("\\", "/") if os.sep == "\\" else path
 
 
-def _writable_by_others(path: str) -> str:
+def _writable_by_others(info: os.stat_result | None) -> str:
     """Who else may change this directory or link, as the end of an error, or nothing. Windows tells only by ACLs."""
-    if sys.platform == "win32":
-        return ""
-    try:
-        info = os.lstat(path)
-    except OSError:  # it will be made
+    if sys.platform == "win32" or info is None:  # it will be made
         return ""
     if info.st_uid not in (os.geteuid(), 0):
         ours = "give it to the user of acme2certifier; machines that share it need the same uid number"
@@ -2793,8 +2812,10 @@ def _unlock(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _start(argv: Sequence[str], secrets: Mapping[str, str], keep: Sequence[int]) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a program that reads nothing, with `secrets` in its environment; it inherits `keep`, if it can.
+def _start(
+    argv: Sequence[str], environment: Mapping[str, str] | None, keep: Sequence[int]
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a program that reads nothing, with this environment, or ours; it inherits `keep`, if it can.
 
     It and all that it starts are a process group, or on Windows a job, whose handle comes second.
     """
@@ -2802,7 +2823,7 @@ def _start(argv: Sequence[str], secrets: Mapping[str, str], keep: Sequence[int])
     with open(os.devnull, "rb", buffering=0) as null:
         streams: dict[str, Any] = {"stdin": null, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         if sys.platform == "win32":
-            environment = {**os.environ, **secrets, "OPENSSL_WIN32_UTF8": "1"}  # else it reads its arguments as ANSI
+            environment = {**(environment or os.environ), "OPENSSL_WIN32_UTF8": "1"}  # else it reads arguments as ANSI
             argv, flags = [os.path.abspath(argv[0]), *argv[1:]], subprocess.CREATE_NO_WINDOW
             process = subprocess.Popen(argv, env=environment, creationflags=flags, **streams)
             # No lock can be inherited. Instead, what is in the job ends when this process does.
@@ -2812,8 +2833,7 @@ def _start(argv: Sequence[str], secrets: Mapping[str, str], keep: Sequence[int])
             _kernel32.SetInformationJobObject(job, 9, limits, len(limits))
             _kernel32.AssignProcessToJobObject(job, int(process._handle))  # type: ignore[attr-defined]
             return process, job
-        added = {**os.environ, **secrets} if secrets else None
-        return subprocess.Popen(argv, env=added, pass_fds=keep, start_new_session=True, **streams), 0
+        return subprocess.Popen(argv, env=environment, pass_fds=keep, start_new_session=True, **streams), 0
 
 
 def _readable(pipe: IO[bytes], seconds: float) -> bool:
@@ -3067,6 +3087,7 @@ ATTRIBUTES = {
     "0.9.2342.19200300.100.1.1": ("UID", UTF8, 256),
     "0.9.2342.19200300.100.1.25": ("DC", IA5, 255),
 }
+SLASH_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in r"\/+="})
 DN_TYPES = {**{short.upper(): short for short, _, _ in ATTRIBUTES.values()}, **DN_ALIASES}
 STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii", 0x12: "ascii", 0x1A: "ascii", 0x14: "latin-1"}
 STRINGS.update({0x1E: "utf-16-be", 0x1C: "utf-32-be"})
@@ -3202,8 +3223,8 @@ def _name_text(name: Name) -> str:
 
 def _escaped(text: str) -> str:
     """An attribute's value in RFC 4514's notation; a blank at its end would be stripped, with a backslash, too."""
-    special = r"(^|(?<=\s))#|[,+\"\\;<>=]"  # behind a blank a # begins a comment
-    return re.sub("^ | $", r"\\20", re.sub(special, r"\\\g<0>", text))
+    special = r"^ | $|(^|(?<=\s))#|[,+\"\\;<>=]"  # behind a blank a # begins a comment
+    return re.sub(special, lambda found: r"\20" if found[0] == " " else "\\" + found[0], text)
 
 
 def _slash_form(name: Name, exact: bool) -> str | None:
@@ -3218,7 +3239,7 @@ def _slash_form(name: Name, exact: bool) -> str | None:
             short, tag, longest = ATTRIBUTES[a.type]
             if len(a.text) > longest or (exact and a.tag != tag) or (short == "C" and len(a.text) != longest):
                 return None
-            text += ("+" if position else "/") + short + "=" + re.sub(r"([\\/+=])", r"\\\1", a.text)
+            text += ("+" if position else "/") + short + "=" + a.text.translate(SLASH_ESCAPES)
     return _utf8(text)
 
 
@@ -3342,7 +3363,7 @@ class Message(NamedTuple):
     details: tuple[str, ...] = ()
     check_after: int = 0
     certificate: bytes = b""
-    sender: Name | None = None  # of the header, if it is a directoryName
+    sender: bytes = b""  # the name in the header, if it is a directoryName
     sent: bytes = b""  # the certificates in extraCerts and caPubs, one after the other
     content: bytes = b""  # of its body
 
@@ -3381,7 +3402,7 @@ def _saved_message(path: str) -> Message | None:
         fields, more, kind = _by_tag(optional), _by_tag(rest), body.tag & 0x1F
         # Not a generator: there StopIteration would become a RuntimeError.
         identifier, nonce, asked = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
-        name = _name(next(_elements(sender.value)).raw) if sender.tag == 0xA4 else None
+        name = next(_elements(sender.value)).raw if sender.tag == 0xA4 else b""
         mac = 0xA0 in more and _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
         capubs = _by_tag(_sequence(body.value)).get(0xA1) if kind in (IP, CP) else None
         sent = b"".join(next(_elements(found)).value for found in (more.get(0xA1), capubs) if found)
@@ -3568,7 +3589,7 @@ def _find_configuration(named: str | None) -> str:
         sys.path.append(os.path.dirname(here))
     places = [os.path.abspath(name) for name in ("acme_srv.cfg", "acme_srv/acme_srv.cfg", f"{here}/acme_srv.cfg")]
     found = named or next(filter(os.path.exists, places), "")
-    who = _writable_by_others(found) if found and not named else ""
+    who = _writable_by_others(_about_file(found)) if found and not named else ""
     if who and os.geteuid() == 0:  # it names programs to run, and this may be anybody's directory
         raise CMPError(f"{found} {who}, or name it with --config")
     if found:
@@ -3785,7 +3806,7 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
     words = {True: "yes", False: "no" if reached else "not reached"}
     about["proven"] = ", ".join(f"{what}: {words[yes]}" for what, yes in proven.items())
     if authentic and answer and answer.sender and not answer.mac:
-        about["sender"] = f"cmp_expect_sender: {_name_text(answer.sender)}"
+        about["sender"] = f"cmp_expect_sender: {_name_text(_name(answer.sender))}"
     if run.code != 0:
         text, _ = _failure_text(run, answer, settings)
         refused = answer and {"badMessageCheck", "wrongIntegrity", "signerNotTrusted"} & {*answer.failures}

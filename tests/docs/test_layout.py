@@ -130,6 +130,7 @@ INNER = {
     "_foreign": "where a text is cut, and what a long one costs",
     "_helper": "acme2certifier's reading of a CSR, or a fault in it",
     "_general_message": "`check --connect` is killed, and its directory is left",
+    "_hidden": "for _hide",
     "_hide": "the order in which secrets are masked",
     "_lines": "for a run of openssl that did not end by itself",
     "_links": "5,000 orders before this one",
