@@ -858,8 +858,10 @@ class Transaction:
 
     def write(self, name: str, data: str | bytes) -> None:
         """Make one of its files."""
-        with open(self.file(name), "wb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+        left = data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape")
+        with open(self.file(name), "wb", buffering=0) as file:
+            while left:  # a full disk takes a part, and fails then
+                left = left[file.write(left) :]
 
     def read(self, name: str) -> str:
         """The text of one of its files, empty if there is none."""
@@ -892,9 +894,9 @@ class Transaction:
         names = (name for name in os.listdir(self.path) if re.fullmatch(r"\d{3,}\.(der|new)", name))
         return sorted(names, key=lambda name: (len(name), name))  # 1000 comes after 999
 
-    def answers(self) -> list[Message]:
-        """The saved answers that are whole, in order."""
-        found = [message for name in self.saved() if (message := _saved_message(self.file(name)))]
+    def answers(self, headers: bool = False) -> list[Message]:
+        """The saved answers that are whole, in order; or only their headers."""
+        found = [message for name in self.saved() if (message := _saved_message(self.file(name), headers))]
         self.cmp_id = found[-1].transaction if found else self.cmp_id
         return found
 
@@ -1129,8 +1131,9 @@ class Exchange:
         if self.before and self.run.only(TIME_IS_UP) and not self._made(self.first):
             # openssl counts whole seconds, so its time may have run out before it could ask: once more, with more time.
             self._ask(more_seconds=2)
-        self.after = [answer for answer in self.transaction.answers() if _number(answer) >= self.first]
         certificates = _certificates(self.transaction.file("cert.pem"))  # written when all was done
+        answers = self.transaction.answers(headers=bool(certificates))  # then they tell the transactionID, for the log
+        self.after = [answer for answer in answers if _number(answer) >= self.first]
         outcome = Outcome(certificates[0]) if certificates else self._refused()
         if outcome is None:
             history = self._keep()
@@ -2656,21 +2659,22 @@ def _directory_fault(path: str, own: bool) -> str:
     real = os.path.realpath(path) if links or sys.platform == "win32" else path
     if own and path in links:
         return f"cmp_tmp_dir {path} is a symbolic link: set cmp_tmp_dir to a directory of your own"
+    upwards = way if real == path else dict(_way(real))
+    # What is missing will be made, if its parent lets us.
+    there, mode = next(((place, info.st_mode) for place, info in upwards.items() if info), (real, 0))
     try:
         os.lstat(real)
     except OSError as err:
         if err.errno not in (errno.ENOENT, errno.ENOTDIR):  # a shared disk that is away
             return f"cmp_tmp_dir: {_explained(err)[1]}"
-    # What is missing will be made, if its parent lets us.
-    there = next((place for place, info in _way(real) if info), real)
-    if not os.path.isdir(there):
+    if not stat.S_ISDIR(mode):
         return f"cmp_tmp_dir {_one_line(there, 100)} is not a directory"
     # Whoever can rename our directories, or those above, can put another public key into a request.
-    for place, info in {**way, **dict(_way(real) if real != path else ())}.items():
+    for place, info in {**way, **upwards}.items():
         who = _writable_by_others(info)
         if who:
             return f"cmp_tmp_dir: {_one_line(place, 100)} {who}"
-    if there == real and os.name == "posix" and os.stat(real).st_mode & 0o1002 == 0o1002:
+    if there == real and os.name == "posix" and mode & 0o1002 == 0o1002:
         return f"cmp_tmp_dir {name}: every local user can put something there: name a directory of your own in it"
     user = _user() if not os.access(there, os.W_OK | os.X_OK) else ""
     return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}" if user else ""
@@ -3393,8 +3397,8 @@ class Message(NamedTuple):
         return ", ".join(said)
 
 
-def _saved_message(path: str) -> Message | None:
-    """Read a saved message; None where it is not a whole one."""
+def _saved_message(path: str, headers: bool = False) -> Message | None:
+    """Read a saved message, or only its header; None where it is not a whole one."""
     try:
         with open(path, "rb") as file:
             header, body, *rest = _sequence(file.read(MAX_DER))
@@ -3402,13 +3406,15 @@ def _saved_message(path: str) -> Message | None:
         fields, more, kind = _by_tag(optional), _by_tag(rest), body.tag & 0x1F
         # Not a generator: there StopIteration would become a RuntimeError.
         identifier, nonce, asked = [next(_elements(fields.get(tag, b"\x04\x00"))).value for tag in (0xA4, 0xA5, 0xA6)]
+        transaction, nonces = _one_line(identifier.hex(), 64), (nonce, asked)
+        if headers:
+            return Message(path, kind, transaction, nonces)
         name = next(_elements(sender.value)).raw if sender.tag == 0xA4 else b""
         mac = 0xA0 in more and _oid(_sequence(fields.get(0xA1, b"\x30\x02\x06\x00"))[0].value) in MAC_ALGORITHMS
         capubs = _by_tag(_sequence(body.value)).get(0xA1) if kind in (IP, CP) else None
         sent = b"".join(next(_elements(found)).value for found in (more.get(0xA1), capubs) if found)
     except (FileNotFoundError, *MALFORMED):
         return None
-    transaction, nonces = _one_line(identifier.hex(), 64), (nonce, asked)
     message = Message(path, kind, transaction, nonces, 0xA0 in more, mac, sender=name, sent=sent)
     with contextlib.suppress(*MALFORMED):  # a body that nobody can read says nothing
         message = message._replace(content=body.value, **_body(kind, body.value))

@@ -536,7 +536,7 @@ def main() -> int:
         contenders = Contenders(bench)
         with silence():
             found = costs(contenders, arguments.rounds)
-            rates = throughput(contenders, 3 + arguments.rounds // 12, 64)
+            rates = throughput(contenders, 3 + arguments.rounds // 20, 128)
         checking = check_time(contenders)
         kept = waiting(contenders, Path(directory), 10 + arguments.rounds // 10)
         memory = {name: peak_memory(name, bench) for name in (BARE, OURS)}

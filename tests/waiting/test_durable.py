@@ -805,7 +805,7 @@ def test_an_answer_that_cannot_be_read_now_leaves_the_order_waiting(
     """The CA has answered, and the process has no descriptor left to read it: the order waits all the same."""
     handler, csr = handlers(hold(ca).options(), **SHORT), csr_pem(["a.example"])
 
-    def none_left(_: str) -> None:
+    def none_left(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as broken:
