@@ -3699,7 +3699,9 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     findings: list[Finding] = [(handler.config_error, FATAL)] if handler.config_error else []
     shown, hidden, command = [], [], ""
     if not findings:  # or else there is no section, and all that could be said of it would be untrue
-        settings = _dry_run(_settings(handler.section))
+        settings = _settings(handler.section)
+        missing = [place for place, info in _way(settings.directory) if info is None]
+        settings = _dry_run(settings)
         known, hidden = settings.binary.options, [*settings.hidden]
         about["openssl"] = f"{settings.binary.path}  {settings.binary.version}" if known else "not usable"
         able = {"all extensions of a CSR": settings.binary.since(3, 0), "waiting enrolments": "rspin" in known}
@@ -3714,6 +3716,9 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
             questions += _answer_findings(settings, handler.logger, about) if args.connect else ()
             command = _hide(shlex.join(map(_one_line, _command(settings, []))), hidden)
         findings += [(text, fatal) for wrong, text, fatal in questions if wrong]
+        for place in missing:  # made by root, acme2certifier could not use them
+            with contextlib.suppress(OSError):
+                os.rmdir(place)
     about = {key: _hide(value, hidden) for key, value in about.items() if value}
     told = [{"level": "error" if fatal else "warning", "text": _hide(text, hidden)} for text, fatal in findings]
     wrong = any(fatal for _, fatal in findings)
