@@ -561,6 +561,12 @@ class CSR(NamedTuple):
     extensions: dict[str, bytes]
     names: list[tuple[str, str]]  # the subjectAltNames: kind and text
 
+    def lonely(self) -> set[str]:
+        """CNs of hosts and addresses without any other name: acme2certifier has compared them with the order."""
+        texts = () if self.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} else _cn_texts(self.subject)
+        # To openssl, `critical` is no name, what else has a colon names a kind, and 010.0.0.1 is an address.
+        return {t for t in texts if _address(t) or re.fullmatch(r"(?!critical$|[\d.]+$)[\w.*-]+", t, re.A)}
+
 
 def _read_csr(argument: object, kinds: Collection[str] = tuple(SAN_KINDS.values())) -> CSR:
     """Read a CSR, with names of these `kinds`. Raises CMPError where it is none, or where others may misread it."""
@@ -675,7 +681,7 @@ def _check_common_name(csr: CSR) -> None:
     for name in names:  # TeletexString is Latin-1 for some, UTF-8 for others
         if name.text is None or "\0" in name.text or (name.tag == 0x14 and not name.raw.isascii()):
             raise CMPError("its common name (CN) is no string that everybody reads alike: use UTF8String")
-    checked = {name.lower() for kind, name in csr.names if kind in CHECKED_KINDS}
+    checked = {_spelled(name) for kind, name in csr.names if kind in CHECKED_KINDS}
     hosts = _common_names(csr.subject)
     if TN_AUTH_LIST in csr.extensions and (hosts or SUBJECT_ALT_NAME in csr.extensions):
         raise CMPError("it asks for telephone numbers (TNAuthList) and names: acme2certifier checks only one of them")
@@ -692,8 +698,25 @@ def _common_names(subject: Name) -> set[str]:
 
 
 def _cn_texts(subject: Name) -> set[str]:
-    """The CNs in small letters, without a dot at the end."""
-    return {(a.text or "").strip().lower().rstrip(".") for rdn in subject for a in rdn if a.type == COMMON_NAME}
+    """The CNs, as `_spelled` has them."""
+    return {_spelled((a.text or "").strip()) for rdn in subject for a in rdn if a.type == COMMON_NAME}
+
+
+def _spelled(name: str) -> str:
+    """A name to compare with others: in small letters, without a dot at its end, an address in its shortest form."""
+    return _address(name) or name.lower().rstrip(".")
+
+
+def _address(name: str) -> str:
+    """An IP address in its shortest form; an empty string where it is none."""
+    if not re.fullmatch(r"[\d.]+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+", name, re.A):
+        return ""
+    import ipaddress  # not every CSR has one
+
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return ""
 
 
 def _alternative_names(extensions: Mapping[str, bytes]) -> list[tuple[str, str]]:
@@ -789,11 +812,7 @@ def _names_to_add(csr: CSR, transaction: Transaction) -> list[str]:
     """The names for `-sans`: none where `-csr` brings the CSR's own, for the request would have two such extensions."""
     settings = transaction.settings
     if settings.binary.since(3, 0):
-        # acme2certifier has compared a lonely CN with the order, and clients look at subjectAltNames alone.
-        lonely = not csr.extensions.keys() & {SUBJECT_ALT_NAME, TN_AUTH_LIST} and "reqexts" not in settings.options
-        texts = _cn_texts(csr.subject) if lonely else ()
-        # To openssl, `critical` is no name, and what else has a colon names a kind.
-        return [t for t in texts if re.fullmatch(r"(?!critical$)[\w.*-]+|[0-9a-f]*:[0-9a-f:.]+", t, re.A)]
+        return [] if "reqexts" in settings.options else [*csr.lonely()]  # clients look at subjectAltNames alone
     carried = [(k, name) for k, name in csr.names if k in ("DNS", "URI", "IP") and not re.search(r"[\s,\\]", name)]
     lost = [kind for kind, name in csr.names if (kind, name) not in carried]
     lost += [oid for oid in csr.extensions if oid != SUBJECT_ALT_NAME]
@@ -1539,7 +1558,8 @@ class ChainFinder:
         # Each leaf is new. If it names its issuer's key, and all candidates have that one key, openssl verifies the
         # link for the first leaf alone: the next leaf of this issuer costs no process.
         sure = len(way) == 1 and last.authority_key and len({c.key for c in found}) == 1
-        mark = last.algorithm + last.authority_key if sure else last.der
+        alike = (last.extensions.get(oid, b"") for oid in (AUTHORITY_KEY_ID, KEY_USAGE, BASIC_CONSTRAINTS))
+        mark = last.algorithm + b"".join(alike) if sure and UNREADABLE not in last.extensions else last.der
         for issuer in found:
             if self.signed_by(issuer, last, mark if issuer.subject_key else last.der):
                 yield from self.ways([*way, issuer])
@@ -1633,17 +1653,20 @@ def _changes(csr: CSR, leaf: Certificate, subject: str) -> str:
     """
     try:
         names = (csr.names, _alternative_names(leaf.extensions))
-        asked, got = ({f"{kind}:{text.lower()}" for kind, text in found} for found in names)
+        asked, got = ({f"{kind}:{_spelled(text)}" for kind, text in found} for found in names)
         others = [] if _same_key(leaf.key, csr.key) else ["another key"]
         others += ["a CA certificate"] if _signs_certificates(leaf.extensions) else []
         if UNREADABLE in leaf.extensions:
             raise CMPError("its extensions are malformed, or one is there twice")
     except (CMPError, IndexError, ValueError) as err:
         return f"it cannot be compared with the CSR: {err}"
-    asked_values, got_values = ({text.lower() for _, text in found} for found in names)
+    asked_values, got_values = ({_spelled(text) for _, text in found} for found in names)
     asked_names, got_names = _common_names(csr.subject), _common_names(leaf.subject)
-    sent = [] if csr.subject else re.findall(r"/cn=((?:\\.|[^\\/=+])*)", subject.lower())
-    said = {"", *(re.sub(r"\\(.)", r"\1", text) for text in sent), *(() if asked else _cn_texts(csr.subject))}
+    if csr.lonely():
+        asked_names, got_names = _cn_texts(csr.subject), _cn_texts(leaf.subject)
+    sent = [] if csr.subject else re.findall(r"(?<!\\)[/+]cn=((?:\\.|[^\\/+])*)", subject, re.I)
+    said = {"", *(_spelled(re.sub(r"\\(.)", r"\1", text)) for text in sent)}
+    said |= {name for name in _cn_texts(csr.subject) if name in asked_values or not asked}
     missing = sorted(asked - got if asked else asked_names - got_values - got_names)
     added = sorted(name for name in got - asked if name.partition(":")[2] not in said)
     added += sorted(f"CN={name}" for name in got_names - asked_values - said)
@@ -2062,7 +2085,7 @@ def _attributes(value: str) -> Iterator[tuple[str, str, str]]:
         if rest:
             hint = "in a value, write \\, \\+ \\; \\/ for these signs, \\\\ for a backslash"
             what = "is not a distinguished name such as C=DE, CN=Issuing CA: separate attributes with commas;"
-            raise CMPError(f"'{_one_line(rest[1:], 60)}' {what} {hint}")
+            raise CMPError(f"'{_one_line(rest[1:] or rest, 60)}' {what} {hint}")
         kind, text = kind.strip(), plain or quoted
         merged = re.search(r"(?:\s|(?<!\\)/)([A-Za-z]+) ?=", plain)
         if merged and merged.group(1).upper() in DN_TYPES:
@@ -2095,7 +2118,8 @@ def _attribute_type(kind: str, binary: Binary) -> str:
     short = ATTRIBUTES[number][0] if number in ATTRIBUTES else DN_TYPES.get(kind.upper(), "")
     if short or not binary.path:
         return short or kind
-    short = _object_names(binary.path, binary.version).get(number.casefold(), "")
+    names = _object_names(binary.path, binary.version)
+    short = names.get(number) or names.get(number.casefold(), "")
     if not short:
         near = _did_you_mean(kind, {*DN_TYPES.values()}, "")
         raise CMPError(f"openssl does not know the attribute {_one_line(kind, 60)} and would leave it out{near}")
@@ -2466,14 +2490,15 @@ def _described(path: str, state: tuple[int, ...]) -> Binary:
 
 @functools.lru_cache(maxsize=8)
 def _object_names(program: str, version: str) -> dict[str, str]:
-    """Each name and number of an object, in lower case -> the short name that this openssl has for it."""
+    """Each name of an object, also in small letters, and its number -> the short name that this openssl has for it."""
     run = _run([program, "list", "-objects"])
     if run.killed():  # half a list is not remembered
         raise CMPError(run.killed())
     names: dict[str, str] = {}
-    for short, long, number in OBJECT.findall(run.output):
-        for name in filter(None, (number, long.casefold(), short.casefold())):
-            names.setdefault(name, short)
+    for spelled in (str, str.casefold):  # exactly first: `mail` and `Mail` are two
+        for short, long, number in OBJECT.findall(run.output):
+            for name in filter(None, (number, spelled(long), spelled(short))):
+                names.setdefault(name, short)
     return names
 
 

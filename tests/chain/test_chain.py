@@ -504,6 +504,21 @@ def test_a_later_leaf_costs_nothing(
     assert counts == [3, 3, 4, 5]
 
 
+def test_a_renewed_issuer_of_the_same_key_is_the_one_that_a_later_leaf_names(
+    serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path
+) -> None:
+    """By issuer and serial (AKI): the older one is configured, and remembered for the leaf before."""
+    old, new = (certificate(KNOWN, GOOD_ROOT, number=number) for number in (1, 2))
+    (tmp_path / "old.pem").write_text(old + ROOT_PEM)
+    for number, issuer in ((1, old), (2, new)):
+        leaf = certificate(LEAF, KNOWN, reference=(GOOD_ROOT.name, number))
+        server = serve(leaf, [issuer])
+        handler = handlers(server.options(), untrusted=str(tmp_path / "old.pem"))
+        assert pem([handler.enroll(csr_pem([], "leaf", key=LEAF.key))[1] or ""]) == pem([leaf, issuer, ROOT_PEM])
+        server.process.kill()
+        server.process.wait()
+
+
 def test_two_keys_of_one_identifier_are_told_apart(
     serve: Callable[..., Mock], handlers: Handlers, tmp_path: Path
 ) -> None:

@@ -114,6 +114,10 @@ UNCHANGED = {
     "CN stays": ([], "www.a.tld", []),
     "CN is no host": (["DNS:a.tld"], "Build server 3", []),
     "IPv6": (["IP:2001:db8::1"], "", []),
+    "IPv6 at length alone": ([], "2001:0DB8:0:0:0:0:0:1", []),
+    "IPv6 at length": (["IP:2001:db8::1"], "2001:db8:0:0:0:0:0:1", []),
+    "address as a name": (["IP:10.0.0.1"], "10.0.0.1", [SAN + "IP:10.0.0.1,DNS:10.0.0.1"]),
+    "dot at the end": (["DNS:a.tld."], "a.tld.", [SAN + "DNS:a.tld"]),
     "CA:FALSE": (["DNS:a.tld"], "", ["basicConstraints = CA:FALSE", "keyUsage = digitalSignature,keyEncipherment"]),
 }
 
@@ -151,12 +155,21 @@ def test_a_certificate_without_a_name_for_clients_is_warned_of(
     assert 'issued no subjectAltName, and most clients look at nothing else: subject="CN=a.example"' in caplog.text
 
 
+@pytest.mark.parametrize("rest", ["", ".", " + OU=x"])
 @pytest.mark.parametrize("subject", ["C=DE, CN=gateway.plant.example", "/C=DE/CN=gateway.plant.example"])
 def test_a_configured_subject_is_no_change(
-    subject: str, ca: DemoCA, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    subject: str,
+    rest: str,
+    ca: DemoCA,
+    handlers: Handlers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its CN is what the administrator has set, also where the CA makes a name of it."""
     alter(monkeypatch, SAN + "DNS:a.tld,DNS:gateway.plant.example")
+    subject = (
+        subject.replace("CN=", "OU=x + CN=" if subject[0] != "/" else "OU=x+CN=") if "+" in rest else subject + rest
+    )
     assert handlers(ca.options(), subject=subject).enroll(csr_pem(["a.tld"]))[0] is None
     assert said(caplog) == []
 
@@ -271,6 +284,10 @@ def test_another_subject_is_a_change(ca: DemoCA, handlers: Handlers) -> None:
     other = [[cmp_ca_handler.Attribute("2.5.4.3", cmp_ca_handler.UTF8, "evil.example", b"")]]
     assert cmp_ca_handler._changes(csr, leaf._replace(subject=other), "") == "added CN=evil.example"
     assert cmp_ca_handler._changes(without_names, leaf, "").startswith("missing b.tld; added DNS:a.tld")
+    one_label = read_csr(csr_pem([], "intranet", key=key))
+    extranet = [[other[0][0]._replace(text="extranet")]]
+    nothing = leaf._replace(subject=extranet, extensions={})
+    assert cmp_ca_handler._changes(one_label, nothing, "") == "missing intranet; added CN=extranet"
     form = serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
     point = b"\0" + key.public_key().public_bytes(*form)
     algorithm = cmp_ca_handler._sequence(leaf.key)[0].raw

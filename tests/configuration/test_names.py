@@ -59,6 +59,7 @@ EXACT = {
     "2.5.4.97=VATDE-1, 2.5.4.3=x": "/2.5.4.97=VATDE-1/CN=x",
     "organizationIdentifier=VATDE-1, DNQ=a, postalCode=1": "/2.5.4.97=VATDE-1/2.5.4.46=a/2.5.4.17=1",
     "INN=77, CN=x": "/1.2.643.3.131.1.1=77/CN=x",
+    "mail=a@b.de, CN=x": "/0.9.2342.19200300.100.1.3=a@b.de/CN=x",
     "subject=C = DE, CN = x": "/C=DE/CN=x",
     "subject=/C=DE/CN=x": "/C=DE/CN=x",
     "/C=DE/CN=x": "/C=DE/CN=x",

@@ -538,6 +538,16 @@ def test_a_csr_of_openssl_reaches_the_ca_as_it_is(form: str, wire: Wire, tmp_pat
 
 
 @binaries
+@pytest.mark.parametrize("name", ["010.0.0.1", "12:34:56:78:9a:bc", "critical"])
+def test_a_lonely_name_that_openssl_would_misread_is_not_repeated(
+    name: str, openssl: str, wire: Wire, tmp_path: Path
+) -> None:
+    """As a subjectAltName it would be another address, a URI, or nothing: what is sent is the CN alone."""
+    der = made_by(OPENSSL, tmp_path, KEYS[1], "-subj", f"/CN={name}")
+    assert wire(wire.handler(openssl_bin=openssl), base64url(der)) == in_csr(der)
+
+
+@binaries
 @pytest.mark.parametrize("key", KEYS)
 def test_all_kinds_of_keys_reach_the_ca(key: str, openssl: str, wire: Wire, tmp_path: Path) -> None:
     """RSA, elliptic curves, Edwards curves, PSS: the key and all the rest reach the CA as they are."""
