@@ -228,6 +228,8 @@ class CAhandler:
             return Outcome(waiting=True)
         saved = transaction.saved_profile(self._profile_entries())
         transaction.settings = self._checked({**self.section, **saved})
+        if "rspin" not in transaction.settings.binary.options:  # its request would use up the nonce
+            raise CMPError(f"{transaction.settings.binary.version} cannot go on with an order: use OpenSSL 3.0")
         outcome = self._obtain(wanted, transaction)
         if outcome.text:
             self._failure("poll", CMPError(outcome.text, outcome.kind), about)
@@ -751,12 +753,14 @@ def _prove_possession(csr: CSR, transaction: Transaction) -> None:
     transaction.write("csr.pem", _pem(csr.der, "CERTIFICATE REQUEST"))
     # Without -config, `req` fails where the openssl.cnf that the program was built for is not there.
     run = _run([binary.path, "req", "-config", os.devnull, "-in", transaction.file("csr.pem"), "-verify", "-noout"])
+    if run.killed():
+        raise CMPError(run.killed(), INTERNAL if run.code == LOST else UNREACHABLE)
     # The exit code of OpenSSL 3.0 is 0 for a bad signature too, so the message decides.
     if SIGNATURE_WRONG.search(run.output):
         raise CMPError("the CSR's signature does not fit its public key: no proof of possession, refused", REQUEST)
     if run.code != 0 or not SIGNATURE_FITS.search(run.output):
         said = _one_line("; ".join(line.text for line in run.lines[:2])) + _hint("cannot use the CSR")
-        raise CMPError(f"openssl cannot use the CSR: {run.killed() or said}", REQUEST)
+        raise CMPError(f"openssl cannot use the CSR: {said}", REQUEST)
     transaction.write(name, csr.key if name.endswith(".der") else _pem(csr.key, "PUBLIC KEY"))
 
 
@@ -1410,7 +1414,7 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         return _refusal_text(newest, settings), REFUSED
     unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
     if run.killed():
-        kind = UNREACHABLE if run.code == HUNG else INTERNAL
+        kind = INTERNAL if run.code == LOST else UNREACHABLE
         return f"{run.killed()} (CMP server {settings.server}){unverified}", kind
     sent = any(SENT.match(line.text) for line in run.lines)  # before that, nobody else can have written a line
     if not newest and not sent and (not run.errors() or any(map(NOT_BEGUN.match, run.errors()))):
@@ -1866,6 +1870,8 @@ def _read_section(section: Mapping[str, str]) -> Settings:
     try:
         binary = _binary(section.get("cmp_openssl_bin") or "openssl")
     except (CMPError, OSError) as err:
+        if getattr(err, "kind", CONFIGURATION) != CONFIGURATION:  # no fault of these settings
+            raise
         errors.append(str(err))
     options: dict[str, str | None] = {"cmd": "ir", "popo": "0"}
     secrets: dict[str, str] = {}
@@ -2453,7 +2459,9 @@ def _binary(name: str) -> Binary:
         # Windows has cmd.exe run it, and that reads the subject of a CSR as a part of its command line.
         raise CMPError(f"cmp_openssl_bin: {path} is a batch file: name openssl.exe itself")
     binary = _described(path, _file_state(path))
-    if binary.fault:  # remembered, too: each GET of the directory asks here
+    if binary.fault:  # believed for a while, for each GET of the directory asks here
+        binary = _described(path, (*_file_state(path), int(time.time() // FAULT_BELIEVED)))
+    if binary.fault:
         raise CMPError(f"cmp_openssl_bin: {path} ({binary.version or 'unknown'}) {binary.fault}")
     return binary
 
@@ -2462,10 +2470,11 @@ def _binary(name: str) -> Binary:
 def _described(path: str, state: tuple[int, ...]) -> Binary:
     """What a program says of itself: asked once per process, and again when the file has changed."""
     run = _run([path, "cmp", "-help"])
-    about = _run([path, "version"]) if run.code != HUNG else run
-    if about.code == HUNG:  # perhaps the machine is busy: that is not remembered
-        raise CMPError(f"cmp_openssl_bin: {path}: {about.killed()}")
+    about = _run([path, "version"]) if not run.killed() else run
     found = dict(OPTION.findall(run.output))
+    if about.killed() or (found and about.code != 0):  # by a machine that is busy, or full: that is not remembered
+        said = about.killed() or _one_line(about.output) or f"exit code {about.code}"
+        raise CMPError(f"cmp_openssl_bin: {path}: {said}", UNREACHABLE)
     of_mock = dict(OPTION.findall("".join(MOCK_SERVER.findall(run.output))))
     # Our name for what cmpossl before 2020 writes without underscores, unless the program has one of that name, too.
     spelled = {option if (name := _option_name(option)) in found else name: option for option in found}
@@ -2492,8 +2501,8 @@ def _described(path: str, state: tuple[int, ...]) -> Binary:
 def _object_names(program: str, version: str) -> dict[str, str]:
     """Each name of an object, also in small letters, and its number -> the short name that this openssl has for it."""
     run = _run([program, "list", "-objects"])
-    if run.killed():  # half a list is not remembered
-        raise CMPError(run.killed())
+    if run.code != 0:  # half a list is not remembered
+        raise CMPError(run.killed() or f"{program} cannot list the names of attributes: {_one_line(run.output)}")
     names: dict[str, str] = {}
     for spelled in (str, str.casefold):  # exactly first: `mail` and `Mail` are two
         for short, long, number in OBJECT.findall(run.output):
@@ -2570,7 +2579,10 @@ def _run(
     try:
         process, job = _start(argv, environment, keep)
     except (OSError, ValueError) as err:
-        raise CMPError(f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}") from err
+        number = getattr(err, "errno", None) or 0
+        kind = DISK if number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM) else CONFIGURATION
+        what = f"cannot run {argv[0]}: {getattr(err, 'strerror', None) or err}"
+        raise CMPError(what + _hint(errno.errorcode.get(number, "")), kind) from err
     assert process.stdout is not None  # noqa: S101 - it is a pipe
     with process.stdout as pipe:
         try:
@@ -2701,8 +2713,11 @@ def _directory_fault(path: str, own: bool) -> str:
             return f"cmp_tmp_dir: {_one_line(place, 100)} {who}"
     if there == real and os.name == "posix" and mode & 0o1002 == 0o1002:
         return f"cmp_tmp_dir {name}: every local user can put something there: name a directory of your own in it"
-    user = _user() if not os.access(there, os.W_OK | os.X_OK) else ""
-    return f"cmp_tmp_dir {name} cannot be written by {user}: install -d -o {user} -m 700 {name}" if user else ""
+    if os.access(there, os.W_OK | os.X_OK):
+        return ""
+    if os.name == "posix" and os.statvfs(there).f_flag & os.ST_RDONLY:
+        return f"cmp_tmp_dir {name} is on a file system that cannot be written now: look into the system's log"
+    return f"cmp_tmp_dir {name} cannot be written by {_user()}: install -d -o {_user()} -m 700 {name}"
 
 
 def _way(path: str, depth: int = 0) -> Iterator[tuple[str, os.stat_result | None]]:

@@ -422,12 +422,47 @@ def test_an_openssl_that_crashes_at_its_end_costs_no_certificate(
 
 @pytest.mark.parametrize("command", ["req", "cmp"])
 def test_an_openssl_killed_at_its_start_is_told_and_sends_nothing(
-    command: str, ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path
+    command: str, ca: DemoCA, handlers: Handlers, fault: Fault, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`openssl req` or `openssl cmp` is killed: the error says signal 9, and nothing is sent."""
+    """`openssl req` or `openssl cmp` is killed: the error says signal 9, nothing is sent, and a later try may help."""
     body = f'[ "$1" = {command} ] && [ "$2" != -help ] && kill -9 $$\nexec {OPENSSL} "$@"\n'
     fault(handlers(ca.options(), openssl_bin=script(tmp_path / "openssl", body)), CSR, "killed", "signal 9")
     assert ca.messages == []
+    assert "class=unreachable" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 127"])
+@pytest.mark.parametrize("question", ["cmp -help", "version", "list -objects"])
+def test_one_question_that_openssl_does_not_answer_is_asked_again(
+    question: str, end: str, ca: DemoCA, handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once, or without memory once, it is not taken for an old one, or for none, for ever after."""
+    monkeypatch.setattr(cmp_ca_handler, "FAULT_BELIEVED", 0.001)
+    asked = tmp_path / "asked"
+    body = f'if [ "$1 $2" = "{question}" ] || [ "$*" = "{question}" ]; then\n'
+    body += f'    [ -e {asked} ] || {{ touch {asked}; {end}; }}\nfi\nexec {OPENSSL} "$@"\n'
+    section = handlers(
+        ca.options(), openssl_bin=script(tmp_path / "openssl", body), subject="CN=x, organizationIdentifier=y"
+    ).section
+    handlers(section).enroll(as_host(CSR))
+    assert asked.exists()
+    assert handlers(section).enroll(as_host(CSR))[1]
+
+
+def test_no_descriptors_for_openssl_are_no_fault_of_the_configuration(
+    ca: DemoCA, handlers: Handlers, fault: Fault, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The system can start no process now: the error says what to raise, and a later try helps."""
+    handler = handlers(ca.options())
+    assert handler.handler_check() is None
+
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(subprocess, "Popen", none_left)
+    cmp_ca_handler._described.cache_clear()
+    fault(handler, CSR, "cannot run", "Too many open files", "raise the limit of open files")
+    assert "class=disk" in caplog.text
 
 
 def test_an_openssl_killed_while_it_waits_is_told(

@@ -32,7 +32,7 @@ from conftest import (
 )
 from demo_ca import DemoCA
 from proxy import Proxy, TcpServer, note, spoilt
-from shared import POLLER, SHORT, begin, check_issued, hold, processes, python, requests, version
+from shared import POLLER, SHORT, begin, check_issued, hold, processes, python, requests, script, version
 
 
 def poll_elsewhere(identifier: str, csr: str = "") -> list[Any]:
@@ -642,3 +642,18 @@ def test_links_are_not_followed(ca: DemoCA, handlers: Handlers, tmp_path: Path) 
     check_issued(handler.poll("name", identifier, ""), csr)
     assert handlers.left() == ["linked"]
     assert (treasure / "gold").read_text() == "gold"
+
+
+def test_a_poll_with_an_openssl_that_cannot_go_on_leaves_the_order(
+    ca: DemoCA, handlers: Handlers, tmp_path: Path
+) -> None:
+    """A cmpossl of before 3.0 (a script that says so) would use up the nonce: nothing is asked."""
+    csr = csr_pem(["a.example"])
+    identifier = begin(handlers(hold(ca).options(), **SHORT), csr)
+    old = script(tmp_path / "old", f'[ "$1" = version ] && echo "OpenSSL 1.1.1g" && exit\nexec {OPENSSL} "$@"\n')
+    asked = len(ca.messages)
+    error, _, _, _, rejected = handlers(ca.options(), openssl_bin=old, **SHORT).poll("name", identifier, "")
+    assert "cannot go on with an order: use OpenSSL 3.0" in str(error)
+    assert (rejected, len(ca.messages)) == (False, asked)
+    ca.approve("all")
+    check_issued(handlers(ca.options(), **SHORT).poll("name", identifier, ""), csr)
