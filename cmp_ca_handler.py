@@ -265,8 +265,7 @@ class CAhandler:
         with closing(_begin(settings, "revoking", self.logger)) as transaction:
             transaction.write("old.pem", _pem(certificate.der))
             arguments = ["-revreason", str(REASONS[reason])]
-            if "rspout" in settings.binary.options:
-                arguments += ["-rspout", ",".join(transaction.file(f"{number:03d}.new") for number in range(1, 10))]
+            arguments += _saving(transaction, range(1, MAX_REQUESTS)) if "rspout" in settings.binary.options else []
             run = _openssl_cmp(transaction, ["-oldcert", transaction.file("old.pem"), *arguments])
             if not transaction.answers() and any(map(INVALID_CERTIFICATE.search, run.errors())):  # nothing was sent
                 run = _openssl_cmp(transaction, [*_by_serial(certificate, settings), *arguments])
@@ -1176,18 +1175,14 @@ class Exchange:
 
     def _ask(self, more_seconds: int = 0) -> None:
         """Run openssl, save each request and answer, and end it when it has nothing more to do than to sleep."""
-        known, file = self.settings.binary.options, self.transaction.file
-        replay = [answer.path for answer in _needed_again(self.before)]
+        known, replay = self.settings.binary.options, [answer.path for answer in _needed_again(self.before)]
         overrides = _resumed_timeouts(self.settings, self.before[-1], more_seconds) if self.before else {}
         total = int(overrides.get("total_timeout") or self.settings.seconds("total_timeout") or NO_TIMEOUT)
         # A CA that says checkAfter 0 is asked again and again without a pause. So openssl gets names for so many
         # requests; the next one it cannot write (NO_MORE_REQUESTS), and it ends before it sends that.
         count = POLL_REQUESTS if self.before else min(POLL_REQUESTS + 1 + total, MAX_REQUESTS)
-        old, new = [path[:-4] for path in replay], [file(f"{self.first + i:03d}") for i in range(count)]
         files = ["-rspin", ",".join(replay)] if replay else []
-        if "rspin" in known:  # it saves the replayed answers again: into `scratch`
-            files += ["-rspout", ",".join([*[file("scratch")] * len(old), *(f"{path}.new" for path in new)])]
-            files += ["-reqout", ",".join([*(f"{path}.req" for path in old + new), file(NO_MORE_REQUESTS)])]
+        files += _saving(self.transaction, range(self.first, self.first + count), replay) if "rspin" in known else []
         patience = max(self.settings.seconds("msg_timeout"), self.settings.binary.margin())
         # A poll is not to sleep. Otherwise there must be time for an answer, and openssl counts whole seconds.
         self.deadline = time.monotonic() + (0 if self.before else total - patience - 1)
@@ -1224,7 +1219,7 @@ class Exchange:
         # tell of a CA that cannot work now, not of the order.
         newest, errors = next(reversed(self.after), None), self.run.errors()
         goes_on = self.before or any(answer.waits() or answer.grants() for answer in self.after)
-        passing = OF_THE_MESSAGE + (OF_THE_MOMENT if newest and newest.body == ERROR else ())
+        passing = OF_THE_MESSAGE + OF_THE_MOMENT if newest and newest.body == ERROR else ()
         no_decision = {"certConfirmed", *(passing if goes_on else ())}
         refused = newest and newest.refuses() and newest.protected and not no_decision & {*newest.failures}
         leaf_refused = any(map(LEAF_NOT_ACCEPTED.match, errors))
@@ -1336,6 +1331,15 @@ class Exchange:
         return Outcome(waiting=answered, text=text, kind=kind)
 
 
+def _saving(transaction: Transaction, numbers: Iterable[int], replayed: Sequence[str] = ()) -> list[str]:
+    """The options with which openssl saves its requests and the answers, and ends where it wants to send more."""
+    names = [transaction.file(f"{number:03d}") for number in numbers]
+    # It saves the replayed answers again: into `scratch`.
+    answers = [*[transaction.file("scratch")] * len(replayed), *(f"{name}.new" for name in names)]
+    requests = [f"{name}.req" for name in [*(path[:-4] for path in replayed), *names]]
+    return ["-rspout", ",".join(answers), "-reqout", ",".join([*requests, transaction.file(NO_MORE_REQUESTS)])]
+
+
 def _needed_again(answers: Sequence[Message]) -> list[Message]:
     """Those that are replayed. An older pollRep says nothing more, and openssl would sleep for it."""
     return [*(answer for answer in answers[:-1] if answer.body != POLLREP), *answers[-1:]]
@@ -1412,6 +1416,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
     """Why it failed, with a hint, and of which kind that is: in the CA's own words, where openssl accepted these."""
     if newest is not None and (newest.refuses() or newest.body == RP) and run.only(AFTER_ACCEPTANCE):
         return _refusal_text(newest, settings), REFUSED
+    if newest and newest.protected and run.only(TIME_IS_UP) and settings.options.get("cmd") in ("rr", "genm"):
+        return f"CMP server {settings.server} answered waiting{_hint('PKIStatus: waiting')}", REFUSED
     unverified = f"; an unverified answer says: {newest.words(settings.hidden)}" if newest and newest.refuses() else ""
     if run.killed():
         kind = INTERNAL if run.code == LOST else UNREACHABLE
@@ -1428,8 +1434,8 @@ def _failure_text(run: Run, newest: Message | None, settings: Settings) -> tuple
         # What looks like the CA's answer in openssl's text is not, or it would have been accepted.
         errors = [error for error in run.errors() if not unverified or not ACCEPTED_LINE.match(error)]
         kind = UNREACHABLE if newest is None else REFUSED if run.only(AFTER_ACCEPTANCE) else UNAUTHENTIC
-        if run.code == ASLEEP and not errors:  # ended by us, before it could say that it does not accept this pollRep
-            errors = ["openssl does not accept the answer"]
+        # Ended by us, before it could say that it does not accept this pollRep.
+        errors = errors or ["openssl does not accept the answer"] * (run.code == ASLEEP)
         # The text of an answer, and the names of its signer, may have line breaks. They stand behind the first error.
         ours = errors[:1] if kind == UNAUTHENTIC else errors
         searched = " ".join(FOREIGN_WORDS.sub(r"\1", error) for error in ours)
@@ -3021,6 +3027,9 @@ approval -> the CA queues what needs an approval, and no poll sees it: approve i
 Wrong number of .* fields|not contain matching field -> add fields for more names to the CA's end entity profile
 failed building own chain -> cmp_own_trusted must hold the root of cmp_cert, cmp_untrusted its intermediates
 error = (9|10) .cert|cert has expired|cert not yet valid -> that certificate is out of date: renew it, or set the clock
+error = 6[234] . -> the certificate is not for cmp_tls_host, cmp_verify_hostname, cmp_verify_email or cmp_verify_ip
+error = 26 . -> the certificate is not for that purpose: look at cmp_purpose, or at its extended key usage
+certificate CRL -> delete cmp_crl_check: openssl cmp can be given no CRL
 error = 6[678] . -> that certificate has a key or a signature that is too weak for OpenSSL: renew it
 certificate verify failed -> cmp_tls_trusted must hold the issuer of the TLS certificate, cmp_tls_host its name
 failed to validate newly enrolled -> cmp_out_trusted must hold the root, cmp_untrusted the issuers of certificates
@@ -3036,6 +3045,7 @@ unable to get local issuer certificate -> cmp_trusted must hold the CMP server's
 unable to get issuer certificate -> cmp_trusted holds an intermediate: add its root, or cmp_partial_chain: True
 self-signed certificate -> cmp_trusted must hold the CA's own root certificate
 missing key usage digitalSignature -> set cmp_ignore_keyusage: True if the CA's signer is like that
+Error adding .* name attribute -> a country has two letters, a CN 64 at most; DC and e-mail are ASCII
 expected sender -> cmp_expect_sender does not fit the sender of the answer, or cmp_srvcert is another certificate
 request extension section -> set cmp_config to the OpenSSL configuration file that has this section
 srvcert does not validate -> cmp_srvcert is not the certificate that signs the CA's answers
@@ -3047,7 +3057,7 @@ recipnonce unmatched -> a recorded answer, a delay that needs OpenSSL 3.5 (RFC 9
 transactionid unmatched -> the answer is of another transaction: does something on the way mix up answers?
 unexpected pvno -> the CA speaks another version of CMP than openssl (3.0: 2; 3.5: 2 and 3): ask for another cmp_path
 checkafter -> the CA gives no usable number of seconds after which to ask again: ask its operator
-connect timeout -> nothing answers there: check cmp_server, DNS, the firewall, and that the CMP service runs
+connect timeout -> nothing answers there: check cmp_server, cmp_proxy, DNS, the firewall, and that the CMP service runs
 transfer timeout -> no answer in time: the CA is slow (raise cmp_msg_timeout) or it is no CMP server
 (code=|http code |reason= ?)(401|407) -> the web server or proxy wants a password, which openssl cmp cannot send
 (code=|http code |reason= ?)403 -> the web server does not let this machine in: check cmp_path and cmp_tls_cert
@@ -3095,6 +3105,7 @@ PIN incorrect -> check cmp_keypass, or the pin-source in cmp_key: a token locks 
 object not found|could not (find|read|open).*private key -> check cmp_key, and for a token its name, the PIN, the module
 digest algorithm name not recognized -> openssl calls them sha256, sha384, sha512
 MAC algorithm name not recognized -> openssl calls them hmac-sha1, hmacWithSHA256
+must give -ref -> set cmp_ref: without it nothing but enrolments is possible
 must give -key or -secret -> no credentials: set cmp_ref and cmp_secret, or cmp_cert and cmp_key
 No space left on device|\bENOSPC$ -> make room on the disk of cmp_tmp_dir
 \bEDQUOT$ -> the quota of this user on the disk of cmp_tmp_dir is used up
@@ -3531,6 +3542,9 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. Results go to standard output, all else to standard error."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell has closed it
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - until the end
     defaults = {"config": os.environ.get("ACME_SRV_CONFIGFILE"), "section": "CAhandler", "output": None}
     args = _parser().parse_args(argv, types.SimpleNamespace(**defaults, verbose=False, json=False))
     for stream in (sys.stdout, sys.stderr):
@@ -3547,18 +3561,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind, text = _explained(err) if isinstance(err, Exception) else (INTERNAL, "interrupted")
         code = EXIT_CODES.get(kind, FAILED)
         if isinstance(err, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
-            code, text = WRONG_USAGE, f"{err.strerror}: {err.filename}"  # a file that was named wrongly
+            # A file that was named wrongly.
+            code, text = WRONG_USAGE, f"{err.strerror}: {err.filename or 'the current directory'}"
         about = {"id": args.argument} if args.command == "poll" else {}
-        _show(args, {"status": "failed", **about, "error": text, "class": kind}, f"error: {text}\n", sys.stderr)
+        with contextlib.suppress(CMPError):
+            _show(args, {"status": "failed", **about, "error": text, "class": kind}, f"error: {text}\n", sys.stderr)
         return code
 
 
 def _show(args: Any, told: object, text: str, stream: IO[str]) -> None:
     """Print `text`, or, if that was asked for, `told` as JSON: always to standard output."""
-    if args.json:
-        print(json.dumps(told))
-    else:
-        stream.write(text)
+    stream = sys.stdout if args.json else stream
+    try:
+        stream.write(json.dumps(told) + "\n" if args.json else text)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python is not to try again at its end
+        raise CMPError(f"cannot write the result: {err.strerror}", INTERNAL) from err
 
 
 def _parser() -> Any:
@@ -3720,12 +3741,13 @@ def _list_command(settings: Settings, args: Any) -> int:
         if not os.path.exists(transaction.file("waiting")) or os.path.exists(transaction.file("issued")):
             continue
         with contextlib.suppress(FileNotFoundError):  # a poll has finished it meanwhile
-            answers, since = transaction.usable(), os.stat(transaction.file("csr.pem")).st_mtime
-            due = _due(answers) if answers else 0
-            about = {"id": name, "names": "(unreadable)", "since": _iso(since)}
-            with contextlib.suppress(CMPError):
+            about = {"id": name, "names": "(unreadable)", "since": _iso(os.stat(transaction.file("csr.pem")).st_mtime)}
+            with contextlib.suppress(CMPError, PermissionError):
                 about["names"] = _wanted(_read_csr(transaction.read("csr.pem")))
-            about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
+            with contextlib.suppress(PermissionError):
+                answers = transaction.usable()
+                due = _due(answers) if answers else 0
+                about.update(next=_iso(due) if due else "now", transaction=transaction.cmp_id or "unknown")
             orders.append(about)
     _show(args, orders, "".join(f"{_pairs(order)}\n" for order in orders), sys.stdout)
     return DONE
@@ -3741,7 +3763,8 @@ def _check_command(handler: CAhandler, path: str, args: Any) -> int:
     if not findings:  # or else there is no section, and all that could be said of it would be untrue
         settings = _settings(handler.section)
         missing = [place for place, info in _way(settings.directory) if info is None]
-        settings = _dry_run(settings)
+        with contextlib.suppress(OSError):  # a full disk: _directory_findings tells
+            settings = _dry_run(settings)
         known, hidden = settings.binary.options, [*settings.hidden]
         about["openssl"] = f"{settings.binary.path}  {settings.binary.version}" if known else "not usable"
         able = {"all extensions of a CSR": settings.binary.since(3, 0), "waiting enrolments": "rspin" in known}
@@ -3847,8 +3870,10 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
     run = run._replace(lines=[line for line in run.lines if not NO_ANSWER_TO_GENM.search(line.text)])
     about["connect"] = next((c.group(1) for x in run.lines if (c := WILL_CONTACT.match(x.text))), settings.server)
     # What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
-    authentic = run.code == 0 or (answer is not None and answer.protected and run.only(AFTER_ACCEPTANCE))
-    reached = bool(answer) or not any(map(CONNECT_TIMEOUT.match, run.errors()))
+    accepted = run.only(AFTER_ACCEPTANCE) or run.only(TIME_IS_UP)
+    authentic = run.code == 0 or (answer is not None and answer.protected and accepted)
+    sent = any(SENT.match(line.text) for line in run.lines)  # or else it has not even tried
+    reached = bool(answer) or (sent and not any(map(CONNECT_TIMEOUT.match, run.errors())))
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
     tls = bool(answer) or (bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors())))
     proven = {"address": reached, **({"TLS": tls} if settings.tls else {}), "path": bool(answer), "trust": authentic}
@@ -3871,13 +3896,13 @@ def _general_message(settings: Settings, information: str, logger: logging.Logge
     """Send a general message, for some `information` or none; how openssl ended, and the answer as it was saved."""
     recipient, settings = settings.options.get("issuer"), settings.without_enrolment("genm")
     with closing(_begin(settings, "asking", logger)) as transaction:
-        path, saved = transaction.file("001.new"), transaction.file("capubs.pem")  # that it writes, and insists on
+        saved = transaction.file("capubs.pem")  # that it writes, and insists on
         arguments = ["-infotype", information, "-cacertsout", saved] if information else []
         if recipient and not settings.options.keys() & {"recipient", "srvcert"}:
             arguments += ["-recipient", recipient]  # as openssl does it for an enrolment
-        arguments += ["-rspout", path] if "rspout" in settings.binary.options else []
+        arguments += _saving(transaction, range(1, MAX_REQUESTS)) if "rspout" in settings.binary.options else []
         run = _openssl_cmp(transaction, arguments)
-        answer = _saved_message(path)
+        answer = next(reversed(transaction.answers()), None)
     _log_messages(logger, run, settings)
     return run, answer
 
@@ -3934,9 +3959,10 @@ def _convert(words: list[str]) -> int:
         option = _option_name(option, binary.options)
         kind, takes_value = _option(option).kind, bool(equals)
         if not equals and binary.options.get(option, bool(rest) and rest[0][:1] != "-"):
-            takes_value, value = True, rest.pop(0) if rest else ""
+            takes_value, value = True, rest.pop(0) if rest else "\0"
         try:
             _check_entry(f"cmp_{option}", option, binary)
+            _raise_first((value == "\0", "needs a value, and the command line ends there"))
             usual = (option, value) in (("cmd", "ir"), ("popo", "0"), ("config", ""))
             if usual or kind == "run" or option == "subject":
                 set_by_us.append(f"-{option}")

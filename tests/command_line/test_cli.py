@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 import pytest
 
+import cmp_ca_handler
 from conftest import OPENSSL, bundle_certificates, csr_pem, wait_until
 from demo_ca import DemoCA
 from host import HANDLER
@@ -427,3 +428,33 @@ def test_loading_is_cheap() -> None:
     command = [sys.executable, "-S", "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(HANDLER.parent)}
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_costs_no_certificate(closed: str, ca: DemoCA, tmp_path: Path) -> None:
+    """The shell has closed standard input, output or error: the bundle is in the file all the same."""
+    desk = Desk(tmp_path)
+    desk.configure(ca.options())
+    (tmp_path / "www.csr").write_text(csr_pem(["www.example"]))
+    command = f"exec {sys.executable} {HANDLER} --config acme_srv.cfg enroll www.csr -o www.pem {closed}"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == 0
+    assert "BEGIN CERTIFICATE" in (tmp_path / "www.pem").read_text()
+
+
+@pytest.mark.parametrize("more", ["", "--json"])
+def test_a_full_standard_output_is_told(more: str, ca: DemoCA, tmp_path: Path) -> None:
+    """What is full is not cmp_tmp_dir, and a second enrolment would not help."""
+    desk = Desk(tmp_path)
+    desk.configure(ca.options())
+    (tmp_path / "www.csr").write_text(csr_pem(["www.example"]))
+    command = f"exec {sys.executable} {HANDLER} --config acme_srv.cfg {more} enroll www.csr >/dev/full"
+    result = subprocess.run(["sh", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert more or "cannot write the result: No space left on device" in result.stderr
+
+
+def test_convert_names_an_option_without_its_value(capfd: pytest.CaptureFixture[str]) -> None:
+    """The end of the command line was not copied."""
+    assert cmp_ca_handler.main(["convert", "--", "openssl", "cmp", "-server", "ca:1", "-ref", "x", "-secret"]) == 1
+    assert "error: cmp_secret: needs a value, and the command line ends there" in capfd.readouterr().err

@@ -170,7 +170,8 @@ def test_directory_costs_no_process_and_no_file(works: bool, status: int, ca: De
     assert result.returncode == 0, result.stdout
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["answers"] == [status]
-    assert set(report["started"]) == {1}
+    # What is no openssl cmp is asked once more each minute.
+    assert set(report["started"]) == {1} if works else len(set(report["started"])) <= 2
     assert os.listdir(tmp_path / "tmp") == []
     assert not host.work.exists() or os.listdir(host.work) == []
 

@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import demo_ca
 from conftest import BINARIES, OPENSSL, Handlers, Mock, Pair, as_host, binaries, csr_pem, nobody_at
-from demo_ca import DemoCA
+from demo_ca import DemoCA, read_der
 from other_cas import ModifyingCA
+from proxy import Forward, Proxy, error_body, integer, poll_rep, protected
 from shared import version
 
 ACME = "urn:ietf:params:acme:error:"
@@ -351,6 +352,31 @@ def test_a_revocation_has_no_option_of_an_enrolment(
     (arguments,) = noting.revocations()
     flags = [argument for argument in arguments if argument.startswith("-")]
     expected = {"-" + key[4:] for key in everywhere} | {"-config", "-keep_alive", "-msg_timeout", "-total_timeout"}
-    assert sorted(flags) == sorted(expected | {"-cmd", "-oldcert", "-revreason", "-batch", "-rspout"})
+    assert sorted(flags) == sorted(expected | {"-cmd", "-oldcert", "-revreason", "-batch", "-rspout", "-reqout"})
     assert "demo-secret" not in noting.notes.read_text()
+    assert handlers.left() == []
+
+
+@binaries
+def test_a_revocation_that_the_ca_lets_wait_ends_soon(
+    openssl: str, ca: DemoCA, handlers: Handlers, proxy: Proxy
+) -> None:
+    """A CA that wants to be asked again and again, without a pause: fifteen requests at the most, and its own word."""
+    handler = handlers({**ca.options(), "cmp_server": proxy.server}, openssl_bin=openssl)
+    certificate = handler.enroll(as_host(csr_pem(["a.example"])))[2]
+    asked: list[str] = []
+
+    def wait(request: str, forward: Forward) -> bytes:
+        asked.append(request)
+        answer = forward()
+        header = read_der(answer).parts()[0].whole
+        told = error_body(status=integer(3)) if request == "rr" else poll_rep(0, [])
+        return protected(header, header, told, b"")
+
+    proxy.spoil = wait
+    code, _, detail = handler.revoke(str(certificate))
+    assert code == 500
+    assert "waiting" in str(detail)
+    assert "understands that for an enrolment only" in str(detail)
+    assert len(asked) <= 15
     assert handlers.left() == []
