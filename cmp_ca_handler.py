@@ -3872,8 +3872,9 @@ def _answer_findings(settings: Settings, logger: logging.Logger, about: dict[str
     # What is proven is proven by the message that openssl has accepted; its text only says what is wrong.
     accepted = run.only(AFTER_ACCEPTANCE) or run.only(TIME_IS_UP)
     authentic = run.code == 0 or (answer is not None and answer.protected and accepted)
-    sent = any(SENT.match(line.text) for line in run.lines)  # or else it has not even tried
-    reached = bool(answer) or (sent and not any(map(CONNECT_TIMEOUT.match, run.errors())))
+    quiet = int(settings.options.get("verbosity") or SAYS_SENDING) < SAYS_SENDING
+    tried = quiet or any(SENT.match(line.text) for line in run.lines)
+    reached = bool(answer) or (tried and not any(map(CONNECT_TIMEOUT.match, run.errors())))
     # Who is on the way can add lines to openssl's text, but cannot take away the one that says that TLS has failed.
     tls = bool(answer) or (bool(run.errors()) and not any(map(TLS_FAILED.search, run.errors())))
     proven = {"address": reached, **({"TLS": tls} if settings.tls else {}), "path": bool(answer), "trust": authentic}

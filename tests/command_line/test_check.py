@@ -426,13 +426,12 @@ def test_a_server_name_with_a_scheme_is_warned_of(section: str, ca: DemoCA, desk
     assert any("server_name: delete http:// or https://" in w for w in Checked(desk("check")).warnings)
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_check_leaves_no_directory_of_its_user(there: bool, ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
+def test_check_leaves_no_directory_of_its_user(ca: DemoCA, desk: Desk, tmp_path: Path) -> None:
     """Made by root, acme2certifier could not use it: only what was there before stays."""
-    if there:
-        (tmp_path / "above" / "work").mkdir(parents=True, mode=0o700)
     desk.configure(ca.options(), tmp_dir="above/work")
-    for arguments in ([], ["--connect"]):
+    for there, arguments in ((False, []), (False, ["--connect"]), (True, []), (True, ["--connect"])):
+        if there:
+            (tmp_path / "above" / "work").mkdir(parents=True, mode=0o700, exist_ok=True)
         assert Checked(desk("check", *arguments)).code == 0
         assert [path.name for path in tmp_path.glob("above/**/*")] == ["work"] * there
         assert (tmp_path / "above").exists() == there

@@ -136,6 +136,7 @@ INNER = {
     "_links": "5,000 orders before this one",
     "_load_config": "for _helper; an exception is made here",
     "_name": "reads the name in a request that was sent",
+    "_object_names": "a list that was made before is to be forgotten",
     "_open_lock": "the order is finished between opening and locking",
     "_openssl_cmp": "the disk is full when openssl writes its next request",
     "_option_name": "no two names of all the programs become one",
